@@ -32,6 +32,7 @@ from tmpo_trainer.demo import domain
 
 MAX_TOKENS = 16
 TEXT_WIDTH = 96
+VAE_BATCH, MODEL_BATCH = 10, 64
 #: SD3's latent normalisation, which ComfyUI hard-codes: the VAE is rescaled to fit it, not the other way round.
 SD3_SHIFT, SD3_SCALE = 0.0609, 1.5305
 #: How often each family is drawn.
@@ -75,10 +76,12 @@ def make_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 96),
+        # Multiples of 32, so that ComfyUI's own AutoencoderKL can be built with them. One group, because several
+        # groups of few channels normalise away the very thing to be encoded, the colour of a plain area.
+        block_out_channels=(32, 32, 64, 96),
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=8,
+        norm_num_groups=1,
         sample_size=domain.IMAGE_SIZE,
         scaling_factor=SD3_SCALE,
         shift_factor=SD3_SHIFT,
@@ -126,7 +129,7 @@ def draw_stage(work: Path, scenes: int, seed: int) -> tuple[np.ndarray, list[str
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 `[N, H, W, 3]` -> float `[N, 3, H, W]` in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
@@ -165,7 +168,7 @@ def vae_stage(work: Path, pictures: np.ndarray, steps: int, seed: int, every: in
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * lr_factor(step, steps, 100)
-        images = to_tensor(pictures[batch_indices(seed, step, 32, len(pictures))])
+        images = to_tensor(pictures[batch_indices(seed, step, VAE_BATCH, len(pictures))])
         images = images.to(memory_format=torch.channels_last)
         torch.manual_seed(seed * 1_000_003 + step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -260,7 +263,7 @@ def model_stage(
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * lr_factor(step, steps, 500)
-        chosen = torch.from_numpy(batch_indices(seed, step, 64, len(prompts)))
+        chosen = torch.from_numpy(batch_indices(seed, step, MODEL_BATCH, len(prompts)))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         x0 = latents[chosen].float()
         noise = torch.randn(x0.shape, generator=generator)
@@ -307,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--work", type=Path, default=Path("outputs/demo-build"), help="folder for intermediate results")
     parser.add_argument("--scenes", type=int, default=80_000, help="pictures to draw")
-    parser.add_argument("--vae-steps", type=int, default=3_000)
+    parser.add_argument("--vae-steps", type=int, default=6_000)
     parser.add_argument("--model-steps", type=int, default=26_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler; 1.3x)")

@@ -1,0 +1,1 @@
+"""Scorers: what turns a picture and its prompt into a reward."""

@@ -1,0 +1,309 @@
+"""The rule-based scorer of the demo domain: a GenEval for coloured shapes.
+
+`detect` lists the coloured shapes in a picture, `judge` compares the list with what a prompt asks for, and
+`ShapesScorer` does both for a batch. Nothing is learned: colours are told apart by distance in CIE Lab, shapes by how
+well the smallest enclosing circle, rectangle and triangle fit them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmpo_trainer.demo import domain
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Components smaller than this, in pixels, are specks and not objects (the smallest object drawn has 170).
+MIN_AREA = 20
+#: Largest CIE76 distance to a palette colour; the palette's nearest two are 35 apart.
+MAX_DELTA_E = 28.0
+#: Area over area of the convex hull from which a component is one shape.
+MIN_SOLIDITY = 0.8
+#: log of area over the area of the smallest enclosing (circle, rectangle, triangle), as measured on 64x64 renders.
+PROTOTYPES = {
+    shape: np.log(ratios)
+    for shape, ratios in {
+        "circle": (0.97, 0.785, 0.62),
+        "square": (0.66, 0.97, 0.50),
+        "triangle": (0.44, 0.52, 0.93),
+    }.items()
+}
+
+#: A component less solid or less uniform in colour than this may be several objects that touch.
+WHOLE_SOLIDITY = 0.9
+WHOLE_UNIFORMITY = 0.95
+#: What each part of a split component must have to be believed: solidity, area of part and of its core in pixels.
+PART_SOLIDITY = 0.85
+PART_AREA = 60
+PART_CORE = 6
+#: Erosions tried in a split; the last one parts necks of up to ten pixels.
+SPLIT_EROSIONS = 5
+
+#: GenEval's position rule: share of the sizes taken off the offset, and the cosine that makes it a relation.
+POSITION_SLACK = 0.1
+POSITION_COSINE = 0.5
+
+MODES = ("strict", "partial")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A detected object. Pixels, y downwards; `x`, `y`, `width`, `height` are those of the bounding box."""
+
+    color: str | None
+    """Name in `domain.PALETTE`; None if no palette colour is near."""
+    shape: str | None
+    """One of `domain.SHAPES`; None if the outline is not convex enough for any."""
+    x: float
+    y: float
+    width: float
+    height: float
+    area: float
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """A detected object and how far it can be believed to be one."""
+
+    found: Found
+    solidity: float
+    uniformity: float
+    """Share of the core within MAX_DELTA_E of its median colour."""
+
+
+def detect(image: np.ndarray) -> list[Found]:
+    """The coloured shapes in a picture, in no meaningful order.
+
+    The background is the median colour of the border; foreground is what is nearer to a palette colour than to it, with
+    holes filled, in 8-connected components. Components that are not convex or not of one colour are split if every part
+    is then a clean object; otherwise they stay one.
+
+    Args:
+        image: uint8 RGB `[H, W, 3]`.
+
+    Raises:
+        ValueError: for another dtype or shape.
+        ImportError: without OpenCV.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ImportError('the shapes scorer needs OpenCV: run `pip install -e ".[train]"`') from error
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected a uint8 RGB image [H, W, 3], got {image.dtype} {list(image.shape)}")
+    lab = _to_lab(cv2.medianBlur(np.ascontiguousarray(image), 3))
+    border = np.concatenate([lab[0], lab[-1], lab[1:-1, 0], lab[1:-1, -1]])
+    background = np.median(border, axis=0)
+    to_palette = _squared_distances(lab, _palette_lab())
+    to_background = _squared_distances(lab, background[None])[..., 0]
+    foreground = _fill_holes((to_palette.min(-1) < to_background).astype(np.uint8))
+    nearest = to_palette.argmin(-1)
+
+    found: list[Found] = []
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(foreground, connectivity=8)
+    for index in range(1, count):
+        left, top, width, height, area = (int(value) for value in stats[index])
+        if area < MIN_AREA:
+            continue
+        box = slice(top, top + height), slice(left, left + width)
+        mask = (labels[box] == index).astype(np.uint8)
+        blob = _describe(mask, lab[box], left, top)
+        parts: list[_Blob] = []
+        if blob.solidity < WHOLE_SOLIDITY or blob.uniformity < WHOLE_UNIFORMITY:
+            parts = _split(mask, nearest[box], lab[box], left, top)
+        found += [part.found for part in parts or [blob]]
+    return found
+
+
+def judge(scene: domain.Scene, found: Sequence[Found]) -> tuple[float, float]:
+    """How well detected objects match a scene: `(strict, partial)`, each in 0..1.
+
+    strict is 1 if the objects are exactly those asked for, with nothing else and nothing unknown, and the relation
+    holds; else 0. partial is the mean of its clauses: `max(0, 1 - |n - found| / n)` for each kind asked for, 1 or 0 for
+    the relation, if any, and 1 or 0 for "nothing else", which only objects of kinds not asked for break. Clauses of the
+    same kind count as one. The relation holds if it does for any pair of the kinds it names.
+    """
+    asked: Counter[tuple[str | None, str | None]] = Counter()
+    for clause in scene.clauses:
+        asked[clause.color, clause.shape] += clause.count
+    seen = Counter((item.color, item.shape) for item in found)
+
+    terms = [max(0.0, 1.0 - abs(n - seen[kind]) / n) for kind, n in asked.items()]
+    related = True
+    if scene.relation is not None:
+        first, second = ((clause.color, clause.shape) for clause in scene.clauses)
+        related = any(
+            _holds(scene.relation, a, b)
+            for a, b in permutations(found, 2)
+            if (a.color, a.shape) == first and (b.color, b.shape) == second
+        )
+        terms.append(float(related))
+    terms.append(float(all(kind in asked for kind in seen)))
+    return float(seen == asked and related), sum(terms) / len(terms)
+
+
+class ShapesScorer:
+    """Scores pictures of the demo domain against their prompts, without any model.
+
+    Args:
+        mode: what `score` returns: "strict" (0 or 1, for training) or "partial" (0..1, for evaluation); see `judge`.
+
+    Raises:
+        ValueError: for another mode.
+    """
+
+    name = "shapes"
+
+    def __init__(self, mode: str = "strict") -> None:
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r} of the shapes scorer: one of {', '.join(MODES)}")
+        self.mode = mode
+
+    def score(
+        self,
+        images: Sequence[Image.Image] | np.ndarray,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Tensor:
+        """Scores in 0..1, float32 `[N]`, on the CPU.
+
+        Args:
+            images: N PIL images, or uint8 RGB `[N, H, W, 3]`.
+            prompts: N prompts of the demo domain.
+            metadata: not used: the prompt says it all.
+
+        Raises:
+            ValueError: if a prompt is none of the domain (it is named), or images and prompts differ in number.
+        """
+        strict, partial = self.score_both(images, prompts)
+        return strict if self.mode == "strict" else partial
+
+    def score_both(self, images: Sequence[Image.Image] | np.ndarray, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Strict and partial scores, each float32 `[N]`, from one detection; arguments and errors as in `score`."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        scenes = [domain.parse(prompt) for prompt in prompts]
+        scores = [judge(scene, detect(_to_array(image))) for scene, image in zip(scenes, images, strict=True)]
+        table = torch.tensor(scores, dtype=torch.float32).reshape(-1, 2)
+        return table[:, 0].contiguous(), table[:, 1].contiguous()
+
+
+def _holds(relation: str, a: Found, b: Found) -> bool:
+    """GenEval's rule: is `a` in `relation` to `b`, with some slack for their sizes?"""
+    offset = np.array([a.x - b.x, a.y - b.y])
+    slack = POSITION_SLACK * np.array([a.width + b.width, a.height + b.height])
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0.0)
+    # The norm is that of the offset before it shrank, so that objects too close to call are in no relation.
+    return bool(shrunk @ np.array(domain.DIRECTIONS[relation]) > POSITION_COSINE * np.hypot(*offset))
+
+
+def _describe(mask: np.ndarray, lab: np.ndarray, left: int, top: int) -> _Blob:
+    """Colour and shape of one object: mask uint8 0/1 `[h, w]` and Lab `[h, w, 3]` of a box at `(left, top)`."""
+    import cv2
+
+    core = _erode(mask, 1).astype(bool)
+    colors = lab[core] if core.any() else lab[mask.astype(bool)]
+    median = np.median(colors, axis=0)
+    to_palette = np.sqrt(_squared_distances(median, _palette_lab()))
+    nearest = int(to_palette.argmin())
+    color = list(domain.PALETTE)[nearest] if to_palette[nearest] < MAX_DELTA_E else None
+    uniformity = float((_squared_distances(colors, median[None]) < MAX_DELTA_E**2).mean())
+
+    ys, xs = np.nonzero(mask)
+    # The hull goes round the corners of pixels: through their centres it would lose half a pixel all round.
+    corners = np.concatenate([np.stack([xs + dx, ys + dy], 1) for dx in (0, 1) for dy in (0, 1)])
+    hull = cv2.convexHull(corners.astype(np.float32))
+    area = len(xs)
+    solidity = area / cv2.contourArea(hull)
+    shape = None
+    if solidity > MIN_SOLIDITY:
+        _, radius = cv2.minEnclosingCircle(hull)
+        _, (side, other), _ = cv2.minAreaRect(hull)
+        triangle, _ = cv2.minEnclosingTriangle(hull)
+        ratios = np.log([area / (np.pi * radius**2), area / (side * other), area / triangle])
+        shape = min(PROTOTYPES, key=lambda name: float(np.sum((PROTOTYPES[name] - ratios) ** 2)))
+
+    x0, x1, y0, y1 = int(xs.min()), int(xs.max()) + 1, int(ys.min()), int(ys.max()) + 1
+    found = Found(color, shape, left + (x0 + x1) / 2, top + (y0 + y1) / 2, x1 - x0, y1 - y0, area)
+    return _Blob(found, float(solidity), uniformity)
+
+
+def _split(mask: np.ndarray, nearest: np.ndarray, lab: np.ndarray, left: int, top: int) -> list[_Blob]:
+    """The objects of a component in which several touch; empty if it does not come apart into clean ones.
+
+    Each palette colour is eroded on its own until the component has several cores; a pixel then goes to the nearest.
+
+    Args:
+        mask: uint8 0/1 `[h, w]`, the component in a box at `(left, top)`.
+        nearest: index of the nearest palette colour, `[h, w]`.
+        lab: `[h, w, 3]`.
+    """
+    import cv2
+
+    layers = [mask * (nearest == index).astype(np.uint8) for index in np.unique(nearest[mask.astype(bool)])]
+    for erosions in range(1, SPLIT_EROSIONS + 1):
+        cores: list[np.ndarray] = []
+        for layer in layers:
+            count, labels, stats, _ = cv2.connectedComponentsWithStats(_erode(layer, erosions), connectivity=4)
+            cores += [labels == index for index in range(1, count) if stats[index, cv2.CC_STAT_AREA] >= PART_CORE]
+        if len(cores) < 2:
+            continue
+        to_core = [cv2.distanceTransform((~core).astype(np.uint8), cv2.DIST_L2, 5) for core in cores]
+        owner = np.argmin(to_core, axis=0)
+        parts = [mask * (owner == index).astype(np.uint8) for index in range(len(cores))]
+        if min(int(part.sum()) for part in parts) < PART_AREA:
+            continue
+        blobs = [_describe(part, lab, left, top) for part in parts]
+        if all(blob.found.color and blob.found.shape and blob.solidity > PART_SOLIDITY for blob in blobs):
+            return blobs
+    return []
+
+
+def _erode(mask: np.ndarray, times: int) -> np.ndarray:
+    """A uint8 mask less `times` pixels all round; outside the array counts as empty."""
+    import cv2
+
+    kernel = np.ones((3, 3), np.uint8)
+    return cv2.erode(mask, kernel, iterations=times, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
+
+
+def _fill_holes(mask: np.ndarray) -> np.ndarray:
+    """A uint8 0/1 mask with all that the (4-connected) outside does not reach set to 1."""
+    import cv2
+
+    # The margin joins all of the outside, so that one fill from a corner reaches it.
+    outside = np.pad(mask, 1)
+    cv2.floodFill(outside, None, (0, 0), (2,), flags=4)
+    return (outside[1:-1, 1:-1] != 2).astype(np.uint8)
+
+
+def _to_lab(image: np.ndarray) -> np.ndarray:
+    """CIE Lab (D65, L in 0..100), float32, of a uint8 sRGB image; the same shape."""
+    import cv2
+
+    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
+def _palette_lab() -> np.ndarray:
+    """The palette in CIE Lab, `[8, 3]`, in the order of `domain.PALETTE`."""
+    return _to_lab(np.array([list(domain.PALETTE.values())], np.uint8))[0]
+
+
+def _squared_distances(points: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Squared distances `[..., M]` of points `[..., 3]` to references `[M, 3]`."""
+    return ((points[..., None, :] - references) ** 2).sum(-1)
+
+
+def _to_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """A picture as an RGB array `[H, W, 3]`."""
+    return image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))

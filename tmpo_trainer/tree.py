@@ -1,0 +1,436 @@
+"""Tree rollouts: where to branch, how nodes are laid out, sampling without gradient, replay with it.
+
+Nothing here knows a model: only `velocity(x, sigma)` with `x [N, ...latent]` and `sigma [N]`. Steps are 1-based: step s goes
+from sigmas[s - 1] to sigmas[s].
+
+Children are laid out by tiling: with W parents and k children, child c of parent p is row c * W + p. So the parent of row r
+is r % W, the root of any row is row % roots, and per-root conditions are matched by repeating them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tmpo_trainer import flow
+
+#: Predicts noise - data. `x [N, ...latent]`, `sigma [N]` -> `[N, ...latent]`.
+Velocity = Callable[[Tensor, Tensor], Tensor]
+#: The path of a node: its root, then the index of the child taken at each stochastic step.
+Path = tuple[int, ...]
+#: Standard normal noise of a node that is born at a step (0 for roots): `[...latent]`. A pure function of its arguments.
+Noise = Callable[[int, Path], Tensor]
+
+
+@dataclass(frozen=True)
+class BranchSchedule:
+    """Which steps branch at which update: Beta-distributed around a curriculum (paper eq. 8, 41-46).
+
+    Args:
+        num_steps: steps of the rollout, N.
+        early, late: 1-based mean positions at the first and the last update, each strictly increasing.
+        kappa: concentration of the Beta distribution, > 0; larger keeps nearer to the mean. 2 around the middle is uniform.
+        total_updates: length of the curriculum.
+        seed: draws are a function of (seed, update) alone, the same on every rank and after resuming.
+        last: the last position allowed, by default N - 1; pass `flow.last_stochastic_step(sigmas)`.
+
+    Raises:
+        ValueError: positions that do not increase, differ in number, or do not fit in 1..last.
+    """
+
+    num_steps: int
+    early: tuple[int, ...]
+    late: tuple[int, ...]
+    kappa: float
+    total_updates: int
+    seed: int
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, positions in (("early", self.early), ("late", self.late)):
+            if not positions or list(positions) != sorted(set(positions)):
+                raise ValueError(f"branch steps {name}={tuple(positions)} must be strictly increasing and not empty")
+            if positions[0] < 1 or positions[-1] > self.last_step:
+                raise ValueError(
+                    f"branch steps {name}={tuple(positions)} must lie in 1..{self.last_step} "
+                    f"(of {self.num_steps} steps, those that may carry noise)"
+                )
+        if len(self.early) != len(self.late):
+            raise ValueError(f"branch steps early={self.early} and late={self.late} differ in number")
+        if self.kappa <= 0 or self.total_updates < 1:
+            raise ValueError(f"kappa={self.kappa} must be > 0 and total_updates={self.total_updates} at least 1")
+
+    @property
+    def last_step(self) -> int:
+        return self.num_steps - 1 if self.last is None else self.last
+
+    def raw(self, update: int) -> tuple[float, ...]:
+        """The draws xi_i in 0..1, one per branch, before scaling, rounding, sorting and repair (eq. 43)."""
+        generator = random.Random(f"{self.seed}:{update}")
+        progress = min(update / self.total_updates, 1.0)
+        draws = []
+        for early, late in zip(self.early, self.late, strict=True):
+            mean = (early + (late - early) * progress - 1) / max(self.last_step - 1, 1)
+            # Beta is undefined at a mean of 0 or 1: those are the ends themselves.
+            inside = 0 < mean < 1
+            draws.append(generator.betavariate(self.kappa * mean, self.kappa * (1 - mean)) if inside else mean)
+        return tuple(draws)
+
+    def steps(self, update: int) -> tuple[int, ...]:
+        """The branch steps of an update (0-based): strictly increasing, in 1..last, always as many as `early`."""
+        steps = sorted(math.floor(1 + (self.last_step - 1) * xi + 0.5) for xi in self.raw(update))
+        # About half of the draws collide. Move, never drop: K must stay branching ** T.
+        for i in range(1, len(steps)):
+            steps[i] = max(steps[i], steps[i - 1] + 1)
+        steps[-1] = min(steps[-1], self.last_step)
+        for i in reversed(range(len(steps) - 1)):
+            steps[i] = min(steps[i], steps[i + 1] - 1)
+        return tuple(steps)
+
+
+@dataclass(frozen=True)
+class TreeIndex:
+    """How edges and leaves hang together. Edges are numbered step by step, in row order within a step.
+
+    leaf_edges: `[K, T]` the edges of each path. edge_parent: `[E]` the parent node of each edge, numbered likewise.
+    """
+
+    leaf_edges: Tensor
+    edge_parent: Tensor
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """The shape of a rollout.
+
+    Args:
+        num_steps: N. roots: independent noise seeds. fanout: {step: children}; 1 child is noise without branching.
+
+    Raises:
+        ValueError: a step outside 1..num_steps, or a count below 1.
+    """
+
+    num_steps: int
+    roots: int
+    fanout: Mapping[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fanout", dict(sorted(self.fanout.items())))
+        if self.num_steps < 1 or self.roots < 1:
+            raise ValueError(f"a tree needs at least one step and one root, got {self.num_steps} and {self.roots}")
+        for step, children in self.fanout.items():
+            if not 1 <= step <= self.num_steps or children < 1:
+                raise ValueError(f"fanout {{{step}: {children}}}: steps are 1..{self.num_steps}, children at least 1")
+
+    @classmethod
+    def tmpo(cls, num_steps: int, branch_steps: Sequence[int], branching: int) -> TreePlan:
+        """The paper's tree. A branch at step 1 means independent seeds (no transition), so it becomes roots."""
+        if list(branch_steps) != sorted(set(branch_steps)):
+            raise ValueError(f"branch steps {tuple(branch_steps)} must be strictly increasing")
+        fanout = {step: branching for step in branch_steps if step > 1}
+        return cls(num_steps, branching if 1 in branch_steps else 1, fanout)
+
+    def forest(self, trees: int) -> TreePlan:
+        """The same tree for several prompts at once: root r of prompt p is root r * trees + p, so row % trees is p."""
+        return TreePlan(self.num_steps, self.roots * trees, self.fanout)
+
+    @property
+    def leaves(self) -> int:
+        """K."""
+        return self.roots * math.prod(self.fanout.values())
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Nodes to evaluate at each step 1..N."""
+        return tuple(
+            self.roots * math.prod(k for s, k in self.fanout.items() if s < step)
+            for step in range(1, self.num_steps + 1)
+        )
+
+    @property
+    def rollout_evaluations(self) -> int:
+        """Network evaluations of a rollout, in nodes: every unique node once."""
+        return sum(self.widths)
+
+    @property
+    def train_evaluations(self) -> int:
+        """Forward and backward passes of one replay, in nodes: every unique parent of a transition once."""
+        return sum(self.widths[step - 1] for step in self.fanout)
+
+    def index(self) -> TreeIndex:
+        leaf_edges, edge_parent, edges, parents = [], [], 0, 0
+        for step, children in self.fanout.items():
+            width = self.widths[step - 1]
+            leaf_edges.append(edges + torch.arange(self.leaves) % (width * children))
+            edge_parent.append(parents + torch.arange(width * children) % width)
+            edges += width * children
+            parents += width
+        if not leaf_edges:
+            return TreeIndex(torch.zeros(self.leaves, 0, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+        return TreeIndex(torch.stack(leaf_edges, 1), torch.cat(edge_parent))
+
+
+def keyed_noise(key: Sequence[int | str], shape: Sequence[int]) -> Noise:
+    """Noise of a node as a pure function of (key, path): the same for any micro-batch, rank count or resumption.
+
+    Drawn on the CPU in float32, so that it does not depend on the device either.
+    """
+    shape = tuple(shape)
+
+    def noise(step: int, path: Path) -> Tensor:
+        digest = hashlib.blake2b(repr((*key, *path)).encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") >> 1
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    return noise
+
+
+@dataclass
+class Branch:
+    """What one stochastic step leaves behind. W parents, W * k children; everything float32 or float64.
+
+    x, mean: `[W, ...latent]`, the parents and the rollout policy's mean. std: broadcasts over them.
+    x_child: `[W * k, ...latent]`. log_prob: `[W * k]`, of the rollout policy.
+    """
+
+    step: int
+    sigma: float
+    sigma_next: float
+    x: Tensor
+    mean: Tensor
+    std: Tensor
+    x_child: Tensor
+    log_prob: Tensor
+
+
+@dataclass
+class Rollout:
+    """Leaves `[K, ...latent]` and the branches that led to them, in the order of `TreePlan.index()`."""
+
+    plan: TreePlan
+    kernel: flow.Kernel
+    eta: float
+    reduce: flow.Reduce
+    leaves: Tensor
+    branches: list[Branch]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """`[E]`, of the rollout policy."""
+        if not self.branches:
+            return torch.zeros(0, device=self.leaves.device)
+        return torch.cat([branch.log_prob for branch in self.branches])
+
+
+def chunk_size(width: int, roots: int, max_batch: int | None) -> int:
+    """Rows per network call: at most `max_batch`, and whole multiples of the roots where that leaves any."""
+    if max_batch is None or max_batch >= width:
+        return width
+    return max(1, max_batch if max_batch < roots else max_batch - max_batch % roots)
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity,
+    noise: Noise,
+    sigmas: Sequence[float] | Tensor,
+    plan: TreePlan,
+    *,
+    kernel: flow.Kernel = "cps",
+    eta: float = 0.7,
+    max_batch: int | None = None,
+    reduce: flow.Reduce = "mean",
+    callback: Callable[[int, int, Tensor], None] | None = None,
+) -> Rollout:
+    """Samples a tree, evaluating every unique node once; no gradient.
+
+    Args:
+        velocity: see `Velocity`. Rows of one call are consecutive and start at a multiple of the roots
+            (unless `max_batch` is smaller than the roots), so that conditions per root can be tiled.
+        noise: see `Noise`; its shape and device set those of the rollout.
+        sigmas: `[N + 1]`, from the pipeline's scheduler, ending in 0.
+        plan: the tree. kernel, eta: of the stochastic steps; all others are plain Euler steps.
+        max_batch: most nodes in one call of `velocity`; guidance doubles inside it.
+        reduce: how log-probabilities are reduced over dimensions.
+        callback: called after every network call with (nodes evaluated, nodes in all, x0_hat `[n, ...latent]`).
+
+    Raises:
+        ValueError: sigmas that do not fit the plan, or a stochastic step too near to sigma 0.
+    """
+    if len(sigmas) != plan.num_steps + 1:
+        raise ValueError(f"a plan of {plan.num_steps} steps needs {plan.num_steps + 1} sigmas, got {len(sigmas)}")
+    flow.check_stochastic(kernel, eta, sigmas, list(plan.fanout))
+    levels = [float(sigma) for sigma in sigmas]
+    paths: list[Path] = [(root,) for root in range(plan.roots)]
+    x = torch.stack([noise(0, path) for path in paths])
+    branches: list[Branch] = []
+    done = 0
+    for step in range(1, plan.num_steps + 1):
+        sigma, sigma_next = levels[step - 1], levels[step]
+        size = chunk_size(len(x), plan.roots, max_batch)
+        parts = []
+        for rows in x.split(size):
+            predicted = velocity(rows, torch.full((len(rows),), sigma, dtype=x.dtype, device=x.device))
+            parts.append(predicted.to(x.dtype))
+            done += len(rows)
+            if callback is not None:
+                callback(done, plan.rollout_evaluations, flow.predict_data(rows, predicted, sigma))
+        v = torch.cat(parts)
+        if step not in plan.fanout:
+            x, _ = flow.transition("ode", x, v, sigma, sigma_next, 0.0)
+            continue
+        children = plan.fanout[step]
+        mean, std = flow.transition(kernel, x, v, sigma, sigma_next, eta)
+        paths = [(*path, child) for child in range(children) for path in paths]
+        drawn = torch.stack([noise(step, path) for path in paths]).to(mean)
+        tiled = tile(mean, children)
+        x_child = tiled + std * drawn
+        branches.append(
+            Branch(step, sigma, sigma_next, x, mean, std, x_child, flow.log_prob(x_child, tiled, std, reduce))
+        )
+        x = x_child
+    return Rollout(plan, kernel, eta, reduce, x, branches)
+
+
+def tile(x: Tensor, times: int) -> Tensor:
+    """Repeats rows as a whole: `[W, ...]` -> `[times * W, ...]`, row r from row r % W."""
+    return x.repeat(times, *[1] * (x.dim() - 1))
+
+
+def _parent_batches(run: Rollout, max_batch: int | None) -> list[tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]]:
+    """Parents of all branches in micro-batches: (x, sigma, sigma_next, [(branch, first, last), ...]).
+
+    Parents of different steps share a batch (sigma is per row); all widths are multiples of the roots, so tiling holds.
+    """
+    if not run.branches:
+        return []
+    x = torch.cat([branch.x for branch in run.branches])
+    levels = [(branch.sigma, branch.sigma_next) for branch in run.branches for _ in branch.x]
+    where = [(b, row) for b, branch in enumerate(run.branches) for row in range(len(branch.x))]
+    size = chunk_size(len(x), run.plan.roots, max_batch)
+    batches = []
+    for first in range(0, len(x), size):
+        last = min(first + size, len(x))
+        pieces: list[tuple[int, int, int]] = []
+        for b in sorted({b for b, _ in where[first:last]}):
+            rows = [row for branch, row in where[first:last] if branch == b]
+            pieces.append((b, rows[0], rows[-1] + 1))
+        sigma, sigma_next = torch.tensor(levels[first:last], dtype=x.dtype, device=x.device).unbind(1)
+        batches.append((x[first:last], sigma, sigma_next, pieces))
+    return batches
+
+
+@torch.no_grad()
+def parent_means(velocity: Velocity, run: Rollout, max_batch: int | None = None) -> list[Tensor]:
+    """Means of every transition under another policy, without gradient: one `[W, ...latent]` per branch.
+
+    For the log-probabilities of a second inner update, and (adapter off) for the anchor and the KL penalty.
+    """
+    parts: list[list[Tensor]] = [[] for _ in run.branches]
+    for x, sigma, sigma_next, pieces in _parent_batches(run, max_batch):
+        mean, _ = flow.transition(run.kernel, x, velocity(x, sigma), sigma, sigma_next, run.eta)
+        for (b, _, _), rows in zip(pieces, mean.split([last - first for _, first, last in pieces]), strict=True):
+            parts[b].append(rows)
+    return [torch.cat(rows) for rows in parts]
+
+
+def edge_log_probs(run: Rollout, means: list[Tensor]) -> Tensor:
+    """`[E]`: log-probability of the stored children under other means."""
+    return torch.cat([
+        flow.log_prob(branch.x_child, tile(mean, len(branch.x_child) // len(mean)), branch.std, run.reduce)
+        for branch, mean in zip(run.branches, means, strict=True)
+    ])  # fmt: skip
+
+
+def edge_mean_shift(run: Rollout, means: list[Tensor], reference: list[Tensor] | None = None) -> Tensor:
+    """`[E]`: mean_d (mu - mu_0)^2 / (2 std^2), with mu_0 the rollout's means (RatioNorm, eq. 32) or `reference`."""
+    shifts = []
+    for i, (branch, mean) in enumerate(zip(run.branches, means, strict=True)):
+        other = branch.mean if reference is None else reference[i]
+        shift = ((mean - other) ** 2 / (2 * branch.std**2)).flatten(1)
+        shifts.append(tile(shift.mean(1) if run.reduce == "mean" else shift.sum(1), len(branch.x_child) // len(mean)))
+    return torch.cat(shifts)
+
+
+def edge_log_ratio(run: Rollout, means: list[Tensor], reference: list[Tensor]) -> Tensor:
+    """`[E]`: log pi - log pi_ref of the stored children, summed over dimensions (the anchor's Delta).
+
+    = dmu . eps / std + |dmu|^2 / (2 std^2), which avoids the cancellation of two large log-probabilities.
+    """
+    ratios = []
+    for branch, mean, other in zip(run.branches, means, reference, strict=True):
+        children = len(branch.x_child) // len(mean)
+        difference = tile(mean - other, children) / branch.std
+        eps = (branch.x_child - tile(mean, children)) / branch.std
+        ratios.append((difference * eps + difference**2 / 2).flatten(1).sum(1))
+    return torch.cat(ratios)
+
+
+def replay(
+    velocity: Velocity,
+    run: Rollout,
+    coefficients: Tensor,
+    *,
+    max_batch: int | None = None,
+    kl_weight: float = 0.0,
+    reference: list[Tensor] | None = None,
+    backward: Callable[[Tensor], None] = torch.Tensor.backward,
+) -> tuple[Tensor, float]:
+    """Backpropagates sum_e coefficient_e log pi(edge e), each unique parent once with a graph.
+
+    With coefficients d loss / d log pi this is exactly the gradient of the loss, while only one micro-batch's activations
+    are alive. Gradients accumulate in the parameters behind `velocity`.
+
+    Args:
+        coefficients: `[E]`, from `objectives.edge_coefficients`.
+        max_batch: most parents in one call.
+        kl_weight, reference: adds kl_weight * mean over transitions of mean_d (mu - mu_ref)^2 / (2 std^2), with the
+            reference policy's means from `parent_means`.
+        backward: called on each micro-batch's scalar (accelerate's `backward`, for instance).
+
+    Returns:
+        the replayed log-probabilities `[E]` (at unchanged weights the stored ones) and the KL.
+
+    Raises:
+        ValueError: a KL weight without a reference.
+    """
+    if kl_weight and reference is None:
+        raise ValueError("kl_weight needs the reference policy's means")
+    parts: list[list[Tensor]] = [[] for _ in run.branches]
+    offsets = [0]
+    for branch in run.branches:
+        offsets.append(offsets[-1] + len(branch.x_child))
+    edges, kl = offsets[-1], 0.0
+    for x, sigma, sigma_next, pieces in _parent_batches(run, max_batch):
+        with torch.enable_grad():
+            mean, std = flow.transition(run.kernel, x, velocity(x, sigma), sigma, sigma_next, run.eta)
+            total = mean.new_zeros(())
+            row = 0
+            for b, first, last in pieces:
+                branch = run.branches[b]
+                mu, scale = mean[row : row + last - first], std[row : row + last - first]
+                row += last - first
+                width = len(branch.x)
+                children = len(branch.x_child) // width
+                # Row c * W + p is child c of parent p.
+                x_child = branch.x_child.unflatten(0, (children, width))[:, first:last].flatten(0, 1)
+                weights = coefficients[offsets[b] : offsets[b + 1]].view(children, width)[:, first:last]
+                log_prob = flow.log_prob(x_child, tile(mu, children), tile(scale, children), run.reduce)
+                total = total + (weights.flatten() * log_prob).sum()
+                parts[b].append(log_prob.detach().view(children, -1))
+                if kl_weight:
+                    assert reference is not None
+                    shift = ((mu - reference[b][first:last]) ** 2 / (2 * scale**2)).flatten(1)
+                    penalty = (shift.mean(1) if run.reduce == "mean" else shift.sum(1)).sum() * children / edges
+                    kl += penalty.item()
+                    total = total + kl_weight * penalty
+            backward(total)
+    if not parts:
+        return torch.zeros(0, device=run.leaves.device), 0.0
+    return torch.cat([torch.cat(rows, 1).flatten() for rows in parts]), kl
