@@ -303,7 +303,9 @@ def tile(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.dim() - 1))
 
 
-def _parent_batches(run: Rollout, max_batch: int | None) -> list[tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]]:
+def _parent_batches(
+    run: Rollout, max_batch: int | None
+) -> list[tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]]:
     """Parents of all branches in micro-batches: (x, sigma, sigma_next, [(branch, first, last), ...]).
 
     Parents of different steps share a batch (sigma is per row); all widths are multiples of the roots, so tiling holds.

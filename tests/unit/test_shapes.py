@@ -135,6 +135,22 @@ def test_a_blob_of_no_palette_colour_is_an_unknown_extra():
     assert judge(domain.parse("a red square"), found) == (0.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("rgb", "color"),
+    # Delta E to the nearest palette colour: 15 and 34, both on the other side of 28 if the channels were swapped.
+    [((90, 45, 195), "blue"), ((195, 105, 60), None)],
+    ids=["indigo", "brown"],
+)
+def test_colours_have_a_reach(rgb: tuple[int, int, int], color: str | None):
+    assert kinds(detect(paint((20, 20, 20, 20, rgb)))) == [(color, "square")]
+
+
+def test_hairlines_are_ignored():
+    red = domain.PALETTE["red"]
+    found = detect(paint((8, 22, 16, 16, red), (40, 22, 16, 16, red), (24, 30, 16, 1, red)))
+    assert kinds(found) == [("red", "square")] * 2
+
+
 def test_a_ragged_outline_is_no_shape():
     red = domain.PALETTE["red"]
     cross = detect(paint((28, 8, 8, 48, red), (8, 28, 48, 8, red)))

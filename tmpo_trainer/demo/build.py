@@ -236,7 +236,9 @@ class TextToVelocity(nn.Module):
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")["input_ids"]  # type: ignore[return-value]
+    return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")[
+        "input_ids"
+    ]  # type: ignore[return-value]
 
 
 def model_stage(
@@ -306,14 +308,18 @@ def assemble(vae: AutoencoderKL, tokenizer: CLIPTokenizer, model: TextToVelocity
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tmpo_trainer.demo.build", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tmpo_trainer.demo.build", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--work", type=Path, default=Path("outputs/demo-build"), help="folder for intermediate results")
     parser.add_argument("--scenes", type=int, default=80_000, help="pictures to draw")
     parser.add_argument("--vae-steps", type=int, default=6_000)
     parser.add_argument("--model-steps", type=int, default=26_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler; 1.3x)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler; 1.3x)"
+    )
     args = parser.parse_args(arguments)
     args.work.mkdir(parents=True, exist_ok=True)
     pictures, prompts = draw_stage(args.work, args.scenes, args.seed)

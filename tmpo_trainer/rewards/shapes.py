@@ -22,7 +22,7 @@ from tmpo_trainer.demo import domain
 if TYPE_CHECKING:
     from PIL import Image
 
-#: Components smaller than this, in pixels, are specks and not objects (the smallest object drawn has 170).
+#: Components smaller than this, in pixels, are specks and not objects (the smallest object drawn has about 175).
 MIN_AREA = 20
 #: Largest CIE76 distance to a palette colour; the palette's nearest two are 35 apart.
 MAX_DELTA_E = 28.0

@@ -1,0 +1,39 @@
+"""What differs between image models: text encoding, velocity, sigmas, decoding, LoRA targets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tmpo_trainer.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tmpo_trainer.backbones.sd3 import SD3Backbone
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+
+
+def find_model(model: str) -> Path:
+    """The local pipeline folder of a model setting. Raises ConfigError before anything heavy is loaded."""
+    folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
+    index = folder / "model_index.json"
+    if not index.is_file():
+        what = "is a folder without model_index.json" if folder.is_dir() else "is not a folder"
+        raise ConfigError(f"model {model} {what}: give `demo` or a local diffusers pipeline folder")
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{index} names no _class_name: not a diffusers pipeline folder") from None
+    if name != "StableDiffusion3Pipeline":
+        raise ConfigError(f"model {model} is a {name}: this version trains StableDiffusion3Pipeline models")
+    return folder
+
+
+def load_backbone(model: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> SD3Backbone:
+    """Loads a pipeline folder. Raises ConfigError for anything that is none."""
+    from tmpo_trainer.backbones.sd3 import SD3Backbone
+
+    return SD3Backbone.load(find_model(model), dtype, device, max_sequence_length)

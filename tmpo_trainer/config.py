@@ -1,0 +1,244 @@
+"""Every setting of a training run, its default and its help text. Importable without torch.
+
+Precedence: flags > `--config run.yaml` > `--preset NAME` > the defaults below. Flags, YAML and presets go through the same
+validation; an unknown key or a value of the wrong kind is an error that names it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: one line that names it and the mend. Exit code 2."""
+
+
+class TrainConfig(BaseModel):
+    """Settings of `python -m tmpo_trainer`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    # What is trained, on what, towards what
+    model: str = "demo"
+    """`demo` (the bundled tiny model), a local diffusers folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
+    reward: tuple[str, ...] = Field(("shapes",), min_length=1)
+    """One or more scorers; several are z-scored per prompt and added."""
+    reward_weights: tuple[float, ...] | None = None
+    """One weight per reward; all 1 by default."""
+    reward_norm: Literal["zscore", "none"] = "zscore"
+    """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw."""
+    method: Literal["tmpo"] = "tmpo"
+    """The training method."""
+    prompts: Path | None = None
+    """Training prompts, one per line; by default the list that comes with the model or reward."""
+    eval_prompts: Path | None = None
+    """Held-out prompts for the report, one per line; by default the list that comes with the model or reward."""
+
+    # Length, place, repeatability
+    updates: int = Field(500, ge=1)
+    """Number of updates (rollout, replay, optimiser step)."""
+    output_dir: Path | None = None
+    """The run's folder; by default a new one, outputs/<preset>-<date>-<time>."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything: noise, branch steps, prompt order, LoRA initialisation."""
+
+    # Rollout
+    prompts_per_update: int = Field(1, ge=1)
+    """Prompts per update and process; their gradients are averaged."""
+    prompts_per_batch: int = Field(1, ge=1)
+    """How many of them are rolled out together in one batch (small models are faster that way)."""
+    rollout_steps: int = Field(6, ge=2)
+    """Denoising steps of a rollout, N."""
+    branching: int = Field(3, ge=1)
+    """Children per branch point, B."""
+    branch_early: tuple[int, ...] = (1, 2, 3)
+    """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
+    branch_late: tuple[int, ...] = (1, 3, 5)
+    """Mean branch steps at the last update."""
+    kappa: float = Field(6.0, gt=0)
+    """Concentration of the branch steps around their means; 2 with a mean in the middle is uniform."""
+    kernel: Literal["cps", "flow_sde", "dance"] = "cps"
+    """Transition kernel of the stochastic steps."""
+    eta: float = Field(0.7, gt=0)
+    """Noise level of the stochastic steps; at most 1 for cps."""
+    guidance: float = Field(3.5, ge=0)
+    """Guidance scale. For models with classifier-free guidance 1 or less switches it off."""
+    resolution: tuple[int, int] = (512, 512)
+    """Height and width in pixels."""
+    max_sequence_length: int = Field(256, ge=0, le=512)
+    """T5 tokens. Without T5, diffusers appends as many zero tokens: 0 for the demo model."""
+    max_batch: int | None = Field(None, ge=1)
+    """Most latents in one network call of the rollout; by default no limit."""
+    replay_batch: int | None = Field(None, ge=1)
+    """Most latents in one network call of the replay; by default no limit."""
+    decode_batch: int = Field(64, ge=1)
+    """Most latents in one VAE decode."""
+
+    # Objective
+    beta_start: float = Field(0.8, gt=0)
+    """Inverse temperature of the Boltzmann target at the first update."""
+    beta_end: float = Field(2.0, gt=0)
+    """Inverse temperature after the warm-up."""
+    beta_warmup: int = Field(150, ge=0)
+    """Updates over which beta rises linearly."""
+    clip: float = Field(0.2, gt=0)
+    """PPO's epsilon."""
+    baseline: Literal["none", "group", "siblings"] = "none"
+    """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
+    anchor: Literal["none", "ref"] = "none"
+    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
+    anchor_weight: float = Field(1.0, gt=0)
+    """lambda: the weight of the anchor's log-ratio, which is summed over latent dimensions."""
+    logp_reduce: Literal["mean", "sum"] = "mean"
+    """How log-probabilities are reduced over latent dimensions (paper: mean)."""
+    inner_updates: int = Field(1, ge=1)
+    """Optimiser updates per rollout."""
+    kl_weight: float = Field(0.0, ge=0)
+    """Weight of the KL penalty to the pretrained model."""
+
+    # Optimiser
+    learning_rate: float = Field(3e-5, ge=0)
+    """AdamW's peak learning rate."""
+    lr_min_ratio: float = Field(0.1, ge=0, le=1)
+    """Where the cosine ends, as a share of the peak."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """AdamW's weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    max_grad_norm: float = Field(0.5, gt=0)
+    """Gradient clipping."""
+    ema_decay: float = Field(0.9, ge=0, lt=1)
+    """Decay of the averaged weights, which evaluation and export use."""
+    ema_every: int = Field(8, ge=1)
+    """Updates between two averages."""
+
+    # LoRA
+    lora_rank: int = Field(64, ge=1)
+    """Rank."""
+    lora_alpha: float = Field(128, gt=0)
+    """Scale is alpha / rank; the export folds it into the weights."""
+
+    # Numbers and pictures on the way
+    eval_images: int = Field(8, ge=2)
+    """Images per held-out prompt in the report."""
+    eval_limit: int | None = Field(None, ge=1)
+    """Use only the first so many held-out prompts."""
+    eval_steps: int = Field(28, ge=1)
+    """Denoising steps in the report and the sample grids."""
+    sample_every: int = Field(50, ge=0)
+    """Updates between two sample grids; 0 for none."""
+    checkpoint_every: int = Field(50, ge=0)
+    """Updates between two checkpoints; one is always written at the end. 0 for only that one."""
+    checkpoints_kept: int = Field(2, ge=1)
+    """Older checkpoints are deleted."""
+    report: bool = True
+    """Evaluate base and trained model on held-out prompts at the end and write report.md."""
+
+    # Machine
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen weights; auto is bfloat16 on a GPU and float32 on a CPU. LoRA and latents are float32."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of torch; by default torch's own choice."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward)} rewards: give one each"
+            )
+        if self.reward_norm == "none" and len(self.reward) > 1:
+            raise ValueError("reward_norm none is for a single reward: several need zscore")
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(f"eta {self.eta} is too large for kernel cps: at most 1")
+        for name in ("branch_early", "branch_late"):
+            steps = getattr(self, name)
+            if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
+                raise ValueError(f"{name} {list(steps)} must be strictly increasing steps, counted from 1")
+            if steps[-1] >= self.rollout_steps:
+                raise ValueError(f"{name} {list(steps)} must stay below rollout_steps {self.rollout_steps}")
+        if len(self.branch_early) != len(self.branch_late):
+            raise ValueError("branch_early and branch_late differ in number")
+        if self.branching == 1 and self.baseline == "siblings":
+            raise ValueError("baseline siblings needs branching of at least 2: a single child has no siblings")
+        return self
+
+    def beta(self, update: int) -> float:
+        """Inverse temperature of an update (0-based)."""
+        progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
+        return self.beta_start + (self.beta_end - self.beta_start) * progress
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def one_line(error: ValidationError, where: str) -> str:
+    """The first complaint of pydantic as one line that names the key, the value and the mend."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"][:1]) or "settings"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {key}{_suggest(key, TrainConfig.model_fields) or ' (--help lists them)'}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"{where}: {message}"
+    return f"{where}: {key} {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping of settings from a YAML file. Raises ConfigError that names the file."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} is not a mapping of settings, e.g. 'learning_rate: 3e-5'")
+    return loaded
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset. Raises ConfigError that lists the presets."""
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        names = preset_names()
+        raise ConfigError(f"unknown preset {name}{_suggest(name, names)} (presets: {', '.join(names)})")
+    return read_yaml(path)
+
+
+def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
+    """Merges layers (name, settings), later ones win, and validates. Raises ConfigError naming the layer to blame."""
+    merged: dict[str, Any] = {}
+    blame = "defaults"
+    for where, settings in layers:
+        merged.update(settings)
+        blame = where
+        try:
+            TrainConfig.model_validate(merged)
+        except ValidationError as error:
+            # A combination may become valid with a later layer; a bad key or value of this one never does.
+            if error.errors()[0]["loc"]:
+                raise ConfigError(one_line(error, where)) from None
+    try:
+        return TrainConfig.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(one_line(error, blame)) from None
+
+
+def to_yaml(config: TrainConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
