@@ -114,7 +114,8 @@ def softmax_tb_loss(
         weight = subtract_sibling_mean(edge_mean(advantage, leaf_edges, len(log_probs)), edge_parent)
         surrogate = clipped_surrogate(log_ratio, weight, clip)
         # An edge on k of the K paths stands for k / K of them: over one level these sum to 1, hence a mean per level.
-        share = torch.bincount(leaf_edges.flatten(), minlength=len(log_probs)) / len(rewards)
+        count = torch.bincount(leaf_edges.flatten(), minlength=len(log_probs))
+        share = count.to(log_probs.dtype) / len(rewards)
         loss = -(share * surrogate).sum()
     elif baseline in ("none", "group"):
         log_ratio = path_sum(log_ratio, leaf_edges)

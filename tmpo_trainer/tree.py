@@ -131,8 +131,8 @@ class TreePlan:
     @classmethod
     def tmpo(cls, num_steps: int, branch_steps: Sequence[int], branching: int) -> TreePlan:
         """The paper's tree. A branch at step 1 means independent seeds (no transition), so it becomes roots."""
-        if list(branch_steps) != sorted(set(branch_steps)):
-            raise ValueError(f"branch steps {tuple(branch_steps)} must be strictly increasing")
+        if list(branch_steps) != sorted(set(branch_steps)) or min(branch_steps, default=1) < 1:
+            raise ValueError(f"branch steps {tuple(branch_steps)} must be strictly increasing and at least 1")
         fanout = {step: branching for step in branch_steps if step > 1}
         return cls(num_steps, branching if 1 in branch_steps else 1, fanout)
 
@@ -269,6 +269,7 @@ def rollout(
     levels = [float(sigma) for sigma in sigmas]
     paths: list[Path] = [(root,) for root in range(plan.roots)]
     x = torch.stack([noise(0, path) for path in paths])
+    x = x.to(flow.working_dtype(x))
     branches: list[Branch] = []
     done = 0
     for step in range(1, plan.num_steps + 1):

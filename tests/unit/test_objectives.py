@@ -1,0 +1,446 @@
+"""Softmax-TB: identities, fixed points on enumerated bandits, and a twin written as loops over paths."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tmpo_trainer import objectives, tree
+from tmpo_trainer.objectives import softmax_tb_advantage, softmax_tb_loss
+from tmpo_trainer.tree import TreePlan
+
+SIGMAS = (1.0, 0.9037, 0.7897, 0.6525, 0.4842, 0.2730, 0.0)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def kl(q: Tensor, p: Tensor) -> Tensor:
+    return (q * (q.log() - p.log())).sum()
+
+
+# Rewards
+
+
+def test_zscore_uses_the_population_std_of_each_group():
+    rewards = 3 + 2 * normal(4, 27)
+    z = objectives.zscore(rewards)
+    torch.testing.assert_close(
+        z, (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True, correction=0)
+    )
+    torch.testing.assert_close(z.mean(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.square().mean(1), torch.ones(4, dtype=torch.float64))
+    assert objectives.zscore(torch.tensor([0.0, 2.0])).tolist() == [-1, 1]
+
+
+def test_zscore_of_equal_rewards_is_zero_and_its_floor_is_small():
+    assert objectives.zscore(torch.full((27,), 0.25)).tolist() == [0] * 27
+    # Rounding noise stays noise; a spread above the floor is scaled to 1.
+    assert objectives.zscore(0.5 + 1e-7 * normal(27)).abs().max() < 0.01
+    assert objectives.zscore(0.5 + 1e-3 * normal(27)).std(correction=0).item() == pytest.approx(1)
+
+
+# Advantage
+
+
+@pytest.mark.parametrize("beta", [0.8, 2.0])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_q_weighted_advantage_is_the_kl_divergence(beta, anchored):
+    rewards, log_probs, delta = normal(3, 27)
+    advantage = softmax_tb_advantage(rewards, log_probs, beta, delta if anchored else None, 0.3)
+    q, p = (beta * rewards).softmax(0), (0.3 * delta if anchored else log_probs).softmax(0)
+    torch.testing.assert_close((q * advantage).sum(), kl(q, p))
+    torch.testing.assert_close((p * advantage).sum(), -kl(p, q))
+
+
+def test_advantage_at_a_uniform_policy_is_the_centred_reward():
+    rewards = normal(27)
+    advantage = softmax_tb_advantage(rewards, torch.full((27,), -1.3, dtype=torch.float64), 2.0)
+    log_mean_exp = (2.0 * rewards).exp().mean().log()
+    torch.testing.assert_close(advantage, 2.0 * rewards - log_mean_exp)
+
+
+def test_advantage_ignores_shifts_and_carries_no_gradient():
+    rewards, log_probs, delta = normal(3, 27)
+    log_probs.requires_grad_()
+    advantage = softmax_tb_advantage(rewards, log_probs, 2.0)
+    assert not advantage.requires_grad
+    torch.testing.assert_close(softmax_tb_advantage(rewards + 7, log_probs, 2.0), advantage)
+    torch.testing.assert_close(softmax_tb_advantage(rewards, log_probs - 1e3, 2.0), advantage)
+    anchored = softmax_tb_advantage(rewards, log_probs, 2.0, delta)
+    torch.testing.assert_close(softmax_tb_advantage(rewards, log_probs * 0, 2.0, delta + 5), anchored)
+    assert not torch.allclose(anchored, advantage)
+
+
+# Enumerated bandits: every arm is in the group once, and the policy is a softmax over the arms of each root
+
+
+def train_bandit(
+    rewards: Tensor,
+    beta: float,
+    baseline: objectives.Baseline,
+    reference: Tensor | None = None,
+    weight: float = 1.0,
+    start: Tensor | None = None,
+    updates: int = 1500,
+) -> Tensor:
+    """Policy `[roots, arms]` after gradient descent, by default from a random start; rewards and reference likewise."""
+    roots, arms = rewards.shape
+    theta = (normal(roots, arms, seed=9) / 2 if start is None else start.log()).requires_grad_()
+    # Tiling: arm a of root r is row a * roots + r.
+    leaf_edges, edge_parent = torch.arange(roots * arms)[:, None], torch.arange(roots * arms) % roots
+    optimizer = torch.optim.SGD([theta], lr=roots * arms / 2)
+    for _ in range(updates):
+        log_probs = theta.log_softmax(1).T.flatten()
+        old = log_probs.detach()
+        delta = None if reference is None else old - reference.log().T.flatten()
+        loss, _ = softmax_tb_loss(
+            log_probs,
+            old,
+            torch.zeros_like(old),
+            leaf_edges,
+            edge_parent,
+            rewards.T.flatten(),
+            beta,
+            baseline=baseline,
+            anchor_log_ratio=delta,
+            anchor_weight=weight,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return theta.detach().softmax(1)
+
+
+@pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
+def test_bandit_converges_to_the_boltzmann_distribution(baseline):
+    rewards = normal(1, 6)
+    policy = train_bandit(rewards, 1.5, baseline)
+    torch.testing.assert_close(policy, (1.5 * rewards).softmax(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
+@pytest.mark.parametrize("weight", [1.0, 2.5])
+def test_anchored_bandit_converges_to_the_tilted_reference(baseline, weight):
+    rewards, reference = normal(1, 6), normal(1, 6, seed=4).softmax(1)
+    policy = train_bandit(rewards, 1.5, baseline, reference, weight)
+    tilted = (reference.log() + 1.5 / weight * rewards).softmax(1)
+    torch.testing.assert_close(policy, tilted, rtol=0, atol=1e-6)
+    assert (tilted - (1.5 * rewards).softmax(1)).abs().max() > 0.05
+
+
+def test_anchored_bandits_of_several_roots_need_the_siblings_baseline():
+    # Roots that differ in reward: no transition can move mass between them.
+    rewards = normal(3, 5) + torch.tensor([[-1.0], [0.0], [2.0]])
+    reference = normal(3, 5, seed=4).softmax(1)
+    tilted = (reference.log() + 1.5 / 2.5 * rewards).softmax(1)
+    policy = train_bandit(rewards, 1.5, "siblings", reference, 2.5)
+    torch.testing.assert_close(policy, tilted, rtol=0, atol=1e-6)
+    # Without it the tilted reference is not even a place to stay: the difference between roots pulls away from it.
+    for baseline in ("none", "group"):
+        policy = train_bandit(rewards, 1.5, baseline, reference, 2.5, start=tilted, updates=3)
+        assert (policy - tilted).abs().max() > 0.02
+
+
+# Gaussian kernels: what antithetic noise makes exact
+
+
+class Affine(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(normal(4, 4) / 2)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight) * (1 + sigma[:, None])
+
+
+def antithetic(step: int, path: tree.Path) -> Tensor:
+    """Children 2i and 2i + 1 are +-eps, the same for every parent."""
+    if step == 0:
+        return normal(4, seed=path[0])
+    return (1 - 2 * (path[-1] % 2)) * normal(4, seed=1000 * step + path[-1] // 2)
+
+
+def independent(step: int, path: tree.Path) -> Tensor:
+    return normal(4, seed=1000 * step + path[-1])
+
+
+def log_p_gradient(noise: tree.Noise, plan: TreePlan) -> Tensor:
+    """Gradient of the loss without rewards: what the -log p in the advantage does at the first update."""
+    model = Affine()
+    run = tree.rollout(model, noise, SIGMAS, plan, reduce="sum")
+    index, log_probs = plan.index(), run.log_probs.requires_grad_()
+    loss, _ = softmax_tb_loss(
+        log_probs,
+        run.log_probs.detach(),
+        torch.zeros_like(log_probs),
+        index.leaf_edges,
+        index.edge_parent,
+        torch.zeros(plan.leaves, dtype=torch.float64),
+        2.0,
+    )
+    tree.replay(model, run, objectives.edge_coefficients(loss, log_probs))
+    assert model.weight.grad is not None
+    return model.weight.grad
+
+
+@pytest.mark.parametrize("plan", [TreePlan(6, 1, {2: 4}), TreePlan.tmpo(6, (1, 2, 4), 4)])
+def test_antithetic_noise_cancels_the_log_p_part(plan):
+    assert log_p_gradient(antithetic, plan).abs().max() < 1e-12
+    assert log_p_gradient(independent, plan).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_ratio_norm_centres_the_log_ratio(reduce):
+    model = Affine()
+    run = tree.rollout(model, antithetic, SIGMAS, TreePlan(6, 2, {2: 6}), reduce=reduce)
+    with torch.no_grad():
+        model.weight += 0.2 * normal(4, 4, seed=8)
+    means = tree.parent_means(model, run)
+    raw = tree.edge_log_probs(run, means) - run.log_probs
+    shift = tree.edge_mean_shift(run, means)
+    # Row c * 2 + root, with children 2i and 2i + 1 antithetic.
+    plus, minus = (raw + shift).view(3, 2, 2).unbind(1)
+    torch.testing.assert_close(plus, -minus, rtol=0, atol=1e-12)
+    assert plus.abs().min() > 1e-3
+    torch.testing.assert_close(raw.view(6, 2).mean(0), -shift.view(6, 2).mean(0), rtol=0, atol=1e-12)
+    assert shift.min() > 1e-4
+
+
+# Clipping and ratios
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),
+        (1.1, 2.0, 2.2, 2.2),
+        (1.5, 2.0, 2.4, 0.0),
+        (1.5, -2.0, -3.0, -3.0),
+        (0.5, 2.0, 1.0, 1.0),
+        (0.5, -2.0, -1.6, 0.0),
+    ],
+)
+def test_clipping_stops_only_gains_outside_the_interval(ratio, advantage, value, slope):
+    log_ratio = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+    result = objectives.clipped_surrogate(log_ratio, torch.tensor(advantage, dtype=torch.float64), 0.2)
+    result.backward()
+    assert result.item() == pytest.approx(value)
+    assert log_ratio.grad is not None and log_ratio.grad.item() == pytest.approx(slope)
+
+
+def test_path_ratio_is_the_product_of_all_its_transitions():
+    log_probs = torch.tensor([0.05, 0.04, 0.03, -0.3], requires_grad=True)
+    zero = torch.zeros(4)
+    leaf_edges, rewards = torch.tensor([[0, 1], [2, 3]]), torch.tensor([1.0, 0.0])
+    _, figures = softmax_tb_loss(log_probs, zero, zero, leaf_edges, torch.arange(4), rewards, 1.0)
+    assert figures["ratio_max"] == pytest.approx(math.exp(0.09))
+    assert figures["ratio_mean"] == pytest.approx((math.exp(0.09) + math.exp(-0.27)) / 2)
+    assert figures["clip_fraction"] == 0.5
+    _, figures = softmax_tb_loss(
+        log_probs, zero, zero, leaf_edges, torch.tensor([0, 1, 0, 1]), rewards, 1.0, baseline="siblings"
+    )
+    assert figures["ratio_max"] == pytest.approx(math.exp(0.05)) and figures["clip_fraction"] == 0.25
+
+
+# The whole loss
+
+
+def trees() -> list[tuple[int, int, int]]:
+    return [(1, 3, 1), (3, 3, 2), (1, 2, 3), (2, 2, 3), (1, 4, 2), (5, 2, 1), (1, 3, 3)]
+
+
+def brute_loss(
+    plan: TreePlan, current: Tensor, old: Tensor, shift: Tensor, rewards: Tensor, delta: Tensor | None, s: dict
+) -> tuple[float, list[float]]:
+    """Loss and its slope per edge, in plain Python; edges in the order of the layout: step, children, parents."""
+    depth = len(plan.fanout)
+    paths = [[(root,) for root in range(plan.roots)]]
+    for children in plan.fanout.values():
+        paths.append([(*path, child) for child in range(children) for path in paths[-1]])
+    number = {path: i for i, path in enumerate(itertools.chain(*paths[1:]))}
+    leaves = paths[-1]
+    on_path = [[number[leaf[:level]] for level in range(2, depth + 2)] for leaf in leaves]
+    log_w = [(current[e] - old[e] + shift[e]).item() for e in range(len(number))]
+
+    def log_softmax(values: list[float]) -> list[float]:
+        total = math.log(sum(math.exp(value) for value in values))
+        return [value - total for value in values]
+
+    log_q = log_softmax([s["beta"] * r for r in rewards.tolist()])
+    source = current if delta is None else s["anchor_weight"] * delta
+    log_p = log_softmax([sum(source[e].item() for e in edges) for edges in on_path])
+    advantage = [a - b for a, b in zip(log_q, log_p, strict=True)]
+    loss, slope = 0.0, [0.0] * len(number)
+
+    def add(weight: float, log_ratio: float, a: float, edges: list[int]) -> None:
+        nonlocal loss
+        rho = math.exp(log_ratio)
+        clipped = min(max(rho, 1 - s["clip"]), 1 + s["clip"])
+        loss -= weight * min(rho * a, clipped * a)
+        if rho * a <= clipped * a:
+            for edge in edges:
+                slope[edge] -= weight * rho * a
+
+    if s["baseline"] == "siblings":
+        for level in range(1, depth + 1):
+            below = {
+                path: [a for leaf, a in zip(leaves, advantage, strict=True) if leaf[: level + 1] == path]
+                for path in paths[level]
+            }
+            mean = {path: sum(values) / len(values) for path, values in below.items()}
+            for path in paths[level]:
+                siblings = [mean[other] for other in paths[level] if other[:-1] == path[:-1]]
+                a = mean[path] - sum(siblings) / len(siblings)
+                add(1 / len(paths[level]), log_w[number[path]], a, [number[path]])
+        return loss, slope
+    centre = sum(advantage) / len(advantage) if s["baseline"] == "group" else 0.0
+    for a, edges in zip(advantage, on_path, strict=True):
+        add(1 / len(leaves), sum(log_w[e] for e in edges), a - centre, edges)
+    return loss, slope
+
+
+@pytest.mark.parametrize(("roots", "branching", "levels"), trees())
+@pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("spread", [0.0, 0.25])
+def test_loss_and_coefficients_equal_plain_loops(roots, branching, levels, baseline, anchored, spread):
+    plan = TreePlan(levels + 2, roots, {step + 2: branching for step in range(levels)})
+    index = plan.index()
+    edges = len(index.edge_parent)
+    old, move, delta = normal(3, edges)
+    current, shift, rewards = old + spread * move, spread * normal(edges, seed=6) ** 2 / 8, normal(plan.leaves, seed=7)
+    s = {"beta": 1.7, "clip": 0.2, "baseline": baseline, "anchor_weight": 0.3}
+    loss, slope = brute_loss(plan, current, old, shift, rewards, delta if anchored else None, s)
+    log_probs = current.clone().requires_grad_()
+    found, _ = softmax_tb_loss(
+        log_probs,
+        old,
+        shift,
+        index.leaf_edges,
+        index.edge_parent,
+        rewards,
+        s["beta"],
+        s["clip"],
+        baseline,
+        delta if anchored else None,
+        s["anchor_weight"],
+    )
+    assert found.item() == pytest.approx(loss, rel=1e-11, abs=1e-12)
+    coefficients = objectives.edge_coefficients(found, log_probs)
+    torch.testing.assert_close(coefficients, torch.tensor(slope, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+    assert log_probs.grad is None
+
+
+def test_group_baseline_subtracts_the_mean_advantage():
+    edges = torch.arange(5)[:, None]
+    log_probs, rewards = normal(2, 5)
+    log_probs.requires_grad_()
+    loss, figures = softmax_tb_loss(
+        log_probs, log_probs.detach(), torch.zeros(5), edges, torch.zeros(5).long(), rewards, 2.0, baseline="group"
+    )
+    coefficients = objectives.edge_coefficients(loss, log_probs)
+    assert coefficients.sum().abs() < 1e-14
+    advantage = softmax_tb_advantage(rewards, log_probs, 2.0)
+    torch.testing.assert_close(coefficients, -(advantage - advantage.mean()) / 5)
+    assert figures["advantage_mean"] == pytest.approx(advantage.mean().item())
+
+
+def test_siblings_baseline_ignores_what_no_transition_can_influence():
+    plan = TreePlan.tmpo(6, (1, 2, 3), 3)
+    index, rewards = plan.index(), normal(27)
+    log_probs = normal(36, seed=2).requires_grad_()
+
+    def coefficients(r: Tensor) -> Tensor:
+        loss, _ = softmax_tb_loss(
+            log_probs,
+            log_probs.detach(),
+            torch.zeros(36),
+            index.leaf_edges,
+            index.edge_parent,
+            r,
+            2.0,
+            baseline="siblings",
+        )
+        return objectives.edge_coefficients(loss, log_probs)
+
+    # A reward of the seed alone (row % 3 is the root) changes nothing.
+    seeds = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64).repeat(9)
+    torch.testing.assert_close(coefficients(rewards + seeds), coefficients(rewards))
+    # A reward of the first-level node (row % 9) changes only first-level edges.
+    changed = coefficients(rewards + normal(9, seed=5).repeat(3)) - coefficients(rewards)
+    assert changed[:9].abs().min() > 1e-3 and changed[9:].abs().max() < 1e-14
+    assert coefficients(rewards).view(4, 3, 3).sum(1)[0].abs().max() < 1e-14
+
+
+def test_edge_means_and_sibling_means_equal_loops():
+    plan = TreePlan(6, 2, {2: 2, 3: 1, 5: 3})
+    index, values = plan.index(), normal(12)
+    edges = len(index.edge_parent)
+    means = objectives.edge_mean(values, index.leaf_edges, edges)
+    for edge in range(edges):
+        below = [values[leaf].item() for leaf, row in enumerate(index.leaf_edges.tolist()) if edge in row]
+        assert means[edge].item() == pytest.approx(sum(below) / len(below))
+    centred = objectives.subtract_sibling_mean(means, index.edge_parent)
+    for edge in range(edges):
+        siblings = [means[e].item() for e in range(edges) if index.edge_parent[e] == index.edge_parent[edge]]
+        assert centred[edge].item() == pytest.approx(means[edge].item() - sum(siblings) / len(siblings))
+    sums = objectives.path_sum(means, index.leaf_edges)
+    assert sums[7].item() == pytest.approx(sum(means[e].item() for e in index.leaf_edges[7].tolist()))
+
+
+def test_figures_describe_the_group():
+    plan = TreePlan.tmpo(6, (1, 2, 3), 3)
+    index, rewards = plan.index(), normal(27)
+    log_probs = normal(36, seed=2) / 10
+    _, figures = softmax_tb_loss(
+        log_probs, log_probs, torch.zeros(36), index.leaf_edges, index.edge_parent, rewards, 2.0
+    )
+    path = log_probs[index.leaf_edges].sum(1)
+    q, p = (2 * rewards).softmax(0), path.softmax(0)
+    expected = {
+        "log_prob_std": path.std(correction=0),
+        "beta_reward_std": 2 * rewards.std(correction=0),
+        "advantage_mean": (q.log() - p.log()).mean(),
+        "effective_leaves": (-(q * q.log()).sum()).exp(),
+        "kl_q_p": kl(q, p),
+        "ratio_mean": 1.0,
+        "ratio_max": 1.0,
+        "clip_fraction": 0.0,
+    }
+    assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6)
+    _, equal = softmax_tb_loss(
+        log_probs, log_probs, torch.zeros(36), index.leaf_edges, index.edge_parent, torch.zeros(27), 2.0
+    )
+    assert equal["effective_leaves"] == pytest.approx(27)
+
+
+def test_only_the_current_log_probs_carry_gradient():
+    plan = TreePlan.tmpo(6, (1, 2, 3), 3)
+    index = plan.index()
+    log_probs = normal(36, seed=2).requires_grad_()
+    shift = torch.full((36,), 0.1, dtype=torch.float64, requires_grad=True)
+    loss, _ = softmax_tb_loss(
+        log_probs, log_probs.detach(), shift, index.leaf_edges, index.edge_parent, normal(27), 2.0
+    )
+    loss.backward()
+    assert log_probs.grad is not None and shift.grad is None
+
+
+def test_unknown_baseline_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown baseline 'mean'.*none, group, siblings"):
+        softmax_tb_loss(
+            torch.zeros(2),
+            torch.zeros(2),
+            torch.zeros(2),
+            torch.arange(2)[:, None],
+            torch.zeros(2).long(),
+            torch.zeros(2),
+            1.0,
+            baseline="mean",  # type: ignore[arg-type]
+        )

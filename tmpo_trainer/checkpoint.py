@@ -1,0 +1,101 @@
+"""Atomic checkpoints and exact resume.
+
+A checkpoint folder holds `lora.safetensors` and `ema.safetensors` (float32 masters), `optimizer.pt` and `state.json`. It is
+written under another name, flushed to disk and renamed, so a kill at any moment leaves only whole checkpoints. Noise, branch
+steps and prompt order are functions of (seed, update): no generator state has to survive for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tmpo_trainer.config import ConfigError
+
+FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """A run's whole checkpoints, oldest first."""
+    found = [path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(
+        (path for path in found if all((path / name).is_file() for name in FILES)), key=lambda p: int(p.name[11:])
+    )
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(
+    run: Path,
+    update: int,
+    lora: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    optimizer: dict[str, Any],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `run/checkpoint-<update>` and deletes all but the newest `keep`."""
+    final, temporary = run / f"checkpoint-{update}", run / f".checkpoint-{update}.tmp"
+    for leftover in run.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in lora.items()}, temporary / "lora.safetensors")
+    save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, temporary / "ema.safetensors")
+    torch.save(optimizer, temporary / "optimizer.pt")
+    (temporary / "state.json").write_text(json.dumps({"update": update, **state}, indent=2))
+    for name in FILES:
+        _flush(temporary / name)
+    _flush(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush(run)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(lora, ema, optimizer, state) of a checkpoint folder. Raises ConfigError that names the file to blame."""
+    parts = []
+    for name, reader in (
+        ("lora.safetensors", load_file),
+        ("ema.safetensors", load_file),
+        ("optimizer.pt", lambda file: torch.load(file, weights_only=True)),
+        ("state.json", lambda file: json.loads(Path(file).read_text())),
+    ):
+        try:
+            parts.append(reader(path / name))
+        except Exception as error:
+            raise ConfigError(f"checkpoint file {path / name} cannot be read: {error}") from None
+    return parts[0], parts[1], parts[2], parts[3]
+
+
+def find(resume: str, outputs: Path) -> Path:
+    """The checkpoint that `--resume` means: a checkpoint folder, a run's newest, or `latest` of all runs in `outputs`."""
+    if resume == "latest":
+        every = [path for run in ([outputs, *outputs.glob("*")] if outputs.is_dir() else []) for path in checkpoints(run)]
+        if not every:
+            raise ConfigError(f"--resume latest: no checkpoint under {outputs}")
+        return max(every, key=lambda path: (path / "state.json").stat().st_mtime_ns)
+    path = Path(resume)
+    if all((path / name).is_file() for name in FILES):
+        return path
+    inside = checkpoints(path)
+    if not inside:
+        raise ConfigError(f"--resume {resume}: not a checkpoint nor a run folder that holds one (latest finds one)")
+    return inside[-1]
