@@ -88,7 +88,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
 def find(resume: str, outputs: Path) -> Path:
     """The checkpoint that `--resume` means: a checkpoint folder, a run's newest, or `latest` of all runs in `outputs`."""
     if resume == "latest":
-        every = [path for run in ([outputs, *outputs.glob("*")] if outputs.is_dir() else []) for path in checkpoints(run)]
+        every = [
+            path for run in ([outputs, *outputs.glob("*")] if outputs.is_dir() else []) for path in checkpoints(run)
+        ]
         if not every:
             raise ConfigError(f"--resume latest: no checkpoint under {outputs}")
         return max(every, key=lambda path: (path / "state.json").stat().st_mtime_ns)

@@ -110,7 +110,9 @@ def evaluate(
     )
 
 
-def paired_gain(base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000) -> tuple[float, float, float]:
+def paired_gain(
+    base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000
+) -> tuple[float, float, float]:
     """Mean gain per prompt and its 95% bootstrap interval over prompts. `[P]` or `[P, n]` each."""
     difference = (trained - base).reshape(len(base), -1).mean(1)
     rng = np.random.default_rng(seed)

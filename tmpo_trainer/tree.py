@@ -111,6 +111,7 @@ class TreePlan:
 
     Args:
         num_steps: N. roots: independent noise seeds. fanout: {step: children}; 1 child is noise without branching.
+        trees: how many prompts' trees the roots belong to, see `forest`.
 
     Raises:
         ValueError: a step outside 1..num_steps, or a count below 1.
@@ -119,6 +120,7 @@ class TreePlan:
     num_steps: int
     roots: int
     fanout: Mapping[int, int]
+    trees: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fanout", dict(sorted(self.fanout.items())))
@@ -138,7 +140,7 @@ class TreePlan:
 
     def forest(self, trees: int) -> TreePlan:
         """The same tree for several prompts at once: root r of prompt p is root r * trees + p, so row % trees is p."""
-        return TreePlan(self.num_steps, self.roots * trees, self.fanout)
+        return TreePlan(self.num_steps, self.roots * trees, self.fanout, trees)
 
     @property
     def leaves(self) -> int:
@@ -228,11 +230,17 @@ class Rollout:
         return torch.cat([branch.log_prob for branch in self.branches])
 
 
-def chunk_size(width: int, roots: int, max_batch: int | None) -> int:
-    """Rows per network call: at most `max_batch`, and whole multiples of the roots where that leaves any."""
+def chunk_size(width: int, trees: int, max_batch: int | None) -> int:
+    """Rows per network call: at most `max_batch`, in whole multiples of the trees, so that row % trees is the prompt.
+
+    Raises:
+        ValueError: `max_batch` below the number of trees.
+    """
     if max_batch is None or max_batch >= width:
         return width
-    return max(1, max_batch if max_batch < roots else max_batch - max_batch % roots)
+    if max_batch < trees:
+        raise ValueError(f"a batch of at most {max_batch} cannot hold one row of each of {trees} prompts")
+    return max_batch - max_batch % trees
 
 
 @torch.no_grad()
@@ -251,8 +259,8 @@ def rollout(
     """Samples a tree, evaluating every unique node once; no gradient.
 
     Args:
-        velocity: see `Velocity`. Rows of one call are consecutive and start at a multiple of the roots
-            (unless `max_batch` is smaller than the roots), so that conditions per root can be tiled.
+        velocity: see `Velocity`. Rows of one call are consecutive, start at a multiple of `plan.trees` and end at one,
+            so that conditions per prompt can be tiled.
         noise: see `Noise`; its shape and device set those of the rollout.
         sigmas: `[N + 1]`, from the pipeline's scheduler, ending in 0.
         plan: the tree. kernel, eta: of the stochastic steps; all others are plain Euler steps.
@@ -274,7 +282,7 @@ def rollout(
     done = 0
     for step in range(1, plan.num_steps + 1):
         sigma, sigma_next = levels[step - 1], levels[step]
-        size = chunk_size(len(x), plan.roots, max_batch)
+        size = chunk_size(len(x), plan.trees, max_batch)
         parts = []
         for rows in x.split(size):
             predicted = velocity(rows, torch.full((len(rows),), sigma, dtype=x.dtype, device=x.device))
@@ -309,14 +317,14 @@ def _parent_batches(
 ) -> list[tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]]:
     """Parents of all branches in micro-batches: (x, sigma, sigma_next, [(branch, first, last), ...]).
 
-    Parents of different steps share a batch (sigma is per row); all widths are multiples of the roots, so tiling holds.
+    Parents of different steps share a batch (sigma is per row); all widths are multiples of the trees, so tiling holds.
     """
     if not run.branches:
         return []
     x = torch.cat([branch.x for branch in run.branches])
     levels = [(branch.sigma, branch.sigma_next) for branch in run.branches for _ in branch.x]
     where = [(b, row) for b, branch in enumerate(run.branches) for row in range(len(branch.x))]
-    size = chunk_size(len(x), run.plan.roots, max_batch)
+    size = chunk_size(len(x), run.plan.trees, max_batch)
     batches = []
     for first in range(0, len(x), size):
         last = min(first + size, len(x))

@@ -251,7 +251,7 @@ def test_counts_are_the_rows_that_pass_through_the_network(plan, widths, leaves,
 def test_a_branch_at_step_one_is_independent_roots():
     assert TreePlan.tmpo(6, (1, 2, 3), 3) == TreePlan(6, 3, {2: 3, 3: 3})
     assert TreePlan.tmpo(6, (2, 3), 3) == TreePlan(6, 1, {3: 3, 2: 3})
-    assert TreePlan.tmpo(6, (1, 2, 3), 3).forest(4) == TreePlan(6, 12, {2: 3, 3: 3})
+    assert TreePlan.tmpo(6, (1, 2, 3), 3).forest(4) == TreePlan(6, 12, {2: 3, 3: 3}, trees=4)
 
 
 @pytest.mark.parametrize(
@@ -314,15 +314,17 @@ def test_index_without_stochastic_steps_is_empty():
     assert sample(TreePlan(6, 4, {})).log_probs.shape == (0,)
 
 
-@pytest.mark.parametrize("roots", [1, 3, 8])
-def test_chunks_are_whole_multiples_of_the_roots(roots):
-    for width in (roots, 3 * roots, 9 * roots):
-        assert tree.chunk_size(width, roots, None) == width
-        for max_batch in range(1, 10 * roots):
-            size = tree.chunk_size(width, roots, max_batch)
-            assert 1 <= size <= max_batch
-            assert size % roots == 0 or max_batch < roots
-            assert size + roots > min(max_batch, width)
+@pytest.mark.parametrize("trees", [1, 3, 8])
+def test_chunks_are_whole_multiples_of_the_trees(trees):
+    for width in (trees, 3 * trees, 9 * trees):
+        assert tree.chunk_size(width, trees, None) == width
+        for max_batch in range(trees, 10 * trees):
+            size = tree.chunk_size(width, trees, max_batch)
+            assert size % trees == 0 and size <= max_batch
+            assert size + trees > min(max_batch, width)
+        if width > trees > 1:
+            with pytest.raises(ValueError, match=f"{trees - 1} cannot hold one row of each of {trees} prompts"):
+                tree.chunk_size(width, trees, trees - 1)
 
 
 # Noise
@@ -469,7 +471,7 @@ class PerPrompt(nn.Module):
 
 
 @pytest.mark.parametrize("plan", [PLANS["tmpo-early"], PLANS["uneven"], TreePlan(6, 1, {2: 3})])
-@pytest.mark.parametrize("max_batch", [None, 12, 31])
+@pytest.mark.parametrize("max_batch", [None, 4, 7, 31])
 def test_a_forest_is_its_prompts_apart(plan, max_batch):
     prompts = 4
     conditions = torch.randn(prompts, *SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -710,8 +712,8 @@ def test_replay_backpropagates_once_per_micro_batch_and_accumulates():
     whole = gradient(model)
     totals: list[Tensor] = []
     tree.replay(model, run, coefficients, max_batch=5, backward=lambda total: (totals.append(total), total.backward()))
-    # 12 parents, in threes because the tree has three roots.
-    assert len(totals) == 4
+    # 12 parents in fives.
+    assert len(totals) == 3
     assert relative(gradient(model), whole) < 1e-12
 
 

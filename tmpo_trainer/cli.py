@@ -1,0 +1,136 @@
+"""`python -m tmpo_trainer`: flags, dispatch and exit codes (0 done, 1 failed, 2 usage, 130 interrupted and saved)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tmpo_trainer import __version__
+from tmpo_trainer.config import (
+    ConfigError,
+    TrainConfig,
+    _suggest,
+    make_config,
+    preset,
+    preset_names,
+    read_yaml,
+    to_yaml,
+)
+
+#: Flags that say where the settings come from, or what to do with them, rather than being settings.
+ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _is_tuple(annotation: Any) -> bool:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(typing.get_origin(option) is tuple for option in options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One flag per setting, from the config's own names and help texts; values are validated there, not here."""
+    parser = _Parser(
+        prog="python -m tmpo_trainer",
+        description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
+        allow_abbrev=False,
+        epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults.",
+    )
+    parser.add_argument("--preset", help="a named set of settings; by default the one of the reward, or demo")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
+    parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
+    parser.add_argument("--version", action="version", version=f"tmpo_trainer {__version__}")
+    for name, field in TrainConfig.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        text = (field.description or "").replace("%", "%%")
+        if not field.is_required():
+            default = field.default
+            text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+        kind: dict[str, Any] = {"nargs": "+"} if _is_tuple(field.annotation) else {}
+        if field.annotation is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **({} if kind.get("action") else {"metavar": name.upper()}), **kind)  # fmt: skip
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(actions, settings given as flags). Raises ConfigError."""
+    namespace, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        word = unknown[0]
+        known = [name.replace("_", "-") for name in TrainConfig.model_fields] + list(ACTIONS)
+        what = "flag" if word.startswith("-") else "argument"
+        raise ConfigError(f"unknown {what} {word}{_suggest(word.lstrip('-').split('=')[0], known)} (--help lists them)")
+    flags = {key: value for key, value in vars(namespace).items() if key in TrainConfig.model_fields}
+    for key, value in flags.items():
+        if isinstance(value, str) and value.lower() == "none":
+            flags[key] = None
+    return namespace, flags
+
+
+def choose_preset(rewards: Sequence[str]) -> str:
+    """The preset that belongs to the rewards."""
+    if len(rewards) > 1 and "shapes" not in rewards:
+        return "joint"
+    return rewards[0] if rewards and rewards[0] in preset_names() else "demo"
+
+
+def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
+    """The settings and the name of what they started from."""
+    if checkpoint is not None:
+        saved = checkpoint.parent / "config.yaml"
+        layers = [(str(saved), read_yaml(saved))]
+        if actions.config or actions.preset:
+            raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
+        return make_config([*layers, ("flags", flags)]), "resume"
+    from_file = read_yaml(actions.config) if actions.config else {}
+    chosen = flags.get("reward") or from_file.get("reward") or ()
+    name = actions.preset or choose_preset([chosen] if isinstance(chosen, str) else list(chosen))
+    layers = [(f"preset {name}", preset(name)), (str(actions.config), from_file), ("flags", flags)]
+    return make_config(layers), name
+
+
+def _run(arguments: Sequence[str]) -> int:
+    actions, flags = parse(arguments)
+    checkpoint = None
+    if actions.resume:
+        from tmpo_trainer.checkpoint import find
+
+        checkpoint = find(actions.resume, Path(flags.get("output_dir") or "outputs"))
+        flags["output_dir"] = str(checkpoint.parent)
+    config, name = configure(actions, flags, checkpoint)
+    if actions.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from tmpo_trainer import run
+
+    if actions.dry_run:
+        return run.dry_run(config)
+    return run.train(config, name, checkpoint)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Every error that a user can mend is one line on stderr."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        print(f"tmpo_trainer: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("tmpo_trainer"):
+            raise
+        print(f'tmpo_trainer: {error}: pip install -c constraints.txt -e ".[train]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tmpo_trainer: interrupted", file=sys.stderr)
+        return 130

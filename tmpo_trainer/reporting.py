@@ -1,0 +1,186 @@
+"""What a run shows: progress bar, metrics.jsonl, sample grids, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from tmpo_trainer.evaluate import Evaluation, paired_gain, verdict
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
+def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1) -> Image.Image:
+    """Pictures in rows, a label above each row. rows: uint8 `[n, H, W, 3]` each."""
+    height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
+    gap, head = 2, 14 if labels else 0
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap + head) - gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for y, row in enumerate(rows):
+        top = y * (height + gap + head)
+        if labels:
+            draw.text((2, top), labels[y], fill="black", font=font)
+        for x, picture in enumerate(row):
+            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (x * (width + gap), top + head))
+    return sheet
+
+
+def zoom(pictures: np.ndarray) -> int:
+    """How much to enlarge small pictures so that a person can see them."""
+    return max(1, 96 // pictures.shape[-2])
+
+
+class Reporter:
+    """Progress of one run.
+
+    Args:
+        run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
+        rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts) of the model as it stands.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        updates: int,
+        done: int,
+        rewards: Sequence[str],
+        draw_samples: Callable[[], tuple[np.ndarray, list[str]]],
+    ):
+        self.run, self.rewards, self.draw_samples = run, list(rewards), draw_samples
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["update"] <= done]
+        # Lines after the checkpoint are about to be written again.
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a")
+        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True)
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.rewards}
+        self.bar.set_postfix(
+            **shown, LGMD=f"{metrics['lgmd']:.3f}", ratio=f"{metrics['ratio_mean']:.3f}", refresh=False
+        )
+        self.bar.update()
+
+    def samples(self, update: int) -> None:
+        pictures, prompts = self.draw_samples()
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        grid(list(pictures), prompts, zoom(pictures)).save(folder / f"update-{update:06d}.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+
+def curves(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], path: Path) -> None:
+    """Reward and diversity over updates, with a running mean, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = [(f"reward/{name}", f"reward: {name}") for name in rewards]
+    series += [
+        ("lgmd", "LGMD of the leaves"),
+        ("latent_std", "latent standard deviation"),
+        ("ratio_mean", "mean ratio"),
+    ]
+    figure, axes = pyplot.subplots(1, len(series), figsize=(3.6 * len(series), 3), layout="constrained")
+    updates = [line["update"] for line in metrics]
+    for axis, (key, title) in zip(axes, series, strict=True):
+        values = np.array([line[key] for line in metrics])
+        window = max(1, len(values) // 12)
+        smooth = np.convolve(values, np.ones(window) / window, "valid")
+        axis.plot(updates, values, color="tab:blue", alpha=0.3, linewidth=1)
+        axis.plot(updates[window - 1 :], smooth, color="tab:blue", linewidth=2)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("update")
+        axis.ticklabel_format(useOffset=False)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def side_by_side(base: Evaluation, trained: Evaluation, path: Path, prompts: int = 10, images: int = 6) -> None:
+    """Base left, trained right, the same seeds: prompts spread over the held-out list."""
+    chosen = np.linspace(0, len(base.prompts) - 1, min(prompts, len(base.prompts))).astype(int)
+    gap = np.full((1, *base.images.shape[2:]), 255, np.uint8)
+    rows = [np.concatenate([base.images[i, :images], gap, trained.images[i, :images]]) for i in chosen]
+    labels = [f"{base.prompts[i]}   (left: base, right: trained, same seeds)" for i in chosen]
+    grid(rows, labels, zoom(base.images[0])).save(path)
+
+
+def write_report(
+    run: Path,
+    base: Evaluation,
+    trained: Evaluation,
+    metrics: Sequence[dict[str, Any]],
+    rewards: Sequence[str],
+    about: Sequence[str],
+    target: str,
+) -> dict[str, bool]:
+    """Writes report.md, report.json, curves.png and samples.png. Returns the verdict.
+
+    Args:
+        target: the score whose rise is claimed. about: lines on how the figures were made.
+    """
+    curves(metrics, rewards, run / "curves.png")
+    side_by_side(base, trained, run / "samples.png")
+    rows = [(name, base.scores[name], trained.scores[name]) for name in base.scores]
+    rows += [("LGMD", base.lgmd, trained.lgmd), ("cosine diversity", base.cosine, trained.cosine)]
+    gains = {name: paired_gain(before, after) for name, before, after in rows}
+    table = [
+        f"| {name} | {before.mean():.3f} | {after.mean():.3f} | {gains[name][0]:+.3f} "
+        f"[{gains[name][1]:+.3f}, {gains[name][2]:+.3f}] |"
+        for name, before, after in rows
+    ]
+    checks = verdict(base, trained, target)
+    text = [
+        "# Report",
+        "",
+        *about,
+        "",
+        "| held-out prompts | base | trained | change, 95% paired interval |",
+        "|---|---|---|---|",
+        *table,
+        f"| latent standard deviation | {base.latent_std:.3f} | {trained.latent_std:.3f} | "
+        f"{trained.latent_std / base.latent_std - 1:+.1%} |",
+        "",
+        *[f"- [{'x' if holds else ' '}] {claim}" for claim, holds in checks.items()],
+        "",
+        "![curves](curves.png)",
+        "",
+        "![base and trained](samples.png)",
+        "",
+    ]
+    (run / "report.md").write_text("\n".join(text))
+    summary = {
+        "prompts": len(base.prompts),
+        "base": {name: float(before.mean()) for name, before, _ in rows} | {"latent_std": base.latent_std},
+        "trained": {name: float(after.mean()) for name, _, after in rows} | {"latent_std": trained.latent_std},
+        "gain": {name: dict(zip(("mean", "low", "high"), gain, strict=True)) for name, gain in gains.items()},
+        "verdict": checks,
+    }
+    (run / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return checks
