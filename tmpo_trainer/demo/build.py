@@ -201,10 +201,16 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 128) -> Tensor
 
 @torch.no_grad()
 def fit_latents_to_sd3(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Folds a per-channel affine map into the 1x1 quant convolutions: mean SD3_SHIFT, std 1 / SD3_SCALE; pictures unchanged."""
-    latents = encode(vae, pictures)
-    mean = latents.mean((0, 2, 3))
-    gain = 1 / (SD3_SCALE * latents.std((0, 2, 3)))
+    """Gives every latent channel the mean SD3_SHIFT and the std 1 / SD3_SCALE, pictures unchanged.
+
+    An affine map per channel, folded into the 1x1 quant convolutions. Channels that the KL has switched off (less signal
+    than posterior noise; the decoder ignores them) are held at the mean: scaled up, they would be noise to be learnt.
+    """
+    posteriors = [vae.encode(to_tensor(pictures[i : i + 128])).latent_dist for i in range(0, len(pictures), 128)]
+    latents = torch.cat([posterior.mean for posterior in posteriors])
+    noise = torch.cat([posterior.std for posterior in posteriors]).mean((0, 2, 3))
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    gain = 1 / (SD3_SCALE * std)
     offset = SD3_SHIFT - gain * mean
     quant, post = vae.quant_conv, vae.post_quant_conv
     assert isinstance(quant, nn.Conv2d) and isinstance(post, nn.Conv2d)
@@ -214,6 +220,11 @@ def fit_latents_to_sd3(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     quant.bias[16:].add_(2 * gain.log())
     post.bias.sub_(post.weight[:, :, 0, 0] @ (offset / gain))
     post.weight.div_(gain[None, :, None, None])
+    off = torch.nonzero(std < noise).flatten()
+    print(f"{16 - len(off)} of 16 latent channels carry signal")
+    quant.weight[off], quant.bias[off] = 0.0, SD3_SHIFT
+    # The lowest log-variance that diffusers' posterior keeps: sampling gives the mean.
+    quant.weight[16 + off], quant.bias[16 + off] = 0.0, -30.0
 
 
 class TextToVelocity(nn.Module):
@@ -315,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo-build"), help="folder for intermediate results")
     parser.add_argument("--scenes", type=int, default=80_000, help="pictures to draw")
     parser.add_argument("--vae-steps", type=int, default=6_000)
-    parser.add_argument("--model-steps", type=int, default=26_000)
+    parser.add_argument("--model-steps", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler; 1.3x)"
