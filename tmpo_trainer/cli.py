@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import types
 import typing
@@ -11,16 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tmpo_trainer import __version__
-from tmpo_trainer.config import (
-    ConfigError,
-    TrainConfig,
-    _suggest,
-    make_config,
-    preset,
-    preset_names,
-    read_yaml,
-    to_yaml,
-)
+from tmpo_trainer.config import ConfigError, TrainConfig, make_config, preset, preset_names, read_yaml, suggest, to_yaml
 
 #: Flags that say where the settings come from, or what to do with them, rather than being settings.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
@@ -56,10 +48,12 @@ def make_parser() -> argparse.ArgumentParser:
         if not field.is_required():
             default = field.default
             text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
-        kind: dict[str, Any] = {"nargs": "+"} if _is_tuple(field.annotation) else {}
+        kind: dict[str, Any] = {"metavar": name.upper()}
         if field.annotation is bool:
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **({} if kind.get("action") else {"metavar": name.upper()}), **kind)  # fmt: skip
+        elif _is_tuple(field.annotation):
+            kind["nargs"] = "+"
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
     return parser
 
 
@@ -68,9 +62,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
     namespace, unknown = make_parser().parse_known_args(arguments)
     if unknown:
         word = unknown[0]
-        known = [name.replace("_", "-") for name in TrainConfig.model_fields] + list(ACTIONS)
+        known = ["--" + name.replace("_", "-") for name in TrainConfig.model_fields] + [f"--{name}" for name in ACTIONS]
         what = "flag" if word.startswith("-") else "argument"
-        raise ConfigError(f"unknown {what} {word}{_suggest(word.lstrip('-').split('=')[0], known)} (--help lists them)")
+        raise ConfigError(f"unknown {what} {word}{suggest(word.split('=')[0], known)} (--help lists them)")
     flags = {key: value for key, value in vars(namespace).items() if key in TrainConfig.model_fields}
     for key, value in flags.items():
         if isinstance(value, str) and value.lower() == "none":
@@ -112,6 +106,9 @@ def _run(arguments: Sequence[str]) -> int:
     if actions.print_config:
         print(to_yaml(config), end="")
         return 0
+    # Advice of the libraries about optional packages would bury our own lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from tmpo_trainer import run
 
     if actions.dry_run:

@@ -178,7 +178,8 @@ class TrainConfig(BaseModel):
         return self.beta_start + (self.beta_end - self.beta_start) * progress
 
 
-def _suggest(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean X?` for the nearest known word, or nothing."""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
 
@@ -188,7 +189,7 @@ def one_line(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"][:1]) or "settings"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key}{_suggest(key, TrainConfig.model_fields) or ' (--help lists them)'}"
+        return f"{where}: unknown key {key}{suggest(key, TrainConfig.model_fields) or ' (--help lists them)'}"
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return f"{where}: {message}"
@@ -217,7 +218,7 @@ def preset(name: str) -> dict[str, Any]:
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         names = preset_names()
-        raise ConfigError(f"unknown preset {name}{_suggest(name, names)} (presets: {', '.join(names)})")
+        raise ConfigError(f"unknown preset {name}{suggest(name, names)} (presets: {', '.join(names)})")
     return read_yaml(path)
 
 

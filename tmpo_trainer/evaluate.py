@@ -124,7 +124,7 @@ def paired_gain(
 def verdict(base: Evaluation, trained: Evaluation, score: str) -> dict[str, bool]:
     """The claims of a successful run, each true or false: the score rose, and nothing collapsed or overshot."""
     _, low, _ = paired_gain(base.scores[score], trained.scores[score])
-    return {
+    claims = {
         f"{score} rose (95% interval above 0)": low > 0,
         f"LGMD at least the base's less {LGMD_LOSS}": trained.lgmd.mean() >= base.lgmd.mean() - LGMD_LOSS,
         f"cosine diversity at least {COSINE_SHARE:.0%} of the base's": (
@@ -134,3 +134,4 @@ def verdict(base: Evaluation, trained: Evaluation, score: str) -> dict[str, bool
             abs(trained.latent_std / base.latent_std - 1) <= LATENT_STD_SHARE
         ),
     }
+    return {claim: bool(holds) for claim, holds in claims.items()}

@@ -138,7 +138,7 @@ def test_mixed_precision_follows_the_latent():
 
 
 def test_unknown_kernel_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown kernel 'euler'.*ode, cps, flow_sde, dance"):
+    with pytest.raises(ValueError, match=r"unknown kernel 'euler'.*ode, cps, flow_sde, dance"):
         flow.transition("euler", torch.zeros(1, 1), torch.zeros(1, 1), 0.9, 0.8, 0.7)  # type: ignore[arg-type]
 
 

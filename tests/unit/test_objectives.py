@@ -433,7 +433,7 @@ def test_only_the_current_log_probs_carry_gradient():
 
 
 def test_unknown_baseline_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown baseline 'mean'.*none, group, siblings"):
+    with pytest.raises(ValueError, match=r"unknown baseline 'mean'.*none, group, siblings"):
         softmax_tb_loss(
             torch.zeros(2),
             torch.zeros(2),

@@ -292,6 +292,6 @@ def test_as_many_prompts_as_images():
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="'lenient'.*strict, partial"):
+    with pytest.raises(ValueError, match=r"'lenient'.*strict, partial"):
         ShapesScorer("lenient")
     assert ShapesScorer.name == "shapes"

@@ -25,8 +25,8 @@ PLANS = {
     "tmpo-late": TreePlan.tmpo(6, (1, 3, 5), 3),
     "tmpo-without-step-1": TreePlan.tmpo(6, (2, 4, 5), 2),
     "tmpo-two-levels": TreePlan.tmpo(6, (1, 4), 4),
-    "chains": TreePlan(6, 27, {step: 1 for step in range(1, 6)}),
-    "mix-grpo": TreePlan(6, 27, {step: 1 for step in range(2, 6)}),
+    "chains": TreePlan(6, 27, dict.fromkeys(range(1, 6), 1)),
+    "mix-grpo": TreePlan(6, 27, dict.fromkeys(range(2, 6), 1)),
     "tree-grpo": TreePlan(6, 1, {1: 3, 2: 3, 3: 3}),
     "no-tree": TreePlan(6, 27, {2: 1, 3: 1}),
     "uneven": TreePlan(6, 2, {1: 2, 3: 1, 4: 3}),
@@ -122,7 +122,7 @@ def test_schedule_never_drops_or_repeats_a_branch(num_steps, early, late, last):
         seen.add(steps)
         assert len(steps) == len(early)
         assert all(a < b for a, b in itertools.pairwise(steps))
-        assert 1 <= steps[0] and steps[-1] <= (num_steps - 1 if last is None else last)
+        assert steps[0] >= 1 and steps[-1] <= (num_steps - 1 if last is None else last)
     # All five of five leave no choice; step 1 and two of 2..4 leave three.
     assert len(seen) == 1 if len(early) == 5 else len(seen) >= 3
 
@@ -451,7 +451,7 @@ def test_bfloat16_noise_and_network_leave_float32_latents():
 
 
 def test_too_late_stochastic_steps_and_wrong_sigmas_are_refused():
-    with pytest.raises(ValueError, match="step 6 of 6 .*std 0"):
+    with pytest.raises(ValueError, match=r"step 6 of 6 .*std 0"):
         sample(TreePlan(6, 2, {3: 2, 6: 2}))
     with pytest.raises(ValueError, match=r"step 5 of 6 .*std 0\.0079"):
         tree.rollout(Mlp(), noise64(1), SD35_SIGMAS, PLANS["tmpo-late"], eta=ETA)

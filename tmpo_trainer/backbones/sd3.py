@@ -50,7 +50,7 @@ class SD3Backbone:
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> SD3Backbone:
         missing = [n for n in ("text_encoder_3", "tokenizer_3") if not (folder / n).is_dir()]
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, **dict.fromkeys(missing)
+            folder, dtype=dtype, local_files_only=True, **dict.fromkeys(missing)
         )
         pipeline.to(device)
         for part in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
@@ -69,7 +69,9 @@ class SD3Backbone:
         """Text features, computed once per prompt and kept."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if missing:
-            tokens, _, pooled, _ = self.pipeline.encode_prompt(
+            tokens: Tensor
+            pooled: Tensor
+            tokens, _, pooled, _ = self.pipeline.encode_prompt(  # pyright: ignore[reportAssignmentType]
                 prompt=missing,
                 prompt_2=missing,
                 prompt_3=missing,

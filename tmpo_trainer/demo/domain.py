@@ -122,7 +122,7 @@ def all_scenes(family: str) -> list[Scene]:
         return [Scene((Clause(1, *kind),)) for kind in kinds]
     if family == "count":
         return [Scene((Clause(n, *kind),)) for n in (2, 3) for kind in kinds]
-    pairs = [pair for pair in permutations(kinds, 2)]
+    pairs = list(permutations(kinds, 2))
     if family == "pair":
         return [Scene((Clause(1, *a), Clause(1, *b))) for a, b in pairs]
     if family == "relation":
