@@ -78,7 +78,8 @@ def evaluate(
     seed: int,
     guidance: float,
     resolution: tuple[int, int],
-    batch: int = 128,
+    batch: int,
+    decode_batch: int,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Samples `images` pictures per prompt and measures them. The transformer is used as it stands (LoRA on or off)."""
@@ -93,7 +94,7 @@ def evaluate(
         batch=batch,
         progress=progress,
     )
-    pictures = backbone.decode(latents.flatten(0, 1), batch)
+    pictures = backbone.decode(latents.flatten(0, 1), decode_batch)
     texts = [prompt for prompt in prompts for _ in range(images)]
     scores = {
         name: check_finite(name, scorer.score(pictures, texts), texts).view(len(prompts), images).numpy()

@@ -76,7 +76,7 @@ class Reporter:
     def update(self, metrics: dict[str, Any]) -> None:
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
-        shown: dict[str, object] = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.rewards}
+        shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.rewards}
         self.bar.set_postfix(
             **shown, LGMD=f"{metrics['lgmd']:.3f}", ratio=f"{metrics['ratio_mean']:.3f}", refresh=False
         )

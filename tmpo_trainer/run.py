@@ -231,7 +231,7 @@ def _sampling(config: TrainConfig) -> dict[str, Any]:
         "seed": config.seed,
         "guidance": config.guidance,
         "resolution": config.resolution,
-        "batch": config.decode_batch * 2,
+        "batch": 128,
     }
 
 
@@ -242,7 +242,14 @@ def report(config: TrainConfig, trainer: Trainer, heldout: list[str], scorers: l
 
     def measure(progress: Callable[[int], Any]) -> evaluate.Evaluation:
         return evaluate.evaluate(
-            backbone, heldout, pairs, features, images=config.eval_images, progress=progress, **_sampling(config)
+            backbone,
+            heldout,
+            pairs,
+            features,
+            images=config.eval_images,
+            decode_batch=config.decode_batch,
+            progress=progress,
+            **_sampling(config),
         )
 
     with tqdm(total=2 * len(heldout), desc="evaluating base and trained", unit="prompt", dynamic_ncols=True) as bar:
