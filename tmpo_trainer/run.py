@@ -52,7 +52,7 @@ def evaluation_scorers(config: TrainConfig, scorers: list[Scorer]) -> list[tuple
     return pairs
 
 
-def _device(config: TrainConfig) -> torch.device:
+def choose_device(config: TrainConfig) -> torch.device:
     if config.device != "auto":
         try:
             return torch.device(config.device)
@@ -110,7 +110,7 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str]]:
     return train, heldout
 
 
-def _load(config: TrainConfig, device: torch.device) -> SD3Backbone:
+def load_model(config: TrainConfig, device: torch.device) -> SD3Backbone:
     backbone = load_backbone(config.model, _dtype(config, device), device, config.max_sequence_length)
     try:
         backbone.latent_shape(*config.resolution)
@@ -131,8 +131,8 @@ def dry_run(config: TrainConfig) -> int:
     """Prints what a run would do: prompts, tree geometry, network evaluations, memory."""
     _quiet()
     train_prompts, heldout = _check(config)
-    device = _device(config)
-    backbone = _load(config, device)
+    device = choose_device(config)
+    backbone = load_model(config, device)
     sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
     schedule = make_schedule(config, sigmas)
     parameters = sum(p.numel() for p in backbone.transformer.parameters())
@@ -174,8 +174,8 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()
-    device = _device(config)
-    backbone = _load(config, device)
+    device = choose_device(config)
+    backbone = load_model(config, device)
     scorers = [load_scorer(name) for name in config.reward]
     trainer = Trainer(config, folder, backbone, scorers, train_prompts)
     if checkpoint:

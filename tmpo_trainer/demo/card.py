@@ -46,7 +46,7 @@ All prompts of the domain were in its training data; "held out" below means held
 
 ## Accuracy
 
-{prompts} prompts per family x {images} images, 28 steps, guidance {guidance:g}, seed {seed}, scored by `tmpo_trainer.rewards.shapes`
+{prompts} prompts per family x {images} images, 28 steps, guidance {guidance:g}, seed {seed}, scored by the `shapes` scorer
 (`python -m tmpo_trainer.demo.card`).
 
 | family | example | strict | partial |

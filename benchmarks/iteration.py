@@ -1,0 +1,49 @@
+"""Seconds and network evaluations of a training iteration by phase: `python benchmarks/iteration.py [train flags]`.
+
+Takes the flags of `python -m tmpo_trainer`; `--updates` counts the updates measured, after one that is not.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from tmpo_trainer import cli, run
+from tmpo_trainer.prompts import read_prompts
+from tmpo_trainer.rewards import load_scorer
+from tmpo_trainer.trainer import Trainer
+
+
+def main() -> int:
+    actions, flags = cli.parse(sys.argv[1:])
+    flags.setdefault("updates", "8")
+    config, preset = cli.configure(actions, flags, None)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = run.choose_device(config)
+    backbone = run.load_model(config, device)
+    prompts = read_prompts(run.prompt_files(config)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
+        lines = [trainer.update() for _ in range(config.updates)][1:]
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for line in lines:
+        for phase, value in line["seconds"].items():
+            seconds[phase] += value / len(lines)
+    print(f"preset {preset}, {device}, {torch.get_num_threads()} threads, mean of {len(lines)} updates")
+    for phase, value in seconds.items():
+        print(f"{phase:10} {value:8.3f} s  {value / seconds['total']:6.1%}")
+    for phase in ("rollout", "replay"):
+        count = sum(line[f"evaluations/{phase}"] for line in lines) / len(lines)
+        print(f"network evaluations per prompt, {phase}: {count:.1f}")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
