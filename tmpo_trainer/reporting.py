@@ -76,10 +76,9 @@ class Reporter:
     def update(self, metrics: dict[str, Any]) -> None:
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
-        shown = {name: f"{metrics[f'reward/{name}']:.3f}" for name in self.rewards}
-        self.bar.set_postfix(
-            **shown, LGMD=f"{metrics['lgmd']:.3f}", ratio=f"{metrics['ratio_mean']:.3f}", refresh=False
-        )
+        shown = [f"{name}={metrics[f'reward/{name}']:.3f}" for name in self.rewards]
+        shown += [f"LGMD={metrics['lgmd']:.3f}", f"ratio={metrics['ratio_mean']:.3f}"]
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
 
     def samples(self, update: int) -> None:
