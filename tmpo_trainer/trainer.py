@@ -289,7 +289,7 @@ class Group:
             **{f"reward/{name}": s.mean(0).tolist() for name, s in scores.items()},
             **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in scores.items()},
             "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(self.count)],
-            "latent_std": [self.rollout.leaves.std().item()],
+            "latent_std": [grouped[:, p].std().item() for p in range(self.count)],
             "evaluations/rollout": [float(plan.rollout_evaluations)] * self.count,
             "evaluations/replay": [float(plan.train_evaluations)] * self.count,
         }
@@ -350,7 +350,7 @@ class Group:
             backward=backward,
         )
         if config.kl_weight:
-            figures["kl_reference"].append(kl)
+            figures["kl_reference"] += [kl] * self.count
         if inner == 0:
             # Replaying at unchanged weights must give the stored log-probabilities: a ratio of 1.
             figures["replay_ratio_error"].append((replayed - run.log_probs).exp().sub(1).abs().max().item())

@@ -71,7 +71,11 @@ def sample(pipeline: StableDiffusion3Pipeline, x: Tensor, size: tuple[int, int],
 @pytest.mark.parametrize("tokens", [0, 8])
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_rollout_without_noise_is_the_pipeline(
-    load: Callable[..., SD3Backbone], stock: StableDiffusion3Pipeline, guidance: float, tokens: int, size: tuple[int, int]
+    load: Callable[..., SD3Backbone],
+    stock: StableDiffusion3Pipeline,
+    guidance: float,
+    tokens: int,
+    size: tuple[int, int],
 ) -> None:
     backbone = load(tokens)
     x = starts(backbone, size)
