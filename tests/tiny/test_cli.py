@@ -1,0 +1,348 @@
+"""Flags, files and presets: what is accepted, in which order it counts, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tmpo_trainer import __version__, cli
+from tmpo_trainer.config import TrainConfig, preset_names
+
+REPOSITORY = Path(__file__).parents[2]
+
+#: Scripts and notebooks rely on these: removing or renaming one is a breaking change and belongs into the CHANGELOG.
+FLAGS = {
+    "--adam-betas", "--anchor", "--anchor-weight", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
+    "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip", "--config",
+    "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta", "--eval-images",
+    "--eval-limit", "--eval-prompts", "--eval-steps", "--guidance", "--help", "--inner-updates", "--kappa", "--kernel",
+    "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha", "--lora-rank", "--lr-min-ratio", "--max-batch",
+    "--max-grad-norm", "--max-sequence-length", "--method", "--model", "--no-report", "--output-dir", "--preset",
+    "--print-config", "--prompts", "--prompts-per-batch", "--prompts-per-update", "--replay-batch", "--report",
+    "--resolution", "--resume", "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every",
+    "--seed", "--threads", "--updates", "--version", "--weight-decay",
+}  # fmt: skip
+
+#: Appendix D.4 of the paper.
+PAPER = {
+    "pickscore": {"learning_rate": 5e-5, "updates": 500, "max_grad_norm": 0.3, "beta_warmup": 150, "inner_updates": 1},
+    "geneval": {"learning_rate": 3e-5, "updates": 1000, "max_grad_norm": 0.5, "beta_warmup": 150, "inner_updates": 1},
+    "ocr": {"learning_rate": 3e-5, "updates": 250, "max_grad_norm": 0.5, "beta_warmup": 100, "inner_updates": 1},
+    "joint": {"learning_rate": 3e-5, "updates": 500, "max_grad_norm": 0.5, "beta_warmup": 150, "inner_updates": 2},
+}
+PAPER_COMMON = {
+    "model": "black-forest-labs/FLUX.1-dev", "method": "tmpo", "rollout_steps": 6, "eval_steps": 28, "branching": 3,
+    "branch_early": (1, 2, 3), "branch_late": (1, 3, 5), "kappa": 6, "kernel": "cps", "eta": 0.7, "clip": 0.2,
+    "beta_start": 0.8, "beta_end": 2.0, "adam_betas": (0.9, 0.999), "weight_decay": 1e-4, "lr_min_ratio": 0.1,
+    "ema_decay": 0.9, "ema_every": 8, "lora_rank": 64, "lora_alpha": 128, "baseline": "none", "anchor": "none",
+    "kl_weight": 0, "logp_reduce": "mean", "reward_norm": "zscore", "prompts_per_update": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with good and bad files in it."""
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "good.txt": "a red circle\ntwo blue squares\n",
+        "empty.txt": "\n# only a comment\n",
+        "foreign.txt": "a red circle\na photo of a cat\n",
+        "good.yaml": "learning_rate: 5e-5\nupdates: 70\nguidance: 2\n",
+        "unknown.yaml": "learning_rat: 1.0e-4\n",
+        "broken.yaml": "updates: [1\nseed: }",
+        "list.yaml": "- updates\n",
+        "value.yaml": "updates: many\n",
+        "run/metrics.jsonl": "",
+        "no-pipeline/config.json": "{}",
+        "unnamed/model_index.json": "{}",
+        "flux/model_index.json": json.dumps({"_class_name": "FluxPipeline"}),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes("ein roter Würfel".encode("latin-1"))
+    shutil.copytree(tiny_model, tmp_path / "without-vae")
+    shutil.rmtree(tmp_path / "without-vae" / "vae")
+    shutil.copytree(tiny_model, tmp_path / "cut")
+    weights = tmp_path / "cut" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return tmp_path
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> list[str]:
+    """Flags of a short run on the tiny model; later flags win."""
+    text = f"""--model {tiny_model} --prompts good.txt --eval-prompts good.txt --no-report --updates 2 --sample-every 0
+        --rollout-steps 6 --branch-early 1 2 3 --branch-late 1 3 4 --resolution 32 32 --output-dir out --lora-rank 4"""
+    return text.split()
+
+
+def files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+BAD: list[tuple[str, list[str]]] = [
+    ("--updatez 3", ["unknown flag --updatez", "did you mean --updates?"]),
+    ("--update 3", ["unknown flag --update", "did you mean --updates?"]),
+    ("strayword", ["unknown argument strayword"]),
+    ("--updates", ["--updates", "expected one argument"]),
+    ("--config unknown.yaml", ["unknown.yaml", "learning_rat", "did you mean learning_rate?"]),
+    ("--config broken.yaml", ["broken.yaml is not YAML"]),
+    ("--config list.yaml", ["list.yaml is not a mapping"]),
+    ("--config value.yaml", ["value.yaml", "updates 'many'"]),
+    ("--config none.yaml", ["cannot read none.yaml"]),
+    ("--config latin.txt", ["latin.txt is not YAML"]),
+    ("--preset demi", ["unknown preset demi", "did you mean demo?", "pickscore"]),
+    ("--learning-rate fast", ["flags: learning_rate 'fast'"]),
+    ("--updates 1.5", ["updates '1.5'"]),
+    ("--updates 0", ["updates '0'", "greater than or equal to 1"]),
+    ("--seed -1", ["seed '-1'"]),
+    ("--kernel euler", ["kernel 'euler'", "cps"]),
+    ("--method grpo", ["method 'grpo'", "tmpo"]),
+    ("--resolution 32", ["resolution"]),
+    ("--resolution 40 32", ["resolution 40x32 must be a multiple of 16"]),
+    ("--eta 1.2", ["eta 1.2 is too large for kernel cps"]),
+    ("--reward shapes shapes --reward-weights 1", ["reward_weights has 1 values for 2 rewards"]),
+    ("--branch-late 1 4 4", ["branch_late [1, 4, 4] must be strictly increasing"]),
+    ("--branch-early 3 2 1", ["branch_early [3, 2, 1] must be strictly increasing"]),
+    ("--branch-late 1 4", ["branch_early and branch_late differ in number"]),
+    ("--branch-late 1 3 6", ["branch_late [1, 3, 6] must stay below rollout_steps 6"]),
+    ("--rollout-steps 10 --branch-late 1 4 9", ["branch_late [1, 4, 9]", "step 9 of 10 ends at sigma", "(std 0.0"]),
+    ("--prompts none.txt", ["prompt file none.txt does not exist"]),
+    ("--prompts empty.txt", ["prompt file empty.txt is empty"]),
+    ("--prompts latin.txt", ["prompt file latin.txt cannot be read as UTF-8"]),
+    ("--prompts foreign.txt", ["foreign.txt", "'a photo of a cat'", "two red circles"]),
+    ("--eval-prompts foreign.txt", ["foreign.txt", "'a photo of a cat'"]),
+    ("--resume no-pipeline", ["--resume no-pipeline", "not a checkpoint"]),
+    ("--resume nowhere", ["--resume nowhere", "not a checkpoint"]),
+    ("--resume latest", ["--resume latest", "no checkpoint under out"]),
+    ("--model nowhere", ["model nowhere is not a folder"]),
+    ("--model no-pipeline", ["model no-pipeline is a folder without model_index.json"]),
+    ("--model unnamed", ["unnamed/model_index.json names no _class_name"]),
+    ("--model flux", ["model flux is a FluxPipeline"]),
+    ("--model without-vae", ["model without-vae"]),
+    ("--model cut", ["model cut"]),
+    ("--reward beauty", ["unknown reward beauty"]),
+    ("--device tpu9", ["device tpu9"]),
+    ("--output-dir run", ["run already holds a run", "--resume run"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "blame"), BAD, ids=[flags for flags, _ in BAD])
+def test_bad_input_is_one_line_and_exit_2(
+    place: Path, base: list[str], capsys: pytest.CaptureFixture[str], flags: str, blame: list[str]
+) -> None:
+    before = files(place)
+    assert cli.main([*base, *flags.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("tmpo_trainer: ")
+    for part in blame:
+        assert part in line
+    assert files(place) == before
+
+
+def test_the_same_flags_without_the_mistake_run(
+    place: Path, base: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(base) == 0
+    assert (place / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert "LoRA: out/pytorch_lora_weights.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reward", ["pickscore", "geneval", "ocr"])
+def test_flux_without_a_gpu_names_the_demo(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reward: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["--reward", reward]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "FLUX.1-dev needs a CUDA GPU" in line and "python -m tmpo_trainer --preset demo" in line
+
+
+def module(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("flags", ["--updatez 3", "--rollout-steps 10 --branch-late 1 4 9"])
+def test_libraries_add_no_lines(place: Path, base: list[str], flags: str) -> None:
+    done = module(["-m", "tmpo_trainer", *base, *flags.split()])
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("tmpo_trainer: ")
+
+
+def test_settings_need_no_torch() -> None:
+    code = (
+        "import sys; from tmpo_trainer import cli, config; assert cli.main(['--print-config']) == 0; "
+        "assert cli.main(['--updatez']) == 2; print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = module(["-c", code])
+    assert done.stderr.splitlines()[-1] == "False", done.stderr
+    assert yaml.safe_load(done.stdout)["model"] == "demo"
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert cli.main([*flags, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_flags_over_config_over_preset_over_defaults(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = TrainConfig()
+    only_preset = printed(capsys, "--preset", "demo")
+    assert only_preset["updates"] not in (70, 80, defaults.updates)
+    assert only_preset["clip"] == defaults.clip
+    with_file = printed(capsys, "--preset", "demo", "--config", "good.yaml")
+    # PyYAML reads 5e-5 as a string.
+    assert with_file == {**only_preset, "learning_rate": 5e-5, "updates": 70, "guidance": 2}
+    flags = printed(capsys, "--updates", "80", "--config", "good.yaml", "--preset", "demo")
+    assert flags == {**with_file, "updates": 80}
+
+
+def test_the_preset_follows_the_reward(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys) == printed(capsys, "--preset", "demo") == printed(capsys, "--reward", "shapes")
+    for name in ("pickscore", "geneval", "ocr"):
+        assert printed(capsys, "--reward", name) == printed(capsys, "--preset", name)
+    several = printed(capsys, "--reward", "hpsv2", "imagereward", "pickscore")
+    assert several == printed(capsys, "--preset", "joint")
+    (place / "ocr.yaml").write_text("reward: ocr\nseed: 3\n") if False else (place / "ocr.yaml").write_text(
+        "reward: [ocr]\nseed: 3\n"
+    )
+    assert printed(capsys, "--config", "ocr.yaml") == {**printed(capsys, "--preset", "ocr"), "seed": 3}
+    assert printed(capsys, "--reward", "ocr", "--preset", "demo")["model"] == "demo"
+
+
+def test_values_of_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = printed(
+        capsys, "--resolution", "64", "96", "--no-report", "--max-batch", "8", "--learning-rate=2e-4", "--threads", "none"
+    )  # fmt: skip
+    assert settings["resolution"] == [64, 96] and settings["report"] is False and settings["max_batch"] == 8
+    assert settings["learning_rate"] == 2e-4 and settings["threads"] is None
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_print_config_round_trips(place: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main(["--preset", name, "--seed", "7", "--max-batch", "9", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    (place / "printed.yaml").write_text(text)
+    assert cli.main(["--config", "printed.yaml", "--print-config"]) == 0
+    assert capsys.readouterr().out == text
+    assert set(yaml.safe_load(text)) == set(TrainConfig.model_fields)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_presets_hold_the_papers_values(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    settings = TrainConfig.model_validate(printed(capsys, "--preset", name)).model_dump()
+    expected = {**PAPER_COMMON, **PAPER[name]}
+    assert {key: settings[key] for key in expected} == expected
+    config = TrainConfig.model_validate(settings)
+    warmup = PAPER[name]["beta_warmup"]
+    assert [config.beta(u) for u in (0, warmup // 2, warmup, 10 * warmup)] == pytest.approx([0.8, 1.4, 2.0, 2.0])
+
+
+def test_there_is_no_other_preset_than_these() -> None:
+    assert set(preset_names()) == {*PAPER, "demo"}
+
+
+def test_the_flags_are_pinned() -> None:
+    options = {name for action in cli.make_parser()._actions for name in action.option_strings if name.startswith("--")}
+    assert options == FLAGS
+
+
+def test_help_lists_every_setting_with_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description and " ".join(field.description.split()) in text
+    assert "flags > --config > --preset > defaults" in text
+    assert all(name in text for name in preset_names())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0 and __version__ in capsys.readouterr().out
+
+
+def test_dry_run_counts_and_writes_nothing(
+    place: Path, base: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(place)
+    # So large a kappa puts the branches on their means.
+    assert cli.main([*base, "--dry-run", "--kappa", "1e9", "--updates", "100", "--prompts-per-update", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "prompts: 2 for training, 2 held out" in out
+    first, last = (next(line for line in out.splitlines() if line.startswith(f"update {u}:")) for u in (1, 100))
+    assert "(1, 2, 3)" in first and "27 leaves" in first
+    assert "96 evaluations in the rollout, 12 in the replay" in first
+    assert "(1, 3, 4)" in last and "72 evaluations in the rollout, 12 in the replay" in last
+    assert "54 images" in out and "100 updates" in out
+    assert files(place) == before
+
+
+def test_what_a_run_leaves_behind(
+    place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings, environment, figures, sample grids and the report; the settings repeat the run."""
+    from tmpo_trainer import run
+
+    class Features:
+        name = "means"
+
+        def __init__(self, device: torch.device):
+            pass
+
+        def __call__(self, images: Any) -> torch.Tensor:
+            return torch.from_numpy(images.astype("float32").mean((1, 2)))
+
+    monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
+    monkeypatch.setattr(run, "EfficientNetLite", Features)
+    more = ["--report", "--sample-every", "2", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2"]
+    assert cli.main([*base, *more]) == 0
+    err = capsys.readouterr().err
+    assert "red: " in err and "report: out/report.md" in err
+    names = {path.name for path in (place / "out").iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoint-2", "report.md", "report.json",
+            "curves.png", "samples.png", "pytorch_lora_weights.safetensors"} == names  # fmt: skip
+    assert sorted(path.name for path in (place / "out" / "samples").iterdir()) == [
+        "update-000001.png", "update-000002.png"
+    ]  # fmt: skip
+    settings = yaml.safe_load((place / "out" / "config.yaml").read_text())
+    assert settings == {**printed(capsys, *base, *more)}
+    environment = json.loads((place / "out" / "env.json").read_text())
+    assert environment["tmpo_trainer"] == __version__ and environment["torch"] == torch.__version__
+    assert str(Path.home()) not in json.dumps(environment)
+    report = (place / "out" / "report.md").read_text()
+    assert "| red |" in report and "| LGMD |" in report and "2 held-out prompts x 3 images" in report
+    summary = json.loads((place / "out" / "report.json").read_text())
+    assert summary["gain"]["red"]["low"] <= summary["gain"]["red"]["mean"] <= summary["gain"]["red"]["high"]
+    assert summary["trained"]["red"] != summary["base"]["red"]
+
+
+def test_a_zero_learning_rate_is_reported(place: Path, base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*base, "--learning-rate", "0"]) == 0
+    assert "the LoRA is zero" in capsys.readouterr().err
