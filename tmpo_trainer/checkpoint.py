@@ -48,7 +48,7 @@ def save(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `run/checkpoint-<update>` and deletes all but the newest `keep`."""
+    """Writes `run/checkpoint-<update>` and deletes all but the last `keep` up to it."""
     final, temporary = run / f"checkpoint-{update}", run / f".checkpoint-{update}.tmp"
     for leftover in run.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover)
@@ -64,7 +64,10 @@ def save(
         shutil.rmtree(final)
     temporary.rename(final)
     _flush(run)
-    for old in checkpoints(run)[:-keep]:
+    # Later ones are there after resuming from an older one: of a run that no longer is.
+    whole = checkpoints(run)
+    last = whole.index(final) + 1
+    for old in whole[: max(last - keep, 0)] + whole[last:]:
         shutil.rmtree(old)
     return final
 

@@ -67,7 +67,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
         raise ConfigError(f"unknown {what} {word}{suggest(word.split('=')[0], known)} (--help lists them)")
     flags = {key: value for key, value in vars(namespace).items() if key in TrainConfig.model_fields}
     for key, value in flags.items():
-        if isinstance(value, str) and value.lower() == "none":
+        # Only where a setting may be left out: `--baseline none` is a value.
+        optional = type(None) in typing.get_args(TrainConfig.model_fields[key].annotation)
+        if optional and isinstance(value, str) and value.lower() == "none":
             flags[key] = None
     return namespace, flags
 

@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 class TrainConfig(BaseModel):
     """Settings of `python -m tmpo_trainer`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     # What is trained, on what, towards what
     model: str = "demo"
@@ -156,6 +156,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward)} rewards: give one each"
             )
+        if len(set(self.reward)) != len(self.reward):
+            raise ValueError(f"reward {' '.join(self.reward)} names one twice")
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
         if self.kernel == "cps" and self.eta > 1:
@@ -166,8 +168,14 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"{name} {list(steps)} must be strictly increasing steps, counted from 1")
             if steps[-1] >= self.rollout_steps:
                 raise ValueError(f"{name} {list(steps)} must stay below rollout_steps {self.rollout_steps}")
+            if steps[-1] == 1:
+                raise ValueError(f"{name} [1] leaves nothing to train: step 1 only draws seeds, add a later step")
         if len(self.branch_early) != len(self.branch_late):
             raise ValueError("branch_early and branch_late differ in number")
+        together = min(self.prompts_per_batch, self.prompts_per_update)
+        for name in ("max_batch", "replay_batch"):
+            if (getattr(self, name) or together) < together:
+                raise ValueError(f"{name} {getattr(self, name)} cannot hold one latent of each of {together} prompts")
         if self.branching == 1 and self.baseline == "siblings":
             raise ValueError("baseline siblings needs branching of at least 2: a single child has no siblings")
         return self

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from tmpo_trainer import __version__, evaluate, export, reporting, tree
 from tmpo_trainer.backbones import find_model, load_backbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.checkpoint import checkpoints
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
 from tmpo_trainer.features import EfficientNetLite
 from tmpo_trainer.prompts import read_prompts
@@ -55,9 +56,14 @@ def evaluation_scorers(config: TrainConfig, scorers: list[Scorer]) -> list[tuple
 def choose_device(config: TrainConfig) -> torch.device:
     if config.device != "auto":
         try:
-            return torch.device(config.device)
+            device = torch.device(config.device)
         except RuntimeError:
-            raise ConfigError(f"device {config.device}: use auto, cpu, cuda or cuda:N") from None
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device {config.device}: use auto, cpu, cuda or cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {config.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        return device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -180,7 +186,10 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     trainer = Trainer(config, folder, backbone, scorers, train_prompts)
     if checkpoint:
         trainer.resume(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output folder {folder} cannot be made: {error.strerror}") from None
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
     print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
@@ -202,10 +211,8 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         return 130
     except (ValueError, RuntimeError) as error:
         reporter.close()
-        print(
-            f"tmpo_trainer: update {trainer.done + 1} failed: {error} (saved, continue with --resume {folder})",
-            file=sys.stderr,
-        )
+        kept = f"saved, continue with --resume {folder}" if checkpoints(folder) else "nothing saved yet"
+        print(f"tmpo_trainer: update {trainer.done + 1} failed: {error} ({kept})", file=sys.stderr)
         return 1
     reporter.close()
     about = {

@@ -88,6 +88,7 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.done = 0
+        self._whole = True
         self._stop: int | None = None
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -182,12 +183,14 @@ class Trainer:
             if not torch.isfinite(norm):
                 raise ValueError(f"the gradient of update {u + 1} is {norm.item()}")
             figures["grad_norm"].append(norm.item())
+            self._whole = False
             self.optimizer.step()
         self.done += 1
         if self.done % config.ema_every == 0:
             with torch.no_grad():
                 for name, parameter in self.lora.items():
                     self.ema[name].lerp_(parameter, 1 - config.ema_decay)
+        self._whole = True
         total = time.perf_counter() - start
         return {
             "update": self.done,
@@ -223,7 +226,8 @@ class Trainer:
         except Interrupted:
             raise
         except BaseException:
-            if not (self.run / f"checkpoint-{self.done}").exists():
+            # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
+            if self._whole and not (self.run / f"checkpoint-{self.done}").exists():
                 self.save()
             raise
         finally:

@@ -111,7 +111,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--resolution 32", ["resolution"]),
     ("--resolution 40 32", ["resolution 40x32 must be a multiple of 16"]),
     ("--eta 1.2", ["eta 1.2 is too large for kernel cps"]),
-    ("--reward shapes shapes --reward-weights 1", ["reward_weights has 1 values for 2 rewards"]),
+    ("--reward-weights 1 2", ["reward_weights has 2 values for 1 rewards"]),
     ("--branch-late 1 4 4", ["branch_late [1, 4, 4] must be strictly increasing"]),
     ("--branch-early 3 2 1", ["branch_early [3, 2, 1] must be strictly increasing"]),
     ("--branch-late 1 4", ["branch_early and branch_late differ in number"]),
@@ -129,10 +129,21 @@ BAD: list[tuple[str, list[str]]] = [
     ("--model no-pipeline", ["model no-pipeline is a folder without model_index.json"]),
     ("--model unnamed", ["unnamed/model_index.json names no _class_name"]),
     ("--model flux", ["model flux is a FluxPipeline"]),
-    ("--model without-vae", ["model without-vae"]),
-    ("--model cut", ["model cut"]),
+    ("--model without-vae", ["model without-vae cannot be loaded", "vae"]),
+    ("--model cut", ["model cut cannot be loaded", "diffusion_pytorch_model.safetensors"]),
+    ("--max-sequence-length 0 --resolution 0 32", ["resolution 0x32 must lie in 16..128"]),
+    ("--resolution 32 144", ["resolution 32x144 must lie in 16..128"]),
+    ("--learning-rate inf", ["learning_rate 'inf'", "finite"]),
+    ("--reward-weights nan", ["reward_weights", "finite"]),
+    ("--reward shapes shapes", ["reward shapes shapes names one twice"]),
+    ("--branch-early 1 --branch-late 1", ["branch_early [1] leaves nothing to train"]),
+    ("--prompts-per-update 8 --prompts-per-batch 8 --max-batch 7", ["max_batch 7 cannot hold", "8 prompts"]),
+    ("--prompts-per-update 8 --prompts-per-batch 8 --replay-batch 7", ["replay_batch 7 cannot hold", "8 prompts"]),
     ("--reward beauty", ["unknown reward beauty"]),
-    ("--device tpu9", ["device tpu9"]),
+    ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
+    ("--device meta", ["device meta", "use auto, cpu, cuda"]),
+    ("--device cuda:99", ["device cuda:99", "CUDA devices"]),
+    ("--output-dir good.txt/run", ["output folder good.txt/run cannot be made", "Not a directory"]),
     ("--output-dir run", ["run already holds a run", "--resume run"]),
 ]  # fmt: skip
 
@@ -225,19 +236,21 @@ def test_the_preset_follows_the_reward(place: Path, capsys: pytest.CaptureFixtur
         assert printed(capsys, "--reward", name) == printed(capsys, "--preset", name)
     several = printed(capsys, "--reward", "hpsv2", "imagereward", "pickscore")
     assert several == printed(capsys, "--preset", "joint")
-    (place / "ocr.yaml").write_text("reward: ocr\nseed: 3\n") if False else (place / "ocr.yaml").write_text(
-        "reward: [ocr]\nseed: 3\n"
-    )
+    (place / "ocr.yaml").write_text("reward: [ocr]\nseed: 3\n")
     assert printed(capsys, "--config", "ocr.yaml") == {**printed(capsys, "--preset", "ocr"), "seed": 3}
     assert printed(capsys, "--reward", "ocr", "--preset", "demo")["model"] == "demo"
 
 
 def test_values_of_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     settings = printed(
-        capsys, "--resolution", "64", "96", "--no-report", "--max-batch", "8", "--learning-rate=2e-4", "--threads", "none"
+        capsys, "--resolution", "64", "96", "--no-report", "--max-batch", "32", "--learning-rate=2e-4", "--threads", "none"
     )  # fmt: skip
-    assert settings["resolution"] == [64, 96] and settings["report"] is False and settings["max_batch"] == 8
+    assert settings["resolution"] == [64, 96] and settings["report"] is False and settings["max_batch"] == 32
     assert settings["learning_rate"] == 2e-4 and settings["threads"] is None
+    words = printed(capsys, "--baseline", "none", "--anchor", "none", "--reward-norm", "none", "--max-batch", "None")
+    assert (words["baseline"], words["anchor"], words["reward_norm"], words["max_batch"]) == (
+        "none", "none", "none", None
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -261,7 +274,7 @@ def test_presets_hold_the_papers_values(capsys: pytest.CaptureFixture[str], name
 
 
 def test_there_is_no_other_preset_than_these() -> None:
-    assert set(preset_names()) == {*PAPER, "demo"}
+    assert set(preset_names()) == {*PAPER, "demo", "demo-long"}
 
 
 def test_the_flags_are_pinned() -> None:
@@ -269,7 +282,11 @@ def test_the_flags_are_pinned() -> None:
     assert options == FLAGS
 
 
-def test_help_lists_every_setting_with_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_setting_with_a_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Wide enough not to break words at hyphens.
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     assert caught.value.code == 0

@@ -348,11 +348,20 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
 
 
 def test_old_checkpoints_go_by_number(tmp_path: Path) -> None:
-    for update in (5, 10, 100, 95):
+    for update in (5, 10, 95, 100):
         save(tmp_path, update, keep=3)
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-95"]
     assert save(tmp_path, 105, keep=1) == tmp_path / "checkpoint-105"
     assert names(tmp_path) == ["checkpoint-105"]
+
+
+def test_a_run_that_went_back_forgets_what_came_after(tmp_path: Path) -> None:
+    """Resumed from update 5 of 15: what it saves is neither pruned at once nor overshadowed by the old run's later state."""
+    for update in (5, 10, 15):
+        save(tmp_path, update, keep=3)
+    assert save(tmp_path, 7, keep=3).is_dir()
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-7"]
+    assert checkpoint.find(str(tmp_path), tmp_path).name == "checkpoint-7"
 
 
 def test_latest_is_the_newest_of_all_runs(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tmpo_trainer import checkpoint, tree
 from tmpo_trainer import config as config_module
-from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
@@ -420,6 +420,30 @@ def test_a_latent_that_is_no_number_stops_the_update(make_trainer: MakeTrainer) 
     with pytest.raises(ValueError, match=r"non-finite latent in the rollout of update 2, prompts \['"):
         trainer.update()
     assert trainer.done == 1 and all(torch.equal(before[n], v) for n, v in trainer.ema.items())
+
+
+@pytest.mark.parametrize("inner", [0, 1])
+def test_half_an_update_is_not_saved(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inner: int
+) -> None:
+    """A failure before the first optimiser step of update 2 leaves update 1 whole; one between two steps does not."""
+    trainer = make_trainer(inner_updates=2, branching=2, sample_every=0)
+    original = Group.backward
+
+    def failing(group: Group, turn: int) -> Any:
+        if group.update == 1 and turn == inner:
+            raise ValueError("boom")
+        return original(group, turn)
+
+    class Silent:
+        def update(self, metrics: dict[str, Any]) -> None:
+            pass
+
+    monkeypatch.setattr(Group, "backward", failing)
+    with pytest.raises(ValueError, match="boom"):
+        trainer.train(Silent())  # pyright: ignore[reportArgumentType]
+    assert trainer.done == 1
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == (["checkpoint-1"] if inner == 0 else [])
 
 
 # -- learning ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,12 @@ def find_model(model: str) -> Path:
 
 def load_backbone(model: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> SD3Backbone:
     """Loads a pipeline folder. Raises ConfigError for anything that is none."""
+    from safetensors import SafetensorError
+
     from tmpo_trainer.backbones.sd3 import SD3Backbone
 
-    return SD3Backbone.load(find_model(model), dtype, device, max_sequence_length)
+    folder = find_model(model)
+    try:
+        return SD3Backbone.load(folder, dtype, device, max_sequence_length)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -88,10 +88,15 @@ class SD3Backbone:
         return Encoded(torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs]))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height, width of a picture's latent. Raises ValueError for a size that does not divide."""
+        """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
         unit = self.pipeline.vae_scale_factor * self.pipeline.patch_size
         if height % unit or width % unit:
             raise ValueError(f"resolution {height}x{width} must be a multiple of {unit} in both directions")
+        most = unit * self.transformer.config.pos_embed_max_size
+        if not (0 < height <= most and 0 < width <= most):
+            raise ValueError(
+                f"resolution {height}x{width} must lie in {unit}..{most} in both directions for this model"
+            )
         factor = self.pipeline.vae_scale_factor
         return self.transformer.config.in_channels, height // factor, width // factor
 
