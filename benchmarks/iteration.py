@@ -29,7 +29,7 @@ def main() -> int:
     prompts = read_prompts(run.prompt_files(config)[0])
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
-        lines = [trainer.update() for _ in range(config.updates)][1:]
+        lines = [trainer.update() for _ in range(config.updates + 1)][1:]
     seconds: defaultdict[str, float] = defaultdict(float)
     for line in lines:
         for phase, value in line["seconds"].items():

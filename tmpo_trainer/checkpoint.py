@@ -31,7 +31,17 @@ def checkpoints(run: Path) -> list[Path]:
     )
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that a kill leaves either the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _flush(path: Path) -> None:
+    if os.name == "nt":
+        # Windows can neither open a folder nor sync a read-only handle.
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -72,19 +82,26 @@ def save(
     return final
 
 
+def drop_later(run: Path, update: int) -> None:
+    """Deletes checkpoints after an update: resuming from it abandons them, and they must not be found again."""
+    for path in checkpoints(run):
+        if int(path.name[11:]) > update:
+            shutil.rmtree(path)
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """(lora, ema, optimizer, state) of a checkpoint folder. Raises ConfigError that names the file to blame."""
     parts = []
     for name, reader in (
         ("lora.safetensors", load_file),
         ("ema.safetensors", load_file),
-        ("optimizer.pt", lambda file: torch.load(file, weights_only=True)),
+        ("optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True)),
         ("state.json", lambda file: json.loads(Path(file).read_text())),
     ):
         try:
             parts.append(reader(path / name))
         except Exception as error:
-            raise ConfigError(f"checkpoint file {path / name} cannot be read: {error}") from None
+            raise ConfigError(f"checkpoint file {path / name} cannot be read: {' '.join(str(error).split())}") from None
     return parts[0], parts[1], parts[2], parts[3]
 
 
@@ -97,7 +114,7 @@ def find(resume: str, outputs: Path) -> Path:
         if not every:
             raise ConfigError(f"--resume latest: no checkpoint under {outputs}")
         return max(every, key=lambda path: (path / "state.json").stat().st_mtime_ns)
-    path = Path(resume)
+    path = Path(resume).resolve()
     if all((path / name).is_file() for name in FILES):
         return path
     inside = checkpoints(path)

@@ -74,11 +74,13 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
     return namespace, flags
 
 
-def choose_preset(rewards: Sequence[str]) -> str:
-    """The preset that belongs to the rewards."""
-    if len(rewards) > 1 and "shapes" not in rewards:
-        return "joint"
-    return rewards[0] if rewards and rewards[0] in preset_names() else "demo"
+def choose_preset(settings: dict[str, Any]) -> str:
+    """The preset that belongs to the reward and model given; `demo` is for the demo model alone."""
+    reward = settings.get("reward", "shapes")
+    names = [reward] if isinstance(reward, str) else reward
+    if not isinstance(names, list | tuple) or "shapes" in names:
+        return "demo" if settings.get("model", "demo") == "demo" else "defaults"
+    return names[0] if len(names) == 1 and names[0] in preset_names() else "joint"
 
 
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
@@ -90,19 +92,24 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
             raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
         return make_config([*layers, ("flags", flags)]), "resume"
     from_file = read_yaml(actions.config) if actions.config else {}
-    chosen = flags.get("reward") or from_file.get("reward") or ()
-    name = actions.preset or choose_preset([chosen] if isinstance(chosen, str) else list(chosen))
-    layers = [(f"preset {name}", preset(name)), (str(actions.config), from_file), ("flags", flags)]
-    return make_config(layers), name
+    given = [(str(actions.config), from_file), ("flags", flags)]
+    name = actions.preset or choose_preset(from_file | flags)
+    start = {} if name == "defaults" else preset(name)
+    return make_config([(f"preset {name}", start), *given]), name
 
 
 def _run(arguments: Sequence[str]) -> int:
     actions, flags = parse(arguments)
     checkpoint = None
-    if actions.resume:
+    if actions.resume is not None:
         from tmpo_trainer.checkpoint import find
 
         checkpoint = find(actions.resume, Path(flags.get("output_dir") or "outputs"))
+        if (
+            actions.resume != "latest"
+            and Path(flags.get("output_dir", checkpoint.parent)).resolve() != checkpoint.parent
+        ):
+            raise ConfigError(f"--resume continues in {checkpoint.parent}: leave out --output-dir")
         flags["output_dir"] = str(checkpoint.parent)
     config, name = configure(actions, flags, checkpoint)
     if actions.print_config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -28,7 +28,7 @@ class TrainConfig(BaseModel):
 
     # What is trained, on what, towards what
     model: str = "demo"
-    """`demo` (the bundled tiny model), a local diffusers folder, or a hub id such as black-forest-labs/FLUX.1-dev."""
+    """`demo` (the bundled tiny model) or a local diffusers folder."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
     """One or more scorers; several are z-scored per prompt and added."""
     reward_weights: tuple[float, ...] | None = None
@@ -47,7 +47,7 @@ class TrainConfig(BaseModel):
     """Number of updates (rollout, replay, optimiser step)."""
     output_dir: Path | None = None
     """The run's folder; by default a new one, outputs/<preset>-<date>-<time>."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything: noise, branch steps, prompt order, LoRA initialisation."""
 
     # Rollout
@@ -57,7 +57,7 @@ class TrainConfig(BaseModel):
     """How many of them are rolled out together in one batch (small models are faster that way)."""
     rollout_steps: int = Field(6, ge=2)
     """Denoising steps of a rollout, N."""
-    branching: int = Field(3, ge=1)
+    branching: int = Field(3, ge=2)
     """Children per branch point, B."""
     branch_early: tuple[int, ...] = (1, 2, 3)
     """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
@@ -111,7 +111,7 @@ class TrainConfig(BaseModel):
     """Where the cosine ends, as a share of the peak."""
     weight_decay: float = Field(1e-4, ge=0)
     """AdamW's weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's betas."""
     max_grad_norm: float = Field(0.5, gt=0)
     """Gradient clipping."""
@@ -145,7 +145,7 @@ class TrainConfig(BaseModel):
     # Machine
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen weights; auto is bfloat16 on a GPU and float32 on a CPU. LoRA and latents are float32."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; by default torch's own choice."""
@@ -176,8 +176,6 @@ class TrainConfig(BaseModel):
         for name in ("max_batch", "replay_batch"):
             if (getattr(self, name) or together) < together:
                 raise ValueError(f"{name} {getattr(self, name)} cannot hold one latent of each of {together} prompts")
-        if self.branching == 1 and self.baseline == "siblings":
-            raise ValueError("baseline siblings needs branching of at least 2: a single child has no siblings")
         return self
 
     def beta(self, update: int) -> float:
@@ -211,7 +209,7 @@ def preset_names() -> list[str]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping of settings from a YAML file. Raises ConfigError that names the file."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -236,7 +234,7 @@ def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
     blame = "defaults"
     for where, settings in layers:
         merged.update(settings)
-        blame = where
+        blame = where if settings else blame
         try:
             TrainConfig.model_validate(merged)
         except ValidationError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15
 class Evaluation:
     """One model on P prompts x n images.
 
-    scores: {name: `[P, n]`}. lgmd, cosine: `[P]`. latent_std: of all final latents. images: uint8 `[P, n, H, W, 3]`.
+    scores: {name: `[P, n]`}. lgmd, cosine: `[P]`. latent_std: of all final latents. images: of the prompts numbered
+    `shown`, uint8 `[len(shown), n, H, W, 3]`.
     """
 
     prompts: list[str]
@@ -29,42 +31,48 @@ class Evaluation:
     lgmd: np.ndarray
     cosine: np.ndarray
     latent_std: float
+    shown: list[int]
     images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How evaluation draws pictures: plain Euler steps from noise keyed by (seed, prompt, image), so that pairs compare.
+
+    batch: most latents in one network call. decode_batch: most latents in one VAE decode.
+    """
+
+    steps: int
+    seed: int
+    guidance: float
+    resolution: tuple[int, int]
+    batch: int = 128
+    decode_batch: int = 64
 
 
 @torch.no_grad()
 def sample(
-    backbone: SD3Backbone,
-    prompts: Sequence[str],
-    images: int,
-    *,
-    steps: int,
-    seed: int,
-    guidance: float,
-    resolution: tuple[int, int],
-    batch: int,
-    progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Final latents `[P, n, ...latent]` by plain Euler steps. Noise is keyed by (seed, prompt, image): pairs compare."""
-    sigmas = backbone.sigmas(steps, *resolution)
-    shape = backbone.latent_shape(*resolution)
-    group = max(1, batch // images)
-    parts = []
+    backbone: SD3Backbone, prompts: Sequence[str], images: int, how: Sampling
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`, some prompts at a time, in order."""
+    sigmas = backbone.sigmas(how.steps, *how.resolution)
+    shape = backbone.latent_shape(*how.resolution)
+    group = max(1, how.batch // images)
     for first in range(0, len(prompts), group):
         chosen = list(prompts[first : first + group])
-        sources = [tree.keyed_noise((seed, "evaluate", prompt), shape) for prompt in chosen]
+        sources = [tree.keyed_noise((how.seed, "evaluate", prompt), shape) for prompt in chosen]
         count = len(chosen)
 
         def noise(step: int, path: tree.Path, sources=sources, count=count) -> Tensor:
             image, prompt = divmod(path[0], count)
             return sources[prompt](step, (image,)).to(backbone.device)
 
-        plan = tree.TreePlan(steps, images, {}).forest(count)
-        run = tree.rollout(backbone.velocity(chosen, guidance), noise, sigmas, plan, kernel="ode")
-        parts.append(run.leaves.unflatten(0, (images, count)).transpose(0, 1))
-        if progress is not None:
-            progress(count)
-    return torch.cat(parts)
+        plan = tree.TreePlan(how.steps, images, {}).forest(count)
+        velocity = backbone.velocity(chosen, how.guidance)
+        run = tree.rollout(velocity, noise, sigmas, plan, kernel="ode", max_batch=how.batch)
+        latents = run.leaves.unflatten(0, (images, count)).transpose(0, 1)
+        pictures = backbone.decode(latents.flatten(0, 1), how.decode_batch)
+        yield latents, pictures.reshape(count, images, *pictures.shape[1:])
 
 
 def evaluate(
@@ -72,50 +80,60 @@ def evaluate(
     prompts: Sequence[str],
     scorers: Sequence[tuple[str, Scorer]],
     features: Callable[[np.ndarray], Tensor],
-    *,
     images: int,
-    steps: int,
-    seed: int,
-    guidance: float,
-    resolution: tuple[int, int],
-    batch: int,
-    decode_batch: int,
-    progress: Callable[[int], None] | None = None,
+    how: Sampling,
+    show: int = 10,
+    progress: Callable[[int], Any] | None = None,
 ) -> Evaluation:
-    """Samples `images` pictures per prompt and measures them. The transformer is used as it stands (LoRA on or off)."""
-    latents = sample(
-        backbone,
-        prompts,
-        images,
-        steps=steps,
-        seed=seed,
-        guidance=guidance,
-        resolution=resolution,
-        batch=batch,
-        progress=progress,
-    )
-    pictures = backbone.decode(latents.flatten(0, 1), decode_batch)
-    texts = [prompt for prompt in prompts for _ in range(images)]
-    scores = {
-        name: check_finite(name, scorer.score(pictures, texts), texts).view(len(prompts), images).numpy()
-        for name, scorer in scorers
-    }
-    vectors = features(pictures).unflatten(0, (len(prompts), images))
+    """Draws `images` pictures per prompt and measures them. The transformer is used as it stands (LoRA on or off).
+
+    Args:
+        scorers: (name, scorer) pairs. features: uint8 `[N, H, W, 3]` -> `[N, D]`, for cosine diversity.
+        show: of how many prompts, spread over the list, the pictures are kept.
+        progress: called with the number of prompts done since the last call.
+    """
+    shown = sorted(set(np.linspace(0, len(prompts) - 1, min(show, len(prompts))).astype(int).tolist()))
+    scores: dict[str, list[np.ndarray]] = {name: [] for name, _ in scorers}
+    lgmd: list[float] = []
+    cosine: list[float] = []
+    kept: list[np.ndarray] = []
+    total, square, count = 0.0, 0.0, 0
+    for latents, pictures in sample(backbone, prompts, images, how):
+        first = len(lgmd)
+        texts = [prompt for prompt in prompts[first : first + len(latents)] for _ in range(images)]
+        flat = pictures.reshape(-1, *pictures.shape[2:])
+        for name, scorer in scorers:
+            values = check_finite(name, scorer.score(flat, texts), texts)
+            scores[name].append(values.view(len(latents), images).numpy())
+        vectors = features(flat).unflatten(0, (len(latents), images))
+        lgmd += [diversity.lgmd(group).item() for group in latents]
+        cosine += [diversity.cosine_diversity(group).item() for group in vectors]
+        kept += [pictures[i - first] for i in shown if first <= i < first + len(latents)]
+        exact = latents.double()
+        total, square, count = total + exact.sum().item(), square + exact.square().sum().item(), count + latents.numel()
+        if progress is not None:
+            progress(len(latents))
     return Evaluation(
         prompts=list(prompts),
-        scores=scores,
-        lgmd=np.array([diversity.lgmd(group).item() for group in latents]),
-        cosine=np.array([diversity.cosine_diversity(group).item() for group in vectors]),
-        latent_std=latents.std().item(),
-        images=pictures.reshape(len(prompts), images, *pictures.shape[1:]),
+        scores={name: np.concatenate(parts) for name, parts in scores.items()},
+        lgmd=np.array(lgmd),
+        cosine=np.array(cosine),
+        latent_std=((square - total**2 / count) / (count - 1)) ** 0.5,
+        shown=shown,
+        images=np.stack(kept),
     )
 
 
 def paired_gain(
     base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000
 ) -> tuple[float, float, float]:
-    """Mean gain per prompt and its 95% bootstrap interval over prompts. `[P]` or `[P, n]` each."""
+    """Mean gain per prompt and its 95% bootstrap interval over prompts. `[P]` or `[P, n]` each.
+
+    A single prompt says nothing about others: its interval is infinite.
+    """
     difference = (trained - base).reshape(len(base), -1).mean(1)
+    if len(difference) < 2:
+        return float(difference.mean()), -np.inf, np.inf
     rng = np.random.default_rng(seed)
     means = difference[rng.integers(0, len(difference), (draws, len(difference)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])

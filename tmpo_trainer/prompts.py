@@ -15,7 +15,7 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: the file is missing, unreadable or holds no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"prompt file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from tmpo_trainer.checkpoint import write_text
 from tmpo_trainer.evaluate import Evaluation, paired_gain, verdict
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     metrics = []
     for line in lines:
         try:
@@ -45,7 +46,7 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1)
 
 def zoom(pictures: np.ndarray) -> int:
     """How much to enlarge small pictures so that a person can see them."""
-    return max(1, 96 // pictures.shape[-2])
+    return max(1, 128 // pictures.shape[-2])
 
 
 class Reporter:
@@ -69,8 +70,8 @@ class Reporter:
         path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["update"] <= done]
         # Lines after the checkpoint are about to be written again.
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = path.open("a", encoding="utf-8")
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True)
 
     def update(self, metrics: dict[str, Any]) -> None:
@@ -88,6 +89,7 @@ class Reporter:
         grid(list(pictures), prompts, zoom(pictures)).save(folder / f"update-{update:06d}.png")
 
     def close(self) -> None:
+        """May be called twice."""
         self.bar.close()
         self.file.close()
 
@@ -121,12 +123,12 @@ def curves(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], path: Path
     pyplot.close(figure)
 
 
-def side_by_side(base: Evaluation, trained: Evaluation, path: Path, prompts: int = 10, images: int = 6) -> None:
+def side_by_side(base: Evaluation, trained: Evaluation, path: Path, images: int = 6) -> None:
     """Base left, trained right, the same seeds: prompts spread over the held-out list."""
-    chosen = np.linspace(0, len(base.prompts) - 1, min(prompts, len(base.prompts))).astype(int)
     gap = np.full((1, *base.images.shape[2:]), 255, np.uint8)
-    rows = [np.concatenate([base.images[i, :images], gap, trained.images[i, :images]]) for i in chosen]
-    labels = [f"{base.prompts[i]}   (left: base, right: trained, same seeds)" for i in chosen]
+    pairs = zip(base.images, trained.images, strict=True)
+    rows = [np.concatenate([before[:images], gap, after[:images]]) for before, after in pairs]
+    labels = [f"{base.prompts[i]}   (left: base, right: trained, same seeds)" for i in base.shown]
     grid(rows, labels, zoom(base.images[0])).save(path)
 
 
@@ -173,7 +175,7 @@ def write_report(
         "![base and trained](samples.png)",
         "",
     ]
-    (run / "report.md").write_text("\n".join(text))
+    (run / "report.md").write_text("\n".join(text), encoding="utf-8")
     summary = {
         "prompts": len(base.prompts),
         "base": {name: float(before.mean()) for name, before, _ in rows} | {"latent_std": base.latent_std},

@@ -15,12 +15,13 @@ import numpy as np
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from tmpo_trainer import __version__, evaluate, export, reporting, tree
 from tmpo_trainer.backbones import find_model, load_backbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
-from tmpo_trainer.checkpoint import checkpoints
+from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
 from tmpo_trainer.features import EfficientNetLite
 from tmpo_trainer.prompts import read_prompts
@@ -42,7 +43,7 @@ def prompt_files(config: TrainConfig) -> tuple[Path, Path]:
     return files[0], files[1]
 
 
-def evaluation_scorers(config: TrainConfig, scorers: list[Scorer]) -> list[tuple[str, Scorer]]:
+def evaluation_scorers(scorers: list[Scorer]) -> list[tuple[str, Scorer]]:
     """What the report measures: the rewards; shapes both strict and partial."""
     pairs: list[tuple[str, Scorer]] = []
     for scorer in scorers:
@@ -73,11 +74,12 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _need_hardware(config: TrainConfig) -> None:
-    if config.model == "black-forest-labs/FLUX.1-dev" and not torch.cuda.is_available():
+def _need_flux(config: TrainConfig) -> None:
+    if "flux" in config.model.lower() and not Path(config.model).is_dir():
+        needs = "" if torch.cuda.is_available() else " FLUX.1-dev also needs a CUDA GPU, and none is here."
         raise ConfigError(
-            "FLUX.1-dev needs a CUDA GPU with 80 GB (24 GB with 4-bit weights) and its weights; none is here. "
-            "To train the bundled demo model on this CPU: python -m tmpo_trainer --preset demo"
+            f"model {config.model}: the FLUX backbone is not part of this version.{needs} "
+            f"To train the bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
         )
 
 
@@ -96,14 +98,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check(config: TrainConfig) -> tuple[list[str], list[str]]:
-    """Everything that can be refused before anything heavy is loaded. Returns train and held-out prompts."""
-    _need_hardware(config)
+def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
+    """Everything that can be refused before the model is loaded. Returns training and held-out prompts, and scorers."""
+    _need_flux(config)
     find_model(config.model)
     train_file, eval_file = prompt_files(config)
     train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
-    for name in config.reward:
-        load_scorer(name)
     if "shapes" in config.reward:
         from tmpo_trainer.demo.domain import parse
 
@@ -113,7 +113,7 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str]]:
                     parse(prompt)
                 except ValueError as error:
                     raise ConfigError(f"{file}: {error}") from None
-    return train, heldout
+    return train, heldout, [load_scorer(name) for name in config.reward]
 
 
 def load_model(config: TrainConfig, device: torch.device) -> SD3Backbone:
@@ -136,7 +136,7 @@ def _quiet() -> None:
 def dry_run(config: TrainConfig) -> int:
     """Prints what a run would do: prompts, tree geometry, network evaluations, memory."""
     _quiet()
-    train_prompts, heldout = _check(config)
+    train_prompts, heldout, _ = _check(config)
     device = choose_device(config)
     backbone = load_model(config, device)
     sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
@@ -155,108 +155,127 @@ def dry_run(config: TrainConfig) -> int:
     channels, height, width = backbone.latent_shape(*config.resolution)
     megabyte = channels * height * width * 4 / 2**20
     plan = tree.TreePlan.tmpo(config.rollout_steps, schedule.steps(0), config.branching)
-    stored = (plan.leaves + 2 * plan.train_evaluations + plan.leaves) * config.prompts_per_update * megabyte
-    weights = parameters * _dtype(config, device).itemsize / 2**20
-    print(f"memory: weights of the transformer {weights:.0f} MiB, stored latents of a rollout {stored:.1f} MiB")
+    edges = len(plan.index().edge_parent)
+    stored = (plan.leaves + 2 * plan.train_evaluations + edges) * config.prompts_per_update * megabyte
+    parts = (backbone.pipeline.components[name] for name in backbone.pipeline.components)
+    modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters()) / 2**20
+    print(
+        f"memory without activations: weights {weights:.0f} MiB, stored latents of a rollout {stored:.1f} MiB "
+        f"(LoRA and optimiser on top)"
+    )
     print(f"per update: {config.prompts_per_update * plan.leaves} images; {config.updates} updates in all")
     return 0
 
 
-def _new_folder(config: TrainConfig, preset: str) -> Path:
-    if config.output_dir is not None:
-        if (config.output_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"{config.output_dir} already holds a run: continue it with --resume {config.output_dir} "
-                f"or give another --output-dir"
-            )
-        return config.output_dir
-    return Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _make_folder(config: TrainConfig, preset: str) -> Path:
+    """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
+    folder = config.output_dir or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if config.output_dir and (folder / "metrics.jsonl").exists():
+        mend = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
+        raise ConfigError(f"{folder} already holds a run: {mend}give another --output-dir")
+    name = folder.name
+    for attempt in range(2, 100):
+        try:
+            folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
+            return folder
+        except FileExistsError:
+            if config.output_dir:
+                raise ConfigError(f"output folder {folder} is a file") from None
+            # Another run began in the same second.
+            folder = folder.with_name(f"{name}-{attempt}")
+        except OSError as error:
+            raise ConfigError(f"output folder {folder} cannot be made: {error.strerror}") from None
+    raise ConfigError(f"output folder {folder} exists already")
+
+
+def _sampling(config: TrainConfig) -> evaluate.Sampling:
+    return evaluate.Sampling(
+        steps=config.eval_steps,
+        seed=config.seed,
+        guidance=config.guidance,
+        resolution=config.resolution,
+        batch=config.max_batch or 128,
+        decode_batch=config.decode_batch,
+    )
 
 
 def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
-    """Trains, exports and reports. Returns the exit code."""
-    train_prompts, heldout = _check(config)
-    folder = checkpoint.parent if checkpoint else _new_folder(config, preset)
+    """Trains, exports and reports. Returns the exit code: 0, 1 for a failure (one line says which), 130 if interrupted."""
+    train_prompts, heldout, scorers = _check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()
     device = choose_device(config)
+    # What the report needs is loaded first: it must not be found missing after hours of training.
+    features = EfficientNetLite(device) if config.report else None
     backbone = load_model(config, device)
-    scorers = [load_scorer(name) for name in config.reward]
+    folder = checkpoint.parent if checkpoint else _make_folder(config, preset)
     trainer = Trainer(config, folder, backbone, scorers, train_prompts)
     if checkpoint:
         trainer.resume(checkpoint)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output folder {folder} cannot be made: {error.strerror}") from None
-    (folder / "config.yaml").write_text(to_yaml(config))
-    (folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+        drop_later(folder, trainer.done)
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
     print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
     shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
 
     def draw_samples() -> tuple[np.ndarray, list[str]]:
-        latents = evaluate.sample(backbone, shown, 8, **_sampling(config))
-        pictures = backbone.decode(latents.flatten(0, 1), config.decode_batch)
-        return pictures.reshape(len(shown), 8, *pictures.shape[1:]), shown
+        parts = [pictures for _, pictures in evaluate.sample(backbone, shown, 8, _sampling(config))]
+        return np.concatenate(parts), shown
 
-    reporter = reporting.Reporter(
-        folder, config.updates, trainer.done, [scorer.name for scorer in scorers], draw_samples
-    )
+    names = [scorer.name for scorer in scorers]
+    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples)
     try:
         trainer.train(reporter)
+        reporter.close()
+        _export(config, trainer)
+        if features:
+            _report(config, trainer, heldout, scorers, features)
     except Interrupted as stop:
         reporter.close()
         print(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}", file=sys.stderr)
         return 130
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        whole = checkpoints(folder)
+        kept = f"kept {whole[-1].name}, continue with --resume {folder}" if whole else "nothing saved yet"
+        text = " ".join(str(error).split())
         reporter.close()
-        kept = f"saved, continue with --resume {folder}" if checkpoints(folder) else "nothing saved yet"
-        print(f"tmpo_trainer: update {trainer.done + 1} failed: {error} ({kept})", file=sys.stderr)
+        print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)
         return 1
-    reporter.close()
+    finally:
+        reporter.close()
+    return 0
+
+
+def _export(config: TrainConfig, trainer: Trainer) -> None:
     about = {
         "method": config.method,
         "step": str(trainer.done),
         "rewards": " ".join(config.reward),
         "beta": f"{config.beta_start} to {config.beta_end}",
-        "base_model": config.model if config.model == "demo" or not Path(config.model).exists() else "local",
+        "base_model": "demo" if config.model == "demo" else "local",
     }
     with trainer.averaged():
-        changed = export.export_lora(backbone, folder, about)
+        changed = export.export_lora(trainer.backbone, trainer.run, about)
     if not changed:
-        print("tmpo_trainer: the LoRA is zero: nothing was learnt (is the learning rate 0?)", file=sys.stderr)
-    if config.report:
-        report(config, trainer, heldout, scorers)
-    print(f"LoRA: {folder / export.FILE_NAME}", file=sys.stderr)
-    return 0
+        why = "is the learning rate 0?"
+        if trainer.done < config.ema_every:
+            why = f"the averaged weights move every {config.ema_every} updates, see ema_every"
+        print(f"the LoRA is zero: nothing was learnt ({why})", file=sys.stderr)
+    print(f"LoRA: {trainer.run / export.FILE_NAME}", file=sys.stderr)
 
 
-def _sampling(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "steps": config.eval_steps,
-        "seed": config.seed,
-        "guidance": config.guidance,
-        "resolution": config.resolution,
-        "batch": 128,
-    }
-
-
-def report(config: TrainConfig, trainer: Trainer, heldout: list[str], scorers: list[Scorer]) -> None:
+def _report(
+    config: TrainConfig, trainer: Trainer, heldout: list[str], scorers: list[Scorer], features: EfficientNetLite
+) -> None:
     """Base and trained (EMA) model on the held-out prompts with the same noise."""
-    backbone, features = trainer.backbone, EfficientNetLite(trainer.device)
-    pairs = evaluation_scorers(config, scorers)
+    backbone = trainer.backbone
+    pairs = evaluation_scorers(scorers)
 
     def measure(progress: Callable[[int], Any]) -> evaluate.Evaluation:
         return evaluate.evaluate(
-            backbone,
-            heldout,
-            pairs,
-            features,
-            images=config.eval_images,
-            decode_batch=config.decode_batch,
-            progress=progress,
-            **_sampling(config),
+            backbone, heldout, pairs, features, config.eval_images, _sampling(config), progress=progress
         )
 
     with tqdm(total=2 * len(heldout), desc="evaluating base and trained", unit="prompt", dynamic_ncols=True) as bar:

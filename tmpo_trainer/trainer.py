@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,9 @@ from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.prompts import prompt_index
 from tmpo_trainer.reporting import Reporter
 from tmpo_trainer.rewards import Scorer, check_finite, combine
+
+#: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
+LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
 
 
 class Interrupted(Exception):
@@ -178,7 +182,8 @@ class Trainer:
             self.optimizer.zero_grad()
             for group in groups:
                 for name, values in group.backward(inner).items():
-                    figures[name] += values
+                    if inner + 1 == config.inner_updates or name not in LAST_ONLY:
+                        figures[name] += values
             norm = torch.nn.utils.clip_grad_norm_(self.lora.values(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise ValueError(f"the gradient of update {u + 1} is {norm.item()}")
@@ -197,14 +202,17 @@ class Trainer:
             "branch_steps": list(steps),
             "beta": config.beta(u),
             "learning_rate": self.learning_rate(u),
-            **{name: math.fsum(values) / len(values) for name, values in figures.items()},
+            **{name: summarise(name, values) for name, values in figures.items()},
             "seconds": {**clock.seconds, "other": total - sum(clock.seconds.values()), "total": total},
         }
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def train(self, reporter: Reporter) -> None:
-        """Runs the remaining updates. On any failure the last whole update is saved first.
+        """Runs the remaining updates. On a failure the last whole update is saved first.
+
+        Only a failure between the optimiser steps of one update (`inner_updates` > 1) leaves nothing to save: then the
+        last checkpoint stands.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, saved.
@@ -215,7 +223,7 @@ class Trainer:
             while self.done < config.updates:
                 metrics = self.update()
                 reporter.update(metrics)
-                if config.sample_every and (self.done % config.sample_every == 0 or self.done == 1):
+                if config.sample_every and not self._stop and (self.done % config.sample_every == 0 or self.done == 1):
                     with self.averaged():
                         reporter.samples(self.done)
                 due = config.checkpoint_every and self.done % config.checkpoint_every == 0
@@ -227,7 +235,8 @@ class Trainer:
             raise
         except BaseException:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
-            if self._whole and not (self.run / f"checkpoint-{self.done}").exists():
+            saved = self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
+            if self._whole and not saved:
                 self.save()
             raise
         finally:
@@ -238,6 +247,12 @@ class Trainer:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = number
+        print("\nstopping after this update and saving; again to stop at once", file=sys.stderr)
+
+
+def summarise(name: str, values: list[float]) -> float:
+    """One figure of an update from those of its prompts: the largest of a maximum or an error, else the mean."""
+    return max(values) if name.endswith(("_max", "_error")) else math.fsum(values) / len(values)
 
 
 class Group:

@@ -88,7 +88,8 @@ class BranchSchedule:
         # About half of the draws collide. Move, never drop: K must stay branching ** T.
         for i in range(1, len(steps)):
             steps[i] = max(steps[i], steps[i - 1] + 1)
-        steps[-1] = min(steps[-1], self.last_step)
+        # A lone branch at step 1 would leave no transition to train.
+        steps[-1] = min(max(steps[-1], 2), self.last_step)
         for i in reversed(range(len(steps) - 1)):
             steps[i] = min(steps[i], steps[i + 1] - 1)
         return tuple(steps)
@@ -360,7 +361,10 @@ def edge_log_probs(run: Rollout, means: list[Tensor]) -> Tensor:
 
 
 def edge_mean_shift(run: Rollout, means: list[Tensor], reference: list[Tensor] | None = None) -> Tensor:
-    """`[E]`: mean_d (mu - mu_0)^2 / (2 std^2), with mu_0 the rollout's means (RatioNorm, eq. 32) or `reference`."""
+    """`[E]`: (mu - mu_0)^2 / (2 std^2), reduced over dimensions as the log-probabilities are.
+
+    mu_0 are the rollout's own means (RatioNorm, eq. 32) or those of a `reference`.
+    """
     shifts = []
     for i, (branch, mean) in enumerate(zip(run.branches, means, strict=True)):
         other = branch.mean if reference is None else reference[i]
@@ -438,7 +442,7 @@ def replay(
                 if kl_weight:
                     assert reference is not None
                     shift = ((mu - reference[b][first:last]) ** 2 / (2 * scale**2)).flatten(1)
-                    penalty = (shift.mean(1) if run.reduce == "mean" else shift.sum(1)).sum() * children / edges
+                    penalty = shift.mean(1).sum() * children / edges
                     kl += penalty.item()
                     total = total + kl_weight * penalty
             backward(total)

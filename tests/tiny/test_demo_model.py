@@ -30,13 +30,8 @@ def measure(backbone: SD3Backbone, prompts: list[str], images: int = 6) -> evalu
         prompts,
         [("strict", ShapesScorer("strict"))],
         EfficientNetLite(torch.device("cpu")),
-        images=images,
-        steps=12,
-        seed=0,
-        guidance=1.0,
-        resolution=(64, 64),
-        batch=64,
-        decode_batch=8,
+        images,
+        evaluate.Sampling(12, 0, 1.0, (64, 64), decode_batch=8),
     )
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from tmpo_trainer import diversity
+from tmpo_trainer import evaluate as module
 from tmpo_trainer.backbones.sd3 import SD3Backbone
-from tmpo_trainer.evaluate import Evaluation, evaluate, paired_gain, sample, verdict
+from tmpo_trainer.evaluate import Evaluation, Sampling, evaluate, paired_gain, verdict
 
 CLAIMS = ("rose", "LGMD", "cosine", "latent standard deviation")
 
@@ -26,8 +27,13 @@ def made(score: float = 0.5, lgmd: float = 0.3, cosine: float = 0.2, latent_std:
         lgmd=np.full(40, lgmd),
         cosine=np.full(40, cosine),
         latent_std=latent_std,
-        images=np.zeros((40, 4, 8, 8, 3), np.uint8),
+        shown=[0],
+        images=np.zeros((1, 4, 8, 8, 3), np.uint8),
     )
+
+
+def test_a_single_prompt_is_no_evidence() -> None:
+    assert paired_gain(np.zeros(1), np.ones(1)) == (1.0, -np.inf, np.inf)
 
 
 def test_no_difference_is_no_gain() -> None:
@@ -106,20 +112,33 @@ def backbone(load: Callable[..., SD3Backbone]) -> SD3Backbone:
 
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle"]
-SAMPLING: dict[str, Any] = {"steps": 4, "guidance": 1.5, "resolution": (32, 32)}
+
+
+def sample(backbone: SD3Backbone, prompts: list[str], images: int, seed: int, batch: int) -> torch.Tensor:
+    how = Sampling(4, seed, 1.5, (32, 32), batch)
+    return torch.cat([latents for latents, _ in module.sample(backbone, prompts, images, how)])
+
+
+def test_noise_is_another_for_every_seed_prompt_and_image(
+    backbone: SD3Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a velocity of zero what comes out is the noise that went in."""
+    monkeypatch.setattr(backbone, "velocity", lambda prompts, guidance: lambda x, sigma: torch.zeros_like(x))
+    rows = torch.cat([sample(backbone, PROMPTS, 3, seed=seed, batch=6).flatten(0, 1) for seed in (1, 2)])
+    assert rows.shape == (18, 16, 4, 4) and rows.std().item() == pytest.approx(1, abs=0.05)
+    # Independent ones are sqrt(2 * 256) apart.
+    assert torch.pdist(rows.flatten(1)).min() > 15
 
 
 def test_samples_are_keyed_by_seed_prompt_and_image(backbone: SD3Backbone) -> None:
     """Not by the batch they come in or the list they are part of: that is what makes evaluations paired."""
-    latents = sample(backbone, PROMPTS, 3, seed=1, batch=128, **SAMPLING)
+    latents = sample(backbone, PROMPTS, 3, seed=1, batch=128)
     assert latents.shape == (3, 3, 16, 4, 4)
     for batch in (1, 3, 6):
-        torch.testing.assert_close(
-            sample(backbone, PROMPTS, 3, seed=1, batch=batch, **SAMPLING), latents, atol=1e-4, rtol=0
-        )
-    fewer = sample(backbone, PROMPTS[2:0:-1], 2, seed=1, batch=128, **SAMPLING)
+        torch.testing.assert_close(sample(backbone, PROMPTS, 3, seed=1, batch=batch), latents, atol=1e-4, rtol=0)
+    fewer = sample(backbone, PROMPTS[2:0:-1], 2, seed=1, batch=128)
     torch.testing.assert_close(fewer, latents[[2, 1], :2], atol=1e-4, rtol=0)
-    rows = [*latents.flatten(0, 1), *sample(backbone, PROMPTS, 3, seed=2, batch=128, **SAMPLING).flatten(0, 1)]
+    rows = [*latents.flatten(0, 1), *sample(backbone, PROMPTS, 3, seed=2, batch=128).flatten(0, 1)]
     assert torch.pdist(torch.stack(rows).flatten(1)).min() > 1
 
 
@@ -142,21 +161,21 @@ def test_evaluation_measures_each_prompts_own_pictures(backbone: SD3Backbone, re
         PROMPTS,
         [("spy", Spy())],
         features,
-        images=3,
-        seed=1,
-        batch=6,
-        decode_batch=4,
+        3,
+        Sampling(4, 1, 1.5, (32, 32), 6, 4),
+        show=2,
         progress=done.append,
-        **SAMPLING,
     )
-    latents = sample(backbone, PROMPTS, 3, seed=1, batch=6, **SAMPLING)
-    assert seen == [[prompt for prompt in PROMPTS for _ in range(3)]]
+    latents = sample(backbone, PROMPTS, 3, seed=1, batch=6)
+    assert seen == [[prompt for prompt in part for _ in range(3)] for part in (PROMPTS[:2], PROMPTS[2:])]
     assert sum(done) == len(PROMPTS)
-    assert result.images.shape == (3, 3, 32, 32, 3) and result.scores["spy"].shape == (3, 3)
+    assert result.shown == [0, 2]
+    assert result.images.shape == (2, 3, 32, 32, 3) and result.scores["spy"].shape == (3, 3)
     assert result.latent_std == pytest.approx(latents.std().item())
     for p in range(3):
         pictures = backbone.decode(latents[p], 64)
-        assert np.abs(result.images[p].astype(int) - pictures).max() <= 1
+        if p in result.shown:
+            assert np.abs(result.images[result.shown.index(p)].astype(int) - pictures).max() <= 1
         assert result.scores["spy"][p] == pytest.approx(red_scorer.score(pictures, PROMPTS).numpy(), abs=1e-3)
         assert result.lgmd[p] == pytest.approx(diversity.lgmd(latents[p]).item(), abs=1e-4)
         assert result.cosine[p] == pytest.approx(diversity.cosine_diversity(features(pictures)).item(), abs=1e-2)
@@ -177,9 +196,6 @@ def test_a_score_that_is_no_number_names_scorer_and_prompt(backbone: SD3Backbone
             PROMPTS,
             [("broken", Broken())],
             torch.from_numpy,
-            images=3,
-            seed=1,
-            batch=9,
-            decode_batch=9,
-            **SAMPLING,
+            3,
+            Sampling(4, 1, 1.5, (32, 32), 9, 9),
         )

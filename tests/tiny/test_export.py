@@ -37,10 +37,8 @@ def trained(request: pytest.FixtureRequest, make_trainer: Callable[..., Trainer]
 
 def own(trainer: Trainer) -> Tensor:
     """The trainer's latents `[4, ...]` with the weights as they stand."""
-    latents = evaluate.sample(
-        trainer.backbone, PROMPTS, 2, steps=STEPS, seed=SEED, guidance=GUIDANCE, resolution=(32, 32), batch=4
-    )
-    return latents.flatten(0, 1)
+    how = evaluate.Sampling(STEPS, SEED, GUIDANCE, (32, 32), batch=4)
+    return torch.cat([latents.flatten(0, 1) for latents, _ in evaluate.sample(trainer.backbone, PROMPTS, 2, how)])
 
 
 def stock_latents(trainer: Trainer, pipeline: StableDiffusion3Pipeline) -> Tensor:

@@ -236,8 +236,8 @@ def test_a_score_that_is_no_number_stops_and_can_be_resumed(
     scorer.at[7 * CALLS_PER_UPDATE + 2] = lambda count: torch.full((count,), torch.nan)
     assert cli.main([*flags, "--output-dir", str(folder)]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("tmpo_trainer: update 8 failed: reward red gave nan for image 0 of prompt '")
-    assert last.endswith(f"(saved, continue with --resume {folder})")
+    assert last.startswith("tmpo_trainer: failed after update 7: reward red gave nan for image 0 of prompt '")
+    assert last.endswith(f"(kept checkpoint-7, continue with --resume {folder})")
     assert names(folder) == ["checkpoint-5", "checkpoint-7"]
     assert checkpoint.load(folder / "checkpoint-7")[3]["update"] == 7
     assert cli.main(["--resume", str(folder)]) == 0
@@ -365,10 +365,10 @@ def test_a_run_that_went_back_forgets_what_came_after(tmp_path: Path) -> None:
 
 
 def test_latest_is_the_newest_of_all_runs(tmp_path: Path) -> None:
-    for name, update, age in (("a", 50, 300), ("b", 10, 100), ("c", 90, 200)):
+    for name, update, age in (("a", 50, 300), ("b", 5, 100), ("c", 90, 200)):
         file = save(tmp_path / name, update) / "state.json"
         os.utime(file, (time.time() - age,) * 2)
-    assert checkpoint.find("latest", tmp_path) == tmp_path / "b" / "checkpoint-10"
+    assert checkpoint.find("latest", tmp_path) == tmp_path / "b" / "checkpoint-5"
     assert checkpoint.find(str(tmp_path / "c"), tmp_path) == tmp_path / "c" / "checkpoint-90"
     with pytest.raises(ConfigError, match="no checkpoint under"):
         checkpoint.find("latest", tmp_path / "nowhere")

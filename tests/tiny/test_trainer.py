@@ -249,6 +249,27 @@ def test_gradient_is_the_mean_over_prompts_in_any_order(exact: MakeTrainer, shak
     assert metrics["reward/latent"] == pytest.approx(sum(rewards) / 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("inner_updates", [1, 2])
+def test_gradients_of_earlier_updates_are_gone(exact: MakeTrainer, inner_updates: int) -> None:
+    """The gradient left by the last of several optimiser steps is that of the same weights and rollout on their own."""
+    trainer = exact(inner_updates=inner_updates, branching=2)
+    trainer.update()
+    alone = exact(inner_updates=inner_updates, branching=2)
+    with torch.no_grad():
+        for name, parameter in alone.lora.items():
+            parameter.copy_(trainer.lora[name])
+    groups = [make_group(alone, [slot], update=1) for slot in enumerate(trained_prompts(alone, 1))]
+    before_last: list[Tensor] = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (before_last.append(weights(trainer)), step())  # pyright: ignore
+    trainer.update()
+    torch.nn.utils.vector_to_parameters(before_last[-1], alone.lora.values())
+    for group in groups:
+        group.backward(inner_updates - 1)
+    assert len(before_last) == inner_updates
+    assert off(gradient(trainer), gradient(alone)) < 1e-5
+
+
 def trained_prompts(trainer: Trainer, update: int) -> list[str]:
     from tmpo_trainer.prompts import prompt_index
 

@@ -118,13 +118,11 @@ class SD3Backbone:
         scheduler.set_timesteps(num_steps, **arguments)
         return scheduler.sigmas.float().cpu()
 
-    def velocity(self, prompts: Sequence[str], guidance: float, transformer: Any = None) -> tree.Velocity:
+    def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)].
 
         Guidance above 1 evaluates the empty prompt too, with its own pooled vector, in the same call.
-        `transformer` stands in for the pipeline's own, e.g. wrapped for several processes.
         """
-        network = self.transformer if transformer is None else transformer
         text = self.encode(prompts)
         empty = self.encode([""]) if guidance > 1 else None
         dtype = self.pipeline.transformer.dtype
@@ -138,7 +136,7 @@ class SD3Backbone:
                 tokens = torch.cat([empty.tokens.expand_as(tokens), tokens])
                 pooled = torch.cat([empty.pooled.expand_as(pooled), pooled])
                 x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-            output = network(
+            output = self.transformer(
                 hidden_states=x.to(dtype),
                 # SD3 takes 0..1000, not 0..1.
                 timestep=1000 * sigma,

@@ -94,13 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
             prompts,
             [("strict", ShapesScorer("strict")), ("partial", ShapesScorer("partial"))],
             features,
-            images=args.images,
-            steps=28,
-            seed=args.seed,
-            guidance=args.guidance,
-            resolution=(64, 64),
-            batch=128,
-            decode_batch=8,
+            args.images,
+            evaluate.Sampling(28, args.seed, args.guidance, (64, 64), decode_batch=8),
         )
         strict, partial = result.scores["strict"].mean(), result.scores["partial"].mean()
         rows.append(f"| {family} | {prompts[0]} | {strict:.3f} | {partial:.3f} |")
