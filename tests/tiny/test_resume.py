@@ -262,6 +262,15 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, copied: Path, scor
     assert_same(copied, whole)
 
 
+def test_a_new_run_in_an_old_ones_folder_is_refused(
+    flags: list[str], whole: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*flags, "--output-dir", str(whole)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{whole} already holds a run: continue it with --resume {whole}" in line
+    assert scorer.calls == 0
+
+
 def test_resuming_with_more_updates_goes_on(copied: Path, scorer: Scorer) -> None:
     assert cli.main(["--resume", str(copied), "--updates", "22"]) == 0
     assert [line["update"] for line in metrics(copied)] == list(range(1, 23))
