@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ MAX_TOKENS = 12
 TEXT_WIDTH = 96
 VAE_BATCH, MODEL_BATCH = 10, 64
 MODEL_LR = 1.5e-3
+#: Training of the transformer in cycles of (steps, mean of the sigmas' logits), the learning rate down to 0 in each. The
+#: second looks at noisier latents, where the number of objects and their places are decided.
+MODEL_CYCLES = ((16_000, 0.6), (24_000, 1.0))
 #: SD3's latent normalisation, which ComfyUI hard-codes: the VAE is rescaled to fit it, not the other way round.
 SD3_SHIFT, SD3_SCALE = 0.0609, 1.5305
 #: How often each family is drawn.
@@ -262,7 +266,13 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def model_stage(
-    work: Path, latents: Tensor, prompts: list[str], steps: int, seed: int, compile: bool, every: int = 1000
+    work: Path,
+    latents: Tensor,
+    prompts: list[str],
+    cycles: Sequence[tuple[int, float]],
+    seed: int,
+    compile: bool,
+    every: int = 1000,
 ) -> tuple[CLIPTokenizer, TextToVelocity]:
     """Rectified flow on cached latents, logit-normal sigmas, 10% empty prompts for guidance; returns the EMA weights."""
     torch.manual_seed(seed + 1)
@@ -280,16 +290,19 @@ def model_stage(
     ids = token_ids(tokenizer, prompts)
     empty = token_ids(tokenizer, [""])
     velocity = torch.compile(model) if compile else model
+    # (step within its cycle, length of the cycle, mean logit) of every step.
+    plan = [(step, length, mean) for length, mean in cycles for step in range(length)]
+    steps = len(plan)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="model")
     running = 0.0
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = MODEL_LR * lr_factor(step, steps, 500)
+            group["lr"] = MODEL_LR * lr_factor(plan[step][0], plan[step][1], 500)
         chosen = torch.from_numpy(batch_indices(seed, step, MODEL_BATCH, len(prompts)))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         x0 = latents[chosen].float()
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = torch.sigmoid(0.6 + torch.randn(len(x0), generator=generator))
+        sigma = torch.sigmoid(plan[step][2] + torch.randn(len(x0), generator=generator))
         s = sigma[:, None, None, None]
         dropped = torch.rand(len(x0), generator=generator) < 0.1
         text = torch.where(dropped[:, None], empty, ids[chosen])
@@ -335,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo-build"), help="folder for intermediate results")
     parser.add_argument("--scenes", type=int, default=80_000, help="pictures to draw")
     parser.add_argument("--vae-steps", type=int, default=6_000)
-    parser.add_argument("--model-steps", type=int, default=16_000)
+    parser.add_argument("--model-steps", type=int, help="one cycle of so many steps instead of the full training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler; 1.3x)"
@@ -349,7 +362,8 @@ def main(arguments: list[str] | None = None) -> int:
         latents = (encode(vae, pictures) - SD3_SHIFT) * SD3_SCALE
         save_state(cache, {"latents": latents.half()})
     latents = torch.load(cache, weights_only=True)["latents"]
-    tokenizer, model = model_stage(args.work, latents, prompts, args.model_steps, args.seed, args.compile)
+    cycles = MODEL_CYCLES if args.model_steps is None else ((args.model_steps, MODEL_CYCLES[0][1]),)
+    tokenizer, model = model_stage(args.work, latents, prompts, cycles, args.seed, args.compile)
     pipeline = assemble(vae, tokenizer, model)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(args.output)
