@@ -66,8 +66,8 @@ def test_stock_diffusers_draws_what_is_asked():
         output_type="np",
     ).images
     strict = ShapesScorer().score((pictures * 255).round().astype(np.uint8), prompts)
-    # The card measures 192 pictures; 24 of them leave a margin of chance.
-    assert strict.mean() >= 0.75
+    # The card says .69 over 192 pictures; these are 24.
+    assert strict.mean() >= 0.5
 
 
 def test_learning_rate_zero_and_a_collapsed_lora_both_fail_the_check(backbone):

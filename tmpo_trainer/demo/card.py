@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", default="80,000", help="as the build had it, for the text")
-    parser.add_argument("--steps", default="20,000", help="as the build had it, for the text")
+    parser.add_argument("--steps", default="40,000", help="as the build had it, for the text")
     parser.add_argument("--grid", type=Path, help="also save a picture grid here")
     args = parser.parse_args(arguments)
     backbone = SD3Backbone.load(args.folder, torch.float32, torch.device("cpu"), 0)
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{rows[-1]} LGMD {result.lgmd.mean():.3f}, cosine {result.cosine.mean():.3f}, std {result.latent_std:.3f}"
         )
         pictures += list(result.images[:3])
-        labels += prompts[:3]
+        labels += [prompts[i] for i in result.shown[:3]]
     if args.grid:
         reporting.grid(pictures, labels, 2).save(args.grid)
     text = TEXT.format(
