@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Components smaller than this, in pixels, are specks and not objects (the smallest object drawn has about 175).
 MIN_AREA = 20
-#: Largest CIE76 distance to a palette colour; the palette's nearest two are 35 apart.
+#: Largest CIE76 distance to a palette colour; the palette's nearest two are 37 apart.
 MAX_DELTA_E = 28.0
 #: Area over area of the convex hull from which a component is one shape.
 MIN_SOLIDITY = 0.8
