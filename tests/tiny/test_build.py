@@ -19,6 +19,11 @@ def test_every_prompt_is_one_token_a_word_and_fits() -> None:
             assert len(ids) == len(scene.text().split()) + 2 <= build.MAX_TOKENS
     # CLIP pools at the end token, which transformers finds as the highest id.
     assert tokenizer.eos_token_id == len(tokenizer) - 1
+    # The same numbers in every process, or a resumed build would go on with other ids.
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    ends = [f"{letter}</w>" for letter in letters]
+    assert tokenizer.convert_tokens_to_ids([*letters, *ends]) == list(range(52))
+    assert tokenizer.convert_ids_to_tokens([52, 53, 54]) == ["an", "re", "ang"]
     assert len(set(tokenizer("a xylophone")["input_ids"])) > 4
 
 

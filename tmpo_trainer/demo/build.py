@@ -21,13 +21,14 @@ import math
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
@@ -48,19 +49,33 @@ FAMILY_WEIGHTS = {"single": 0.14, "count": 0.2, "pair": 0.2, "relation": 0.26, "
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary in which each word of the domain is one token (other words fall into letters)."""
+    """CLIP's tokenizer with a vocabulary in which each word of the domain is one token (other words fall into letters).
+
+    Byte-pair merges by frequency, ties by spelling: the `tokenizers` trainer numbers the letters differently in each
+    process, and a resumed build would go on with other ids.
+    """
     words = sorted({word for family in domain.FAMILIES for s in domain.all_scenes(family) for word in s.text().split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for parts in spelt for pair in pairwise(parts)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        spelt = [merge(parts, best) for parts in spelt]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    bpe.train_from_iterator(words + letters, trainer)
-    model = json.loads(bpe.to_str())["model"]
-    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), "<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=MAX_TOKENS)
+    tokens = dict.fromkeys([*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges)])
+    vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
+    """`parts` with each occurrence of `pair` joined."""
+    joined: list[str] = []
+    for part in parts:
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return joined
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:

@@ -1,0 +1,84 @@
+"""How the settings of the `demo` presets were chosen: `python benchmarks/sweep.py [VARIANT ...]`.
+
+Trains on the training prompts with one seed that no reported run uses, judges on the validation prompts (60 prompts x 8
+images, 28 steps, averaged weights), and prints a row per variant: what changes against the preset and what came of it.
+Variants already in the output folder are not run again. docs/demo-settings.md has the table and what follows from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tmpo_trainer.demo.split import FOLDER
+
+SEED = 100
+#: Where the sweep starts: what all variants share unless they say otherwise.
+START = {
+    "updates": "60", "kernel": "cps", "eta": "0.7", "rollout-steps": "10", "kappa": "12", "learning-rate": "1e-3",
+    "branch-early": "1 5 6", "branch-late": "1 5 6", "branching": "3", "prompts-per-update": "8",
+    "prompts-per-batch": "8", "baseline": "siblings", "kl-weight": "0", "anchor": "none",
+}  # fmt: skip
+VARIANTS = {
+    "start": {},
+    "spread": {"branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"},
+    "earlier": {"branch-early": "1 4 5", "branch-late": "1 4 5"},
+    "later": {"branch-early": "1 6 7", "branch-late": "1 6 7"},
+    "steps-6": {"rollout-steps": "6", "branch-early": "1 3 4", "branch-late": "1 3 4"},
+    "steps-14": {"rollout-steps": "14", "branch-early": "1 7 8", "branch-late": "1 7 8"},
+    "eta-1": {"eta": "1"},
+    "flow-sde": {"kernel": "flow_sde", "eta": "1"},
+    "kl": {"kl-weight": "0.1"},
+    "kl-1": {"kl-weight": "1"},
+    "anchor": {"anchor": "ref", "anchor-weight": "0.02"},
+    "no-baseline": {"baseline": "none"},
+    "group": {"baseline": "group"},
+    "lr-3e-4": {"learning-rate": "3e-4"},
+    "lr-2e-3": {"learning-rate": "2e-3"},
+    "branching-4": {"branching": "4", "prompts-per-update": "4", "prompts-per-batch": "4"},
+    "rank-8": {"lora-rank": "8", "lora-alpha": "8"},
+}
+ROWS = ("shapes strict", "LGMD", "cosine diversity", "latent standard deviation")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("variants", nargs="*", default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--output", type=Path, default=Path("outputs/sweep"))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(arguments)
+    if unknown := [name for name in args.variants if name not in VARIANTS]:
+        parser.error(f"unknown variant {unknown[0]} (known: {', '.join(VARIANTS)})")
+    print(f"| variant | {' | '.join(ROWS)} | rollout reward, first and last 20 | s/update |\n|{'---|' * 7}")
+    for name in args.variants:
+        folder = args.output / name
+        if not (folder / "report.json").exists():
+            settings = START | VARIANTS[name]
+            flags = [part for key, value in settings.items() for part in (f"--{key}", *value.split())]
+            fixed = {
+                "seed": SEED, "eval-prompts": FOLDER / "validation.txt", "output-dir": folder, "threads": args.threads,
+                "sample-every": 0, "checkpoint-every": 0,
+            }  # fmt: skip
+            flags += [part for key, value in fixed.items() for part in (f"--{key}", str(value))]
+            with open(args.output / f"{name}.log", "w") as log:
+                subprocess.run([sys.executable, "-m", "tmpo_trainer", *flags], check=True, stderr=log)
+        print(row(name, folder), flush=True)
+    return 0
+
+
+def row(name: str, folder: Path) -> str:
+    lines = (folder / "report.md").read_text().splitlines()
+    cells = [next(line for line in lines if line.startswith(f"| {key} |")).split("|")[2:5] for key in ROWS]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rewards = [entry["reward/shapes"] for entry in metrics]
+    seconds = [entry["seconds"]["total"] for entry in metrics]
+    ends = f"{sum(rewards[:20]) / 20:.3f} {sum(rewards[-20:]) / 20:.3f}"
+    figures = [f"{base.strip()} -> {trained.strip()} ({gain.strip()})" for base, trained, gain in cells]
+    return f"| {name} | {' | '.join(figures)} | {ends} | {sum(seconds) / len(seconds):.2f} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
