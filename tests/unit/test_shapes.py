@@ -183,6 +183,19 @@ def test_side_by_side_colours_are_two_objects():
     assert kinds(found) == [("blue", "square"), ("red", "square")]
 
 
+@pytest.mark.parametrize(("side", "objects"), [(7, 1), (10, 2)])
+def test_a_stain_is_no_object_of_its_own(side: int, objects: int):
+    red, blue = domain.PALETTE["red"], domain.PALETTE["blue"]
+    found = detect(paint((12, 12, 16, 16, red), (28 - side, 28, side, side, blue)))
+    assert len(found) == objects
+    assert ("red", "square") in kinds(found)
+
+
+def test_the_colour_is_that_of_the_core_and_not_of_the_rim():
+    found = detect(paint((20, 20, 6, 6, domain.PALETTE["pink"]), (21, 21, 4, 4, domain.PALETTE["red"])))
+    assert [item.color for item in found] == ["red"]
+
+
 @pytest.mark.parametrize(
     "image",
     [np.zeros((64, 64, 3), np.float32), np.zeros((64, 64), np.uint8), np.zeros((3, 64, 64), np.uint8)],
