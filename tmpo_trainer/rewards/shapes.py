@@ -301,7 +301,8 @@ def _palette_lab() -> np.ndarray:
 
 def _squared_distances(points: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Squared distances `[..., M]` of points `[..., 3]` to references `[M, 3]`."""
-    return ((points[..., None, :] - references) ** 2).sum(-1)
+    difference = points[..., None, :] - references
+    return np.einsum("...i,...i->...", difference, difference)
 
 
 def _to_array(image: Image.Image | np.ndarray) -> np.ndarray:
