@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tmpo_trainer import diversity, tree
-from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.rewards import Scorer, check_finite
 
 #: What counts as not collapsed, for `verdict`.
@@ -52,7 +52,7 @@ class Sampling:
 
 @torch.no_grad()
 def sample(
-    backbone: SD3Backbone, prompts: Sequence[str], images: int, how: Sampling
+    backbone: Backbone, prompts: Sequence[str], images: int, how: Sampling
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`, some prompts at a time, in order."""
     sigmas = backbone.sigmas(how.steps, *how.resolution)
@@ -76,7 +76,7 @@ def sample(
 
 
 def evaluate(
-    backbone: SD3Backbone,
+    backbone: Backbone,
     prompts: Sequence[str],
     scorers: Sequence[tuple[str, Scorer]],
     features: Callable[[np.ndarray], Tensor],

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import __version__
-from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.backbones.base import Backbone
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
 
-def export_lora(backbone: SD3Backbone, folder: Path, about: dict[str, str]) -> bool:
+def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool:
     """Writes `folder/pytorch_lora_weights.safetensors` from the transformer's adapter and checks the file.
 
     alpha / rank is folded into lora_B and the metadata says alpha = rank: ComfyUI ignores that metadata and assumes a

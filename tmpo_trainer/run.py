@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from tmpo_trainer import __version__, evaluate, export, reporting, tree
 from tmpo_trainer.backbones import find_model, load_backbone
-from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
 from tmpo_trainer.features import EfficientNetLite
@@ -78,8 +78,8 @@ def _need_flux(config: TrainConfig) -> None:
     if "flux" in config.model.lower() and not Path(config.model).is_dir():
         needs = "" if torch.cuda.is_available() else " FLUX.1-dev also needs a CUDA GPU, and none is here."
         raise ConfigError(
-            f"model {config.model}: the FLUX backbone is not part of this version.{needs} "
-            f"To train the bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
+            f"model {config.model} is not a local folder: download it (hf download {config.model} --local-dir DIR) "
+            f"and give --model DIR.{needs} To train the bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
         )
 
 
@@ -116,7 +116,7 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
     return train, heldout, [load_scorer(name) for name in config.reward]
 
 
-def load_model(config: TrainConfig, device: torch.device) -> SD3Backbone:
+def load_model(config: TrainConfig, device: torch.device) -> Backbone:
     backbone = load_backbone(config.model, _dtype(config, device), device, config.max_sequence_length)
     try:
         backbone.latent_shape(*config.resolution)

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from tmpo_trainer import checkpoint, diversity, flow, objectives, tree
-from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.prompts import prompt_index
 from tmpo_trainer.reporting import Reporter
@@ -64,7 +64,7 @@ class Trainer:
         self,
         config: TrainConfig,
         run: Path,
-        backbone: SD3Backbone,
+        backbone: Backbone,
         scorers: Sequence[Scorer],
         prompts: Sequence[str],
     ):

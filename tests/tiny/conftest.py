@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from tmpo_trainer.backbones import load_backbone
-from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import TrainConfig
 from tmpo_trainer.trainer import Trainer
 
@@ -36,10 +36,10 @@ def red_scorer() -> RedScorer:
 
 
 @pytest.fixture(scope="session")
-def load(tiny_model: Path) -> Callable[..., SD3Backbone]:
+def load(tiny_model: Path) -> Callable[..., Backbone]:
     """A fresh backbone of the tiny model."""
 
-    def load(max_sequence_length: int = 0) -> SD3Backbone:
+    def load(max_sequence_length: int = 0) -> Backbone:
         return load_backbone(str(tiny_model), torch.float32, torch.device("cpu"), max_sequence_length)
 
     return load
@@ -57,14 +57,20 @@ def load_stock(tiny_model: Path) -> Callable[[], StableDiffusion3Pipeline]:
     return load
 
 
+def load_folder(folder: Path, config: TrainConfig) -> Backbone:
+    return load_backbone(str(folder), torch.float32, torch.device("cpu"), config.max_sequence_length)
+
+
 @pytest.fixture
-def make_trainer(load: Callable[..., SD3Backbone], red_scorer: RedScorer, tmp_path: Path) -> Callable[..., Trainer]:
-    """`make_trainer(setting=value, ...)`: a trainer of a fresh tiny model in `tmp_path`.
+def make_trainer(load: Callable[..., Backbone], red_scorer: RedScorer, tmp_path: Path) -> Callable[..., Trainer]:
+    """`make_trainer(setting=value, ...)`: a trainer of a fresh tiny model, or of `folder`, in `tmp_path`.
 
     The tree branches at steps 1, 2 and 3 of 6 unless told otherwise: 96 evaluations in a rollout, 12 in a replay.
     """
 
-    def make(scorer: Any = red_scorer, prompts: Sequence[str] = PROMPTS, **changes: Any) -> Trainer:
+    def make(
+        scorer: Any = red_scorer, prompts: Sequence[str] = PROMPTS, folder: Path | None = None, **changes: Any
+    ) -> Trainer:
         settings: dict[str, Any] = {
             "prompts_per_update": 2,
             "branch_late": (1, 2, 3),
@@ -79,7 +85,8 @@ def make_trainer(load: Callable[..., SD3Backbone], red_scorer: RedScorer, tmp_pa
             "learning_rate": 1e-3,
         }
         config = TrainConfig(**{**settings, **changes})
-        return Trainer(config, tmp_path, load(config.max_sequence_length), [scorer], prompts)
+        backbone = load(config.max_sequence_length) if folder is None else load_folder(folder, config)
+        return Trainer(config, tmp_path, backbone, [scorer], prompts)
 
     return make
 

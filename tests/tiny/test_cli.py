@@ -64,7 +64,7 @@ def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "run/metrics.jsonl": "",
         "no-pipeline/config.json": "{}",
         "unnamed/model_index.json": "{}",
-        "flux/model_index.json": json.dumps({"_class_name": "FluxPipeline"}),
+        "sana/model_index.json": json.dumps({"_class_name": "SanaPipeline"}),
     }
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -128,7 +128,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--model nowhere", ["model nowhere is not a folder"]),
     ("--model no-pipeline", ["model no-pipeline is a folder without model_index.json"]),
     ("--model unnamed", ["unnamed/model_index.json names no _class_name"]),
-    ("--model flux", ["model flux is a FluxPipeline"]),
+    ("--model sana", ["model sana is a SanaPipeline"]),
     ("--model without-vae", ["model without-vae cannot be loaded", "vae"]),
     ("--model cut", ["model cut cannot be loaded", "diffusion_pytorch_model.safetensors"]),
     ("--max-sequence-length 0 --resolution 0 32", ["resolution 0x32 must lie in 16..128"]),
@@ -178,7 +178,7 @@ def test_flux_without_a_gpu_names_the_demo(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--reward", reward]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the FLUX backbone is not part of this version" in line and "python -m tmpo_trainer --preset demo" in line
+    assert "FLUX.1-dev is not a local folder: download it" in line and "python -m tmpo_trainer --preset demo" in line
 
 
 def module(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,10 @@ from tmpo_trainer.config import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from tmpo_trainer.backbones.sd3 import SD3Backbone
+    from tmpo_trainer.backbones.base import Backbone
 
+#: The pipelines that can be trained.
+PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
@@ -27,19 +29,22 @@ def find_model(model: str) -> Path:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{index} names no _class_name: not a diffusers pipeline folder") from None
-    if name != "StableDiffusion3Pipeline":
-        raise ConfigError(f"model {model} is a {name}: this version trains StableDiffusion3Pipeline models")
+    if name not in PIPELINES:
+        raise ConfigError(f"model {model} is a {name}: this version trains {' and '.join(PIPELINES)} models")
     return folder
 
 
-def load_backbone(model: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> SD3Backbone:
+def load_backbone(model: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> Backbone:
     """Loads a pipeline folder. Raises ConfigError for anything that is none."""
     from safetensors import SafetensorError
 
+    from tmpo_trainer.backbones.flux import FluxBackbone
     from tmpo_trainer.backbones.sd3 import SD3Backbone
 
     folder = find_model(model)
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    backbone = FluxBackbone if name == "FluxPipeline" else SD3Backbone
     try:
-        return SD3Backbone.load(folder, dtype, device, max_sequence_length)
+        return backbone.load(folder, dtype, device, max_sequence_length)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None

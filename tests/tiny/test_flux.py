@@ -1,0 +1,185 @@
+"""The FLUX backbone against diffusers' own `FluxPipeline` with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+
+from tmpo_trainer import tree
+from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.flux import image_ids, pack, unpack
+from tmpo_trainer.demo import build
+from tmpo_trainer.trainer import Trainer
+
+PROMPTS = ["a red circle", "two blue squares"]
+STEPS, TOKENS, WIDTH = 6, 12, 32
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX: with guidance input and shifted sigmas as FLUX.1-dev, without as FLUX.1-schnell."""
+    dev = request.param
+    torch.manual_seed(0)
+    tokenizer = build.make_tokenizer()
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=build.MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
+    t5 = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=dev,
+        axes_dims_rope=(4, 6, 6),
+    )
+    with torch.no_grad():
+        # Fresh projections are timid. With these, velocities are of order 1 and the prompt matters.
+        transformer.proj_out.weight.normal_(std=0.2)
+        transformer.context_embedder.weight.mul_(4)
+        embedders: Any = transformer.time_text_embed
+        for name in ("text_embedder", "guidance_embedder"):
+            if hasattr(embedders, name):
+                getattr(embedders, name).linear_1.weight.mul_(4)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=1,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev, shift=3.0 if dev else 1.0),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces]),
+        transformer=transformer,
+    )
+    path = tmp_path_factory.mktemp("flux") / "model"
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return load_backbone(str(folder), torch.float32, torch.device("cpu"), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path) -> FluxPipeline:
+    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def starts(backbone: Backbone, size: tuple[int, int], count: int = 4) -> Tensor:
+    return torch.randn(count, *backbone.latent_shape(*size), generator=torch.Generator().manual_seed(3))
+
+
+def rollout(backbone: Backbone, x: Tensor, size: tuple[int, int], guidance: float) -> Tensor:
+    plan = tree.TreePlan(STEPS, len(x) // len(PROMPTS), {}).forest(len(PROMPTS))
+    velocity, sigmas = backbone.velocity(PROMPTS, guidance), backbone.sigmas(STEPS, *size)
+    return tree.rollout(velocity, lambda step, path: x[path[0]], sigmas, plan, kernel="ode").leaves
+
+
+def sample(pipeline: FluxPipeline, x: Tensor, size: tuple[int, int], guidance: float, output: str) -> Any:
+    result: Any = pipeline(
+        prompt=PROMPTS * (len(x) // len(PROMPTS)),
+        latents=FluxPipeline._pack_latents(x, *x.shape),
+        height=size[0],
+        width=size[1],
+        guidance_scale=guidance,
+        num_inference_steps=STEPS,
+        max_sequence_length=TOKENS,
+        output_type=output,
+    )
+    return result.images
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (16, 64)], ids=str)
+def test_rollout_without_noise_is_the_pipeline(backbone: Backbone, stock: FluxPipeline, size: tuple[int, int]) -> None:
+    x = starts(backbone, size)
+    expected = FluxPipeline._unpack_latents(sample(stock, x, size, 3.5, "latent"), *size, 8)
+    actual = rollout(backbone, x, size, 3.5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    # Not because nothing happens: the prompts tell the rows apart, the latents move, guidance is heard where there is any.
+    assert (expected - x).std() > 0.1
+    assert (rollout(backbone, x.roll(1, 0), size, 3.5).roll(-1, 0) - expected).abs().max() > 1e-2
+    heard = (rollout(backbone, x, size, 1.0) - actual).abs().max() > 1e-3
+    assert heard == backbone.transformer.config.guidance_embeds
+
+
+def test_decode_is_the_pipelines(backbone: Backbone, stock: FluxPipeline) -> None:
+    x = starts(backbone, (32, 48))
+    expected = np.stack([np.asarray(picture) for picture in sample(stock, x, (32, 48), 3.5, "pil")])
+    decoded = backbone.decode(rollout(backbone, x, (32, 48), 3.5), 3)
+    assert decoded.shape == expected.shape == (4, 32, 48, 3)
+    assert np.abs(decoded.astype(int) - expected.astype(int)).max() <= 1
+    assert expected.std() > 10
+
+
+def test_sigmas_of_flux_dev_at_512(backbone: Backbone) -> None:
+    if backbone.transformer.config.guidance_embeds:
+        expected = [1, 0.9037, 0.7897, 0.6525, 0.4842, 0.2730, 0]
+        assert backbone.sigmas(6, 512, 512).tolist() == pytest.approx(expected, abs=5e-5)
+    else:
+        assert backbone.sigmas(6, 512, 512).tolist() == pytest.approx([1 - i / 6 for i in range(7)])
+
+
+def test_packing_is_the_pipelines() -> None:
+    x = torch.randn(2, 16, 6, 4)
+    packed = FluxPipeline._pack_latents(x, *x.shape)
+    assert torch.equal(pack(x), packed)
+    assert torch.equal(unpack(packed, 3, 2), x)
+    ids = FluxPipeline._prepare_latent_image_ids(1, 3, 2, torch.device("cpu"), torch.float32)
+    assert torch.equal(image_ids(3, 2), ids)
+
+
+def test_latent_shape(backbone: Backbone) -> None:
+    assert backbone.latent_shape(32, 48) == (16, 4, 6)
+    for size in ((40, 32), (32, 40), (0, 32)):
+        with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]} must be a multiple of 16"):
+            backbone.latent_shape(*size)
+
+
+def test_lora_targets_are_the_attention_and_feed_forward_of_every_block(backbone: Backbone) -> None:
+    linear = [name for name, part in backbone.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
+    matched = {name for name in linear if any(name.endswith(f".{target}") for target in backbone.lora_targets)}
+    double = {name for name in linear if name.startswith("transformer_blocks.") and ".norm1" not in name}
+    single = {name for name in linear if name.startswith("single_transformer_blocks.") and ".attn.to_" in name}
+    assert matched == double | single and len(single) == 6
+
+
+def test_an_update_trains_and_replays_exactly(folder: Path, make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer(folder=folder, max_sequence_length=TOKENS, guidance=3.5)
+    before = {name: value.detach().clone() for name, value in trainer.lora.items()}
+    metrics = trainer.update()
+    assert metrics["replay_ratio_error"] < 1e-4
+    assert metrics["evaluations/rollout"] == 96 and metrics["evaluations/replay"] == 12
+    assert any((value - before[name]).abs().max() > 0 for name, value in trainer.lora.items())
