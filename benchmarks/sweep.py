@@ -23,7 +23,7 @@ START = {
     "prompts-per-batch": "8", "baseline": "siblings", "max-grad-norm": "1",
 }  # fmt: skip
 SPREAD = {"kernel": "flow_sde", "branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"}
-#: Gradients of late branch steps are several times longer and noisier: a low clip gives every update the same weight.
+#: Gradients of late branch steps are several times longer: a low clip gives every update the same weight.
 CLIPPED = SPREAD | {"kappa": "4", "max-grad-norm": "3e-4"}
 VARIANTS = {
     "start": {},
