@@ -16,6 +16,13 @@ from torch import Tensor
 
 from tmpo_trainer import tree
 
+#: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
+JOINT_BLOCK_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)  # fmt: skip
+
 
 @dataclass
 class Encoded:

@@ -10,17 +10,13 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import Backbone, rows_per_prompt
+from tmpo_trainer.backbones.base import JOINT_BLOCK_TARGETS, Backbone, rows_per_prompt
 
 
 class FluxBackbone(Backbone):
     pipeline_class = FluxPipeline
     #: All attention and feed-forward projections of both streams, and q, k, v of the single-stream blocks.
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-    )  # fmt: skip
+    lora_targets = JOINT_BLOCK_TARGETS
     default_max_shift = 1.15
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,14 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import Backbone, rows_per_prompt
+from tmpo_trainer.backbones.base import JOINT_BLOCK_TARGETS, Backbone, rows_per_prompt
 
 
 class SD3Backbone(Backbone):
     pipeline_class = StableDiffusion3Pipeline
     optional_parts = ("text_encoder_3", "tokenizer_3")
     #: All attention and feed-forward projections of both streams (and of SD3.5-Medium's second attention).
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-        "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
-        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
-    )  # fmt: skip
+    lora_targets = (*JOINT_BLOCK_TARGETS, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     default_max_shift = 1.16
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
