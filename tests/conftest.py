@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
 
 torch.set_num_threads(1)
 
@@ -13,27 +18,42 @@ TEXT_WIDTH, HEADS, HEAD_WIDTH = 32, 2, 16
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_config() -> Callable[[int], CLIPTextConfig]:
+    """`clip_config(width)`: a one-layer CLIP text encoder over the demo model's tokenizer."""
+
+    def clip_config(width: int) -> CLIPTextConfig:
+        from transformers import CLIPTextConfig
+
+        from tmpo_trainer.demo import build
+
+        tokenizer = build.make_tokenizer()
+        return CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=width,
+            projection_dim=width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=build.MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    return clip_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[int], CLIPTextConfig]) -> Path:
     """Folder of a `StableDiffusion3Pipeline` without T5: pictures of up to 128 x 128 in multiples of 16."""
     diffusers = pytest.importorskip("diffusers")
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    from transformers import CLIPTextModelWithProjection
 
     from tmpo_trainer.demo import build
 
     torch.manual_seed(0)
     tokenizer = build.make_tokenizer()
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=build.MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text_config = clip_config(TEXT_WIDTH)
     vae = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -95,18 +95,19 @@ class Reporter:
 
 
 def curves(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], path: Path) -> None:
-    """Reward and diversity over updates, with a running mean, as a PNG."""
+    """Reward, diversity and distance from the base over updates, with a running mean, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     series = [(f"reward/{name}", f"reward: {name}") for name in rewards]
-    series += [
-        ("lgmd", "LGMD of the leaves"),
-        ("latent_std", "latent standard deviation"),
-        ("ratio_mean", "mean ratio"),
-    ]
+    series += [("lgmd", "LGMD of the leaves"), ("latent_std", "latent standard deviation")]
+    # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
+    if all("kl_reference" in line for line in metrics):
+        series.append(("kl_reference", "KL to the base, per dimension"))
+    if any(line["ratio_mean"] != 1 for line in metrics):
+        series.append(("ratio_mean", "mean ratio"))
     figure, axes = pyplot.subplots(1, len(series), figsize=(3.6 * len(series), 3), layout="constrained")
     updates = [line["update"] for line in metrics]
     for axis, (key, title) in zip(axes, series, strict=True):

@@ -25,22 +25,15 @@ STEPS, TOKENS, WIDTH = 6, 12, 32
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    clip_config: Callable[[int], CLIPTextConfig],
+) -> Path:
     """A tiny FLUX: with guidance input and shifted sigmas as FLUX.1-dev, without as FLUX.1-schnell."""
     dev = request.param
     torch.manual_seed(0)
     tokenizer = build.make_tokenizer()
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=build.MAX_TOKENS,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
     t5 = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
     transformer = FluxTransformer2DModel(
@@ -75,7 +68,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev, shift=3.0 if dev else 1.0),
         vae=vae,
-        text_encoder=CLIPTextModel(clip),
+        text_encoder=CLIPTextModel(clip_config(WIDTH)),
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(t5),
         tokenizer_2=T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces]),
