@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 PRESETS = Path(__file__).parent / "presets"
 
 
+#: Which linear layers of the transformer's blocks get a LoRA. Modulation never: ComfyUI orders its halves differently.
+LoraTargets = Literal["paper", "attention", "all-linear"]
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used: one line that names it and the mend. Exit code 2."""
 
@@ -123,6 +127,9 @@ class TrainConfig(BaseModel):
     # LoRA
     lora_rank: int = Field(64, ge=1)
     """Rank."""
+    lora_targets: LoraTargets = "paper"
+    """`paper`: attention and feed-forward of the joint blocks, attention of FLUX's single blocks. `attention`: only that.
+    `all-linear`: also the rest of the single blocks."""
     lora_alpha: float = Field(128, gt=0)
     """Scale is alpha / rank; the export folds it into the weights."""
 

@@ -78,7 +78,9 @@ class Trainer:
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=list(backbone.lora_targets),
+            target_modules=list(backbone.lora_targets[config.lora_targets]),
+            # The model's own last layer has the name of one in FLUX's single blocks. A regex is matched as a whole.
+            exclude_modules="proj_out",
             init_lora_weights="gaussian",
         )
         backbone.transformer.add_adapter(adapter)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.config import LoraTargets
 
 PROMPTS = ["a red circle", "two blue squares", "a pink circle and a cyan square"]
 IMAGES, STEPS = 2, 6
@@ -204,9 +205,11 @@ def test_latent_shape(backbone: SD3Backbone) -> None:
             backbone.latent_shape(*size)
 
 
-def test_every_lora_target_exists(backbone: SD3Backbone) -> None:
+@pytest.mark.parametrize("which", ["paper", "attention", "all-linear"])
+def test_every_lora_target_exists(backbone: SD3Backbone, which: LoraTargets) -> None:
     """Both streams of every block, attention and feed-forward; the last block has no text feed-forward."""
     linear = [name for name, part in backbone.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
-    matched = {name for name in linear if any(name.endswith(f".{target}") for target in backbone.lora_targets)}
+    matched = {name for name in linear if any(name.endswith(f".{target}") for target in backbone.lora_targets[which])}
     blocks = {name for name in linear if name.startswith("transformer_blocks.") and ".norm1" not in name}
-    assert matched == blocks
+    assert matched == ({name for name in blocks if ".attn" in name} if which == "attention" else blocks)
+    assert any(".ff" in name for name in blocks)

@@ -84,7 +84,7 @@ def test_learning_rate_zero_and_a_collapsed_lora_both_fail_the_check(backbone):
         target = (vae.encode(pixels).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
     torch.manual_seed(0)
     transformer = backbone.transformer
-    transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(backbone.lora_targets)))
+    transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(backbone.lora_targets["paper"])))
     try:
         parameters = [p for p in transformer.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=3e-3)

@@ -128,7 +128,7 @@ def test_keys_and_metadata(trained: Trainer, tiny_model: Path, tmp_path: Path) -
         assert re.fullmatch(layer, key) and "base_model" not in key and "default" not in key
     adapter = json.loads(metadata["lora_adapter_metadata"])
     assert adapter["transformer.r"] == adapter["transformer.lora_alpha"] == 4
-    assert adapter["transformer.target_modules"] == sorted(trained.backbone.lora_targets)
+    assert adapter["transformer.target_modules"] == sorted(trained.backbone.lora_targets["paper"])
     assert metadata["modelspec.sai_model_spec"] and metadata["modelspec.title"] == "TMPO LoRA (red)"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v3-medium/lora"
     assert {key: metadata[f"tmpo.{key}"] for key in ABOUT} == ABOUT

@@ -17,6 +17,7 @@ from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.backbones.flux import image_ids, pack, unpack
+from tmpo_trainer.config import LoraTargets
 from tmpo_trainer.demo import build
 from tmpo_trainer.trainer import Trainer
 
@@ -161,12 +162,20 @@ def test_latent_shape(backbone: Backbone) -> None:
             backbone.latent_shape(*size)
 
 
-def test_lora_targets_are_the_attention_and_feed_forward_of_every_block(backbone: Backbone) -> None:
-    linear = [name for name, part in backbone.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
-    matched = {name for name in linear if any(name.endswith(f".{target}") for target in backbone.lora_targets)}
+@pytest.mark.parametrize("which", ["paper", "attention", "all-linear"])
+def test_lora_targets(folder: Path, make_trainer: Callable[..., Trainer], which: LoraTargets) -> None:
+    """What gets a LoRA: in the joint blocks all but modulation, in the single ones q, k, v or all but modulation."""
+    trainer = make_trainer(folder=folder, max_sequence_length=TOKENS, lora_targets=which)
+    parts = trainer.backbone.transformer.named_modules()
+    linear = {
+        n.removesuffix(".base_layer") for n, part in parts if isinstance(part, torch.nn.Linear) and "lora_" not in n
+    }
+    found = {name.split(".lora_")[0] for name in trainer.lora}
+    attention = {name for name in linear if ".attn." in name}
     double = {name for name in linear if name.startswith("transformer_blocks.") and ".norm1" not in name}
-    single = {name for name in linear if name.startswith("single_transformer_blocks.") and ".attn.to_" in name}
-    assert matched == double | single and len(single) == 6
+    single = {name for name in linear if name.startswith("single_transformer_blocks.") and ".norm." not in name}
+    assert len(attention) == 2 * 8 + 2 * 3 and len(single) == 2 * 5
+    assert found == {"attention": attention, "paper": attention | double, "all-linear": double | single}[which]
 
 
 def test_an_update_trains_and_replays_exactly(folder: Path, make_trainer: Callable[..., Trainer]) -> None:

@@ -15,13 +15,14 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tmpo_trainer import tree
+from tmpo_trainer.config import LoraTargets
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
-JOINT_BLOCK_TARGETS = (
+ATTENTION = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
 )  # fmt: skip
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 @dataclass
@@ -45,8 +46,8 @@ class Backbone(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     #: Parts that a pipeline folder may lack.
     optional_parts: ClassVar[tuple[str, ...]] = ()
-    #: The endings of the names of the modules that get a LoRA.
-    lora_targets: ClassVar[tuple[str, ...]]
+    #: The endings of the names of the modules that get a LoRA, for each setting of `lora_targets`.
+    lora_targets: ClassVar[dict[LoraTargets, tuple[str, ...]]]
     #: calculate_shift's last default, which differs between diffusers' pipelines.
     default_max_shift: ClassVar[float]
 

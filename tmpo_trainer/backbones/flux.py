@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,13 +11,17 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import JOINT_BLOCK_TARGETS, Backbone, rows_per_prompt
+from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, Backbone, rows_per_prompt
 
 
 class FluxBackbone(Backbone):
     pipeline_class = FluxPipeline
-    #: All attention and feed-forward projections of both streams, and q, k, v of the single-stream blocks.
-    lora_targets = JOINT_BLOCK_TARGETS
+    #: q, k, v of the single-stream blocks have the names of those of the joint blocks.
+    lora_targets: ClassVar = {
+        "paper": (*ATTENTION, *FEED_FORWARD),
+        "attention": ATTENTION,
+        "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out"),
+    }
     default_max_shift = 1.15
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:

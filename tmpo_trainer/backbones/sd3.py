@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import JOINT_BLOCK_TARGETS, Backbone, rows_per_prompt
+from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, Backbone, rows_per_prompt
+
+#: Of the first blocks of SD3.5-Medium.
+SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 
 
 class SD3Backbone(Backbone):
     pipeline_class = StableDiffusion3Pipeline
     optional_parts = ("text_encoder_3", "tokenizer_3")
-    #: All attention and feed-forward projections of both streams (and of SD3.5-Medium's second attention).
-    lora_targets = (*JOINT_BLOCK_TARGETS, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+    #: SD3 has joint blocks only: there is nothing more that is linear.
+    lora_targets: ClassVar = {
+        "paper": (*ATTENTION, *SECOND_ATTENTION, *FEED_FORWARD),
+        "attention": (*ATTENTION, *SECOND_ATTENTION),
+        "all-linear": (*ATTENTION, *SECOND_ATTENTION, *FEED_FORWARD),
+    }
     default_max_shift = 1.16
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
