@@ -34,7 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m tmpo_trainer",
         description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
         allow_abbrev=False,
-        epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults.",
+        epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
+        "Another command: `inspect FILE` prints what a LoRA was trained on and checks it.",
     )
     parser.add_argument("--preset", help="a named set of settings; by default the one of the reward, or demo")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
@@ -98,7 +99,22 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
     return make_config([(f"preset {name}", start), *given]), name
 
 
+def _inspect(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="python -m tmpo_trainer inspect", description="Prints what a LoRA was trained on and checks it."
+    )
+    parser.add_argument("file", type=Path, help="a LoRA's safetensors file, or a run's folder")
+    file = parser.parse_args(arguments).file
+    from tmpo_trainer import lora
+
+    text, sound = lora.describe(file)
+    print(text)
+    return 0 if sound else 1
+
+
 def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] == "inspect":
+        return _inspect(arguments[1:])
     actions, flags = parse(arguments)
     checkpoint = None
     if actions.resume is not None:

@@ -132,6 +132,9 @@ class TrainConfig(BaseModel):
     `all-linear`: also the rest of the single blocks."""
     lora_alpha: float = Field(128, gt=0)
     """Scale is alpha / rank; the export folds it into the weights."""
+    init_lora: Path | None = None
+    """Start from this LoRA file (diffusers' names) instead of from zero. KL, anchor and report still compare with the
+    model without it."""
 
     # Numbers and pictures on the way
     eval_images: int = Field(8, ge=2)

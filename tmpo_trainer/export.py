@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import __version__
 from tmpo_trainer.backbones.base import Backbone
-
-FILE_NAME = "pytorch_lora_weights.safetensors"
+from tmpo_trainer.lora import FILE_NAME
 
 
 def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool:
@@ -50,7 +49,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool
             metadata = dict(file.metadata())
         metadata |= {
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": "stable-diffusion-v3-medium/lora",
+            "modelspec.architecture": f"{backbone.architecture}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.title": f"TMPO LoRA ({about.get('rewards', '')})",
             **{f"tmpo.{key}": value for key, value in about.items()},

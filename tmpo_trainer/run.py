@@ -18,7 +18,7 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from tmpo_trainer import __version__, evaluate, export, reporting, tree
+from tmpo_trainer import __version__, evaluate, export, lora, reporting, tree
 from tmpo_trainer.backbones import find_model, load_backbone
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
@@ -104,6 +104,8 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
     find_model(config.model)
     train_file, eval_file = prompt_files(config)
     train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
+    if config.init_lora:
+        lora.read(config.init_lora)
     if "shapes" in config.reward:
         from tmpo_trainer.demo.domain import parse
 

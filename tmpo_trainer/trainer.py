@@ -18,7 +18,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor
 
-from tmpo_trainer import checkpoint, diversity, flow, objectives, tree
+from tmpo_trainer import checkpoint, diversity, flow, lora, objectives, tree
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.prompts import prompt_index
@@ -75,17 +75,20 @@ class Trainer:
         self.latent_shape = backbone.latent_shape(*config.resolution)
         self.schedule = make_schedule(config, self.sigmas)
         torch.manual_seed(config.seed)
+        targets = list(backbone.lora_targets[config.lora_targets])
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=list(backbone.lora_targets[config.lora_targets]),
+            target_modules=targets,
             # The model's own last layer has the name of one in FLUX's single blocks. A regex is matched as a whole.
-            exclude_modules="proj_out",
+            exclude_modules="proj_out" if "proj_out" in targets else None,
             init_lora_weights="gaussian",
         )
         backbone.transformer.add_adapter(adapter)
         cast_training_params(backbone.transformer, dtype=torch.float32)
         self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
+        if config.init_lora:
+            lora.start(self.lora, config.lora_alpha / config.lora_rank, config.init_lora)
         self.ema = {name: value.detach().clone() for name, value in self.lora.items()}
         self.optimizer = torch.optim.AdamW(
             self.lora.values(),
@@ -113,15 +116,15 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint. Raises ConfigError if it is of another model, rank or seed."""
-        lora, ema, optimizer, state = checkpoint.load(path)
+        weights, ema, optimizer, state = checkpoint.load(path)
         for name, parameter in self.lora.items():
-            if name not in lora or lora[name].shape != parameter.shape or len(lora) != len(self.lora):
+            if name not in weights or weights[name].shape != parameter.shape or len(weights) != len(self.lora):
                 raise ConfigError(f"checkpoint {path} is of another model or LoRA rank (at {name})")
         if state["seed"] != self.config.seed:
             raise ConfigError(f"checkpoint {path} has seed {state['seed']}, the settings say {self.config.seed}")
         with torch.no_grad():
             for name, parameter in self.lora.items():
-                parameter.copy_(lora[name])
+                parameter.copy_(weights[name])
                 self.ema[name].copy_(ema[name])
         self.optimizer.load_state_dict(optimizer)
         self.done = state["update"]

@@ -22,14 +22,15 @@ REPOSITORY = Path(__file__).parents[2]
 #: Scripts and notebooks rely on these: removing or renaming one is a breaking change and belongs into the CHANGELOG.
 FLAGS = {
     "--adam-betas", "--anchor", "--anchor-weight", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
-    "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip", "--config",
-    "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta", "--eval-images",
-    "--eval-limit", "--eval-prompts", "--eval-steps", "--guidance", "--help", "--inner-updates", "--kappa", "--kernel",
-    "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha", "--lora-rank", "--lora-targets", "--lr-min-ratio",
-    "--max-batch", "--max-grad-norm", "--max-sequence-length", "--method", "--model", "--no-report", "--output-dir", "--preset",
-    "--print-config", "--prompts", "--prompts-per-batch", "--prompts-per-update", "--replay-batch", "--report",
-    "--resolution", "--resume", "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every",
-    "--seed", "--threads", "--updates", "--version", "--weight-decay",
+    "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
+    "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
+    "--eval-images", "--eval-limit", "--eval-prompts", "--eval-steps", "--guidance", "--help", "--init-lora",
+    "--inner-updates", "--kappa", "--kernel", "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha",
+    "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",
+    "--method", "--model", "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
+    "--prompts-per-batch", "--prompts-per-update", "--replay-batch", "--report", "--resolution", "--resume",
+    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--threads",
+    "--updates", "--version", "--weight-decay",
 }  # fmt: skip
 
 #: Appendix D.4 of the paper.

@@ -78,6 +78,11 @@ class Backbone(ABC):
     def device(self) -> torch.device:
         return self.transformer.device
 
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """The name that modelspec metadata gives this kind of model."""
+
     @abstractmethod
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Tokens `[P, S, D]` and pooled `[P, C]` of prompts, by the pipeline."""

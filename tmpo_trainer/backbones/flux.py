@@ -24,6 +24,11 @@ class FluxBackbone(Backbone):
     }
     default_max_shift = 1.15
 
+    @property
+    def architecture(self) -> str:
+        """The name that modelspec metadata gives this kind of model."""
+        return "flux-1-dev" if self.transformer.config.guidance_embeds else "flux-1-schnell"
+
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokens, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts, prompt_2=prompts, device=self.device, max_sequence_length=self.max_sequence_length

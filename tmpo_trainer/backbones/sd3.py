@@ -27,6 +27,16 @@ class SD3Backbone(Backbone):
     }
     default_max_shift = 1.16
 
+    @property
+    def architecture(self) -> str:
+        """The name that modelspec metadata gives this kind of model."""
+        if self.transformer.config.dual_attention_layers:
+            return "stable-diffusion-v3.5-medium"
+        # 38 blocks: only SD3.5-Large.
+        return (
+            "stable-diffusion-v3.5-large" if self.transformer.config.num_layers == 38 else "stable-diffusion-v3-medium"
+        )
+
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts,
