@@ -18,7 +18,7 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 #: Which linear layers of the transformer's blocks get a LoRA. Modulation never: ComfyUI orders its halves differently.
-LoraTargets = Literal["paper", "attention", "all-linear"]
+LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 
 
 class ConfigError(ValueError):
@@ -129,7 +129,7 @@ class TrainConfig(BaseModel):
     """Rank."""
     lora_targets: LoraTargets = "paper"
     """`paper`: attention and feed-forward of the joint blocks, attention of FLUX's single blocks. `attention`: only that.
-    `all-linear`: also the rest of the single blocks."""
+    `text`: only the joint blocks' stream of text tokens. `all-linear`: also the rest of the single blocks."""
     lora_alpha: float = Field(128, gt=0)
     """Scale is alpha / rank; the export folds it into the weights."""
     init_lora: Path | None = None
@@ -143,6 +143,8 @@ class TrainConfig(BaseModel):
     """Use only the first so many held-out prompts."""
     eval_steps: int = Field(28, ge=1)
     """Denoising steps in the report and the sample grids."""
+    eval_every: int = Field(0, ge=0)
+    """Updates between two evaluations on the held-out prompts, with averaged weights and the base beside them; 0 for none."""
     sample_every: int = Field(50, ge=0)
     """Updates between two sample grids; 0 for none."""
     checkpoint_every: int = Field(50, ge=0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -122,6 +125,92 @@ def evaluate(
         shown=shown,
         images=np.stack(kept),
     )
+
+
+class Features(Protocol):
+    """What cosine diversity is measured on."""
+
+    name: str
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> `[N, D]`."""
+        ...
+
+
+class HeldOut:
+    """Measures one backbone on the same held-out prompts and noise again and again: the base once, then what it became.
+
+    Args:
+        file: where the base's figures are kept, so that a resumed run does not draw its pictures again; None for nowhere.
+        others: see `evaluate`.
+    """
+
+    def __init__(
+        self,
+        file: Path | None,
+        backbone: Backbone,
+        prompts: Sequence[str],
+        scorers: Sequence[tuple[str, Scorer]],
+        features: Features,
+        images: int,
+        how: Sampling,
+    ):
+        self.file, self.backbone, self.prompts, self.scorers = file, backbone, list(prompts), list(scorers)
+        self.features, self.images, self.how = features, images, how
+        self._base: Evaluation | None = None
+        settings = [self.prompts, [name for name, _ in scorers], features.name, images, asdict(how)]
+        self._key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    def measure(self, progress: Callable[[int], Any] | None = None) -> Evaluation:
+        """The transformer as it stands."""
+        return evaluate(
+            self.backbone, self.prompts, self.scorers, self.features, self.images, self.how, progress=progress
+        )
+
+    def base(self, progress: Callable[[int], Any] | None = None) -> Evaluation:
+        """The base model: from memory, from `file`, or measured now with the transformer as it stands (LoRA off)."""
+        if self._base is None:
+            self._base = self._read()
+            if self._base is None:
+                self._base = self.measure(progress)
+                self._write(self._base)
+                return self._base
+        if progress is not None:
+            progress(len(self.prompts))
+        return self._base
+
+    def _read(self) -> Evaluation | None:
+        if self.file is None or not self.file.exists():
+            return None
+        with np.load(self.file) as stored:
+            if str(stored["key"]) != self._key:
+                return None
+            return Evaluation(
+                prompts=self.prompts,
+                scores={name: stored[f"score/{name}"] for name, _ in self.scorers},
+                lgmd=stored["lgmd"],
+                cosine=stored["cosine"],
+                latent_std=float(stored["latent_std"]),
+                shown=stored["shown"].tolist(),
+                images=stored["images"],
+            )
+
+    def _write(self, base: Evaluation) -> None:
+        if self.file is None:
+            return
+        temporary = self.file.with_name(f".{self.file.name}")
+        with temporary.open("wb") as out:
+            np.savez_compressed(
+                out,
+                key=np.array(self._key),
+                lgmd=base.lgmd,
+                cosine=base.cosine,
+                latent_std=np.array(base.latent_std),
+                shown=np.array(base.shown),
+                images=base.images,
+                **{f"score/{name}": values for name, values in base.scores.items()},  # type: ignore[arg-type]
+            )
+        temporary.replace(self.file)
 
 
 def paired_gain(

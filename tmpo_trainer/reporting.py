@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Reporter:
     Args:
         run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
         rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts) of the model as it stands.
+        compare: measures (base, model as it stands) on the held-out prompts.
     """
 
     def __init__(
@@ -64,14 +66,16 @@ class Reporter:
         done: int,
         rewards: Sequence[str],
         draw_samples: Callable[[], tuple[np.ndarray, list[str]]],
+        compare: Callable[[], tuple[Evaluation, Evaluation]],
     ):
-        self.run, self.rewards, self.draw_samples = run, list(rewards), draw_samples
+        self.run, self.rewards, self.draw_samples, self.compare = run, list(rewards), draw_samples, compare
         run.mkdir(parents=True, exist_ok=True)
-        path = run / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["update"] <= done]
-        # Lines after the checkpoint are about to be written again.
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a", encoding="utf-8")
+        for path in (run / "metrics.jsonl", run / "evaluations.jsonl"):
+            kept = [line for line in read_metrics(path) if line["update"] <= done]
+            # Lines after the checkpoint are about to be written again.
+            if path.exists():
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True)
 
     def update(self, metrics: dict[str, Any]) -> None:
@@ -88,14 +92,50 @@ class Reporter:
         folder.mkdir(exist_ok=True)
         grid(list(pictures), prompts, zoom(pictures)).save(folder / f"update-{update:06d}.png")
 
+    def evaluation(self, update: int) -> None:
+        """Measures the model as it stands beside the base; a line in evaluations.jsonl and one above the bar."""
+        base, trained = self.compare()
+        line = {"update": update, **summary(base, trained)}
+        with (self.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = ", ".join(f"{name} {line['base'][name]:.3f} -> {line['trained'][name]:.3f}" for name in line["base"])
+        self.bar.write(f"update {update}, held-out prompts: {shown}", file=sys.stderr)
+
     def close(self) -> None:
         """May be called twice."""
         self.bar.close()
         self.file.close()
 
 
-def curves(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], path: Path) -> None:
-    """Reward, diversity and distance from the base over updates, with a running mean, as a PNG."""
+def measures(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Scores `[P, n]` and diversities `[P]` of an evaluation, by the names that reports give them."""
+    return {**evaluation.scores, "LGMD": evaluation.lgmd, "cosine diversity": evaluation.cosine}
+
+
+def summary(base: Evaluation, trained: Evaluation) -> dict[str, Any]:
+    """Means of base and trained model, and the gains with their 95% paired intervals."""
+    before, after = measures(base), measures(trained)
+    return {
+        "base": {name: float(values.mean()) for name, values in before.items()} | {"latent_std": base.latent_std},
+        "trained": {name: float(values.mean()) for name, values in after.items()} | {"latent_std": trained.latent_std},
+        "gain": {
+            name: dict(zip(("mean", "low", "high"), paired_gain(before[name], after[name]), strict=True))
+            for name in before
+        },
+    }
+
+
+def curves(
+    metrics: Sequence[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
+    rewards: Sequence[str],
+    target: str,
+    path: Path,
+) -> None:
+    """Reward, diversity and distance from the base over updates, with a running mean, as a PNG.
+
+    Evaluations on the way, if there were any, get a panel of their own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,9 +148,20 @@ def curves(metrics: Sequence[dict[str, Any]], rewards: Sequence[str], path: Path
         series.append(("kl_reference", "KL to the base, per dimension"))
     if any(line["ratio_mean"] != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
-    figure, axes = pyplot.subplots(1, len(series), figsize=(3.6 * len(series), 3), layout="constrained")
+    panels = len(series) + bool(evaluations)
+    figure, axes = pyplot.subplots(1, panels, figsize=(3.6 * panels, 3), layout="constrained")
     updates = [line["update"] for line in metrics]
-    for axis, (key, title) in zip(axes, series, strict=True):
+    if evaluations:
+        axis = axes[-1]
+        gains = [line["gain"][target] for line in evaluations]
+        centre = np.array([gain["mean"] for gain in gains])
+        ends = [centre - [gain["low"] for gain in gains], [gain["high"] for gain in gains] - centre]
+        axis.errorbar([line["update"] for line in evaluations], centre, ends, marker="o", capsize=3, color="tab:green")
+        axis.axhline(0, color="grey", linewidth=1)
+        axis.set_title(f"gain on held-out prompts: {target}", fontsize=10)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    for axis, (key, title) in zip(axes, series, strict=False):
         values = np.array([line[key] for line in metrics])
         window = max(1, len(values) // 12)
         smooth = np.convolve(values, np.ones(window) / window, "valid")
@@ -138,6 +189,7 @@ def write_report(
     base: Evaluation,
     trained: Evaluation,
     metrics: Sequence[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
     rewards: Sequence[str],
     about: Sequence[str],
     target: str,
@@ -147,15 +199,14 @@ def write_report(
     Args:
         target: the score whose rise is claimed. about: lines on how the figures were made.
     """
-    curves(metrics, rewards, run / "curves.png")
+    figures = summary(base, trained)
+    after_last = {"update": metrics[-1]["update"], **figures}
+    curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
     side_by_side(base, trained, run / "samples.png")
-    rows = [(name, base.scores[name], trained.scores[name]) for name in base.scores]
-    rows += [("LGMD", base.lgmd, trained.lgmd), ("cosine diversity", base.cosine, trained.cosine)]
-    gains = {name: paired_gain(before, after) for name, before, after in rows}
     table = [
-        f"| {name} | {before.mean():.3f} | {after.mean():.3f} | {gains[name][0]:+.3f} "
-        f"[{gains[name][1]:+.3f}, {gains[name][2]:+.3f}] |"
-        for name, before, after in rows
+        f"| {name} | {figures['base'][name]:.3f} | {figures['trained'][name]:.3f} | {gain['mean']:+.3f} "
+        f"[{gain['low']:+.3f}, {gain['high']:+.3f}] |"
+        for name, gain in figures["gain"].items()
     ]
     checks = verdict(base, trained, target)
     text = [
@@ -177,12 +228,6 @@ def write_report(
         "",
     ]
     (run / "report.md").write_text("\n".join(text), encoding="utf-8")
-    summary = {
-        "prompts": len(base.prompts),
-        "base": {name: float(before.mean()) for name, before, _ in rows} | {"latent_std": base.latent_std},
-        "trained": {name: float(after.mean()) for name, _, after in rows} | {"latent_std": trained.latent_std},
-        "gain": {name: dict(zip(("mean", "low", "high"), gain, strict=True)) for name, gain in gains.items()},
-        "verdict": checks,
-    }
-    (run / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    content = {"prompts": len(base.prompts), **figures, "verdict": checks}
+    (run / "report.json").write_text(json.dumps(content, indent=2) + "\n")
     return checks

@@ -6,7 +6,6 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +209,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     _quiet()
     device = choose_device(config)
     # What the report needs is loaded first: it must not be found missing after hours of training.
-    features = EfficientNetLite(device) if config.report else None
+    features = EfficientNetLite(device) if config.report or config.eval_every else None
     backbone = load_model(config, device)
     folder = checkpoint.parent if checkpoint else _make_folder(config, preset)
     trainer = Trainer(config, folder, backbone, scorers, train_prompts)
@@ -226,14 +225,32 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         parts = [pictures for _, pictures in evaluate.sample(backbone, shown, 8, _sampling(config))]
         return np.concatenate(parts), shown
 
+    held_out = None
+    if features:
+        held_out = evaluate.HeldOut(
+            folder / "base.npz" if config.eval_every else None,
+            backbone,
+            heldout,
+            evaluation_scorers(scorers),
+            features,
+            config.eval_images,
+            _sampling(config),
+        )
+
+    def compare() -> tuple[evaluate.Evaluation, evaluate.Evaluation]:
+        assert held_out is not None
+        with trainer.reference():
+            base = held_out.base()
+        return base, held_out.measure()
+
     names = [scorer.name for scorer in scorers]
-    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples)
+    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare)
     try:
         trainer.train(reporter)
         reporter.close()
         _export(config, trainer)
-        if features:
-            _report(config, trainer, heldout, scorers, features)
+        if held_out and config.report:
+            _report(config, trainer, held_out, names)
     except Interrupted as stop:
         reporter.close()
         print(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}", file=sys.stderr)
@@ -268,31 +285,24 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
     print(f"LoRA: {trainer.run / export.FILE_NAME}", file=sys.stderr)
 
 
-def _report(
-    config: TrainConfig, trainer: Trainer, heldout: list[str], scorers: list[Scorer], features: EfficientNetLite
-) -> None:
+def _report(config: TrainConfig, trainer: Trainer, held_out: evaluate.HeldOut, rewards: list[str]) -> None:
     """Base and trained (EMA) model on the held-out prompts with the same noise."""
-    backbone = trainer.backbone
-    pairs = evaluation_scorers(scorers)
-
-    def measure(progress: Callable[[int], Any]) -> evaluate.Evaluation:
-        return evaluate.evaluate(
-            backbone, heldout, pairs, features, config.eval_images, _sampling(config), progress=progress
-        )
-
-    with tqdm(total=2 * len(heldout), desc="evaluating base and trained", unit="prompt", dynamic_ncols=True) as bar:
+    count = len(held_out.prompts)
+    with tqdm(total=2 * count, desc="evaluating base and trained", unit="prompt", dynamic_ncols=True) as bar:
         with trainer.reference():
-            base = measure(bar.update)
+            base = held_out.base(bar.update)
         with trainer.averaged():
-            trained = measure(bar.update)
+            trained = held_out.measure(bar.update)
     about = [
-        f"{len(heldout)} held-out prompts x {config.eval_images} images, {config.eval_steps} steps, guidance "
+        f"{count} held-out prompts x {config.eval_images} images, {config.eval_steps} steps, guidance "
         f"{config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "
         f"model start from the same noise; intervals are bootstraps over prompts. Cosine diversity is on "
-        f"{features.name} features.",
+        f"{held_out.features.name} features.",
     ]
     metrics = reporting.read_metrics(trainer.run / "metrics.jsonl")
-    checks = reporting.write_report(trainer.run, base, trained, metrics, [s.name for s in scorers], about, pairs[0][0])
+    evaluations = reporting.read_metrics(trainer.run / "evaluations.jsonl")
+    target = next(iter(base.scores))
+    checks = reporting.write_report(trainer.run, base, trained, metrics, evaluations, rewards, about, target)
     for name in base.scores:
         print(f"{name}: {base.scores[name].mean():.3f} -> {trained.scores[name].mean():.3f}", file=sys.stderr)
     print(f"LGMD: {base.lgmd.mean():.3f} -> {trained.lgmd.mean():.3f}", file=sys.stderr)

@@ -231,6 +231,11 @@ class Trainer:
                 if config.sample_every and not self._stop and (self.done % config.sample_every == 0 or self.done == 1):
                     with self.averaged():
                         reporter.samples(self.done)
+                # The report measures the last one.
+                last = self.done == config.updates and config.report
+                if config.eval_every and self.done % config.eval_every == 0 and not last and not self._stop:
+                    with self.averaged():
+                        reporter.evaluation(self.done)
                 due = config.checkpoint_every and self.done % config.checkpoint_every == 0
                 if due or self.done == config.updates or self._stop:
                     self.save()

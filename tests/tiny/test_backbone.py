@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -205,11 +205,14 @@ def test_latent_shape(backbone: SD3Backbone) -> None:
             backbone.latent_shape(*size)
 
 
-@pytest.mark.parametrize("which", ["paper", "attention", "all-linear"])
+@pytest.mark.parametrize("which", get_args(LoraTargets))
 def test_every_lora_target_exists(backbone: SD3Backbone, which: LoraTargets) -> None:
     """Both streams of every block, attention and feed-forward; the last block has no text feed-forward."""
     linear = [name for name, part in backbone.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
     matched = {name for name in linear if any(name.endswith(f".{target}") for target in backbone.lora_targets[which])}
     blocks = {name for name in linear if name.startswith("transformer_blocks.") and ".norm1" not in name}
-    assert matched == ({name for name in blocks if ".attn" in name} if which == "attention" else blocks)
+    text = {name for name in blocks if ".attn.add_" in name or ".to_add_out" in name or ".ff_context." in name}
+    some = {"attention": {name for name in blocks if ".attn" in name}, "text": text}
+    assert matched == some.get(which, blocks)
+    assert text
     assert any(".ff" in name for name in blocks)

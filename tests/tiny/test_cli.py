@@ -24,7 +24,7 @@ FLAGS = {
     "--adam-betas", "--anchor", "--anchor-weight", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
     "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
     "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
-    "--eval-images", "--eval-limit", "--eval-prompts", "--eval-steps", "--guidance", "--help", "--init-lora",
+    "--eval-every", "--eval-images", "--eval-limit", "--eval-prompts", "--eval-steps", "--guidance", "--help", "--init-lora",
     "--inner-updates", "--kappa", "--kernel", "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha",
     "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",
     "--method", "--model", "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
@@ -360,6 +360,62 @@ def test_what_a_run_leaves_behind(
     summary = json.loads((place / "out" / "report.json").read_text())
     assert summary["gain"]["red"]["low"] <= summary["gain"]["red"]["mean"] <= summary["gain"]["red"]["high"]
     assert summary["trained"]["red"] != summary["base"]["red"]
+
+
+def test_evaluation_on_the_way(
+    place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base and averaged weights on the same prompts and noise, as the report measures them; resuming keeps the base."""
+    from tmpo_trainer import evaluate, run
+
+    class Features:
+        name = "means"
+
+        def __init__(self, device: torch.device):
+            pass
+
+        def __call__(self, images: Any) -> torch.Tensor:
+            return torch.from_numpy(images.astype("float32").mean((1, 2)))
+
+    measured: list[int] = []
+    original = evaluate.evaluate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        measured.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "evaluate", counted)
+    monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
+    monkeypatch.setattr(run, "EfficientNetLite", Features)
+    more = [
+        "--eval-every",
+        "1",
+        "--eval-images",
+        "3",
+        "--eval-steps",
+        "4",
+        "--learning-rate",
+        "1e-2",
+        "--ema-every",
+        "1",
+        "--updates",
+        "3",
+    ]
+    more += ["--checkpoint-every", "1", "--checkpoints-kept", "3"]
+    assert cli.main([*base, *more]) == 0
+    path = place / "out" / "evaluations.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 3] and len(measured) == 4
+    assert len({line["base"]["red"] for line in lines}) == 1 and len({line["trained"]["red"] for line in lines}) == 3
+    assert "update 2, held-out prompts: red " in capsys.readouterr().err
+    assert cli.main(["--resume", "out/checkpoint-1", "--report"]) == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    # Updates 2 and, as the report, 3; the base and update 1 stand.
+    assert again == lines[:2] and len(measured) == 4 + 2
+    final = json.loads((place / "out" / "report.json").read_text())
+    assert {key: final[key] for key in ("base", "trained", "gain")} == {
+        key: lines[2][key] for key in ("base", "trained", "gain")
+    }
 
 
 def test_a_zero_learning_rate_is_reported(place: Path, base: list[str], capsys: pytest.CaptureFixture[str]) -> None:

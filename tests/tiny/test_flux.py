@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -162,7 +162,7 @@ def test_latent_shape(backbone: Backbone) -> None:
             backbone.latent_shape(*size)
 
 
-@pytest.mark.parametrize("which", ["paper", "attention", "all-linear"])
+@pytest.mark.parametrize("which", get_args(LoraTargets))
 def test_lora_targets(folder: Path, make_trainer: Callable[..., Trainer], which: LoraTargets) -> None:
     """What gets a LoRA: in the joint blocks all but modulation, in the single ones q, k, v or all but modulation."""
     trainer = make_trainer(folder=folder, max_sequence_length=TOKENS, lora_targets=which)
@@ -175,7 +175,9 @@ def test_lora_targets(folder: Path, make_trainer: Callable[..., Trainer], which:
     double = {name for name in linear if name.startswith("transformer_blocks.") and ".norm1" not in name}
     single = {name for name in linear if name.startswith("single_transformer_blocks.") and ".norm." not in name}
     assert len(attention) == 2 * 8 + 2 * 3 and len(single) == 2 * 5
-    assert found == {"attention": attention, "paper": attention | double, "all-linear": double | single}[which]
+    text = {name for name in double if ".attn.add_" in name or ".to_add_out" in name or ".ff_context." in name}
+    expected = {"attention": attention, "text": text, "paper": attention | double, "all-linear": double | single}
+    assert found == expected[which]
 
 
 def test_an_update_trains_and_replays_exactly(folder: Path, make_trainer: Callable[..., Trainer]) -> None:

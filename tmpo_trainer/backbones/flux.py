@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, Backbone, rows_per_prompt
+from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
 
 
 class FluxBackbone(Backbone):
@@ -20,6 +20,7 @@ class FluxBackbone(Backbone):
     lora_targets: ClassVar = {
         "paper": (*ATTENTION, *FEED_FORWARD),
         "attention": ATTENTION,
+        "text": TEXT_STREAM,
         "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out"),
     }
     default_max_shift = 1.15

@@ -10,7 +10,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, Backbone, rows_per_prompt
+from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
 
 #: Of the first blocks of SD3.5-Medium.
 SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
@@ -23,6 +23,7 @@ class SD3Backbone(Backbone):
     lora_targets: ClassVar = {
         "paper": (*ATTENTION, *SECOND_ATTENTION, *FEED_FORWARD),
         "attention": (*ATTENTION, *SECOND_ATTENTION),
+        "text": TEXT_STREAM,
         "all-linear": (*ATTENTION, *SECOND_ATTENTION, *FEED_FORWARD),
     }
     default_max_shift = 1.16

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
@@ -193,7 +194,10 @@ class ShapesScorer:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         scenes = [domain.parse(prompt) for prompt in prompts]
-        scores = [judge(scene, detect(_to_array(image))) for scene, image in zip(scenes, images, strict=True)]
+        # OpenCV and numpy let go of the interpreter for most of a picture's time.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = list(pool.map(detect, map(_to_array, images)))
+        scores = [judge(scene, shapes) for scene, shapes in zip(scenes, found, strict=True)]
         table = torch.tensor(scores, dtype=torch.float32).reshape(-1, 2)
         return table[:, 0].contiguous(), table[:, 1].contiguous()
 
