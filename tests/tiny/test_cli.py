@@ -387,20 +387,8 @@ def test_evaluation_on_the_way(
     monkeypatch.setattr(evaluate, "evaluate", counted)
     monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
     monkeypatch.setattr(run, "EfficientNetLite", Features)
-    more = [
-        "--eval-every",
-        "1",
-        "--eval-images",
-        "3",
-        "--eval-steps",
-        "4",
-        "--learning-rate",
-        "1e-2",
-        "--ema-every",
-        "1",
-        "--updates",
-        "3",
-    ]
+    more = ["--eval-every", "1", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2", "--updates", "3"]
+    more += ["--ema-every", "1"]
     more += ["--checkpoint-every", "1", "--checkpoints-kept", "3"]
     assert cli.main([*base, *more]) == 0
     path = place / "out" / "evaluations.jsonl"
