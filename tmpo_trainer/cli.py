@@ -146,7 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
-        print(f"tmpo_trainer: {error}", file=sys.stderr)
+        # One line per machine, not one per process.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"tmpo_trainer: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("tmpo_trainer"):

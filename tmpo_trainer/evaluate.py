@@ -7,15 +7,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from tmpo_trainer import diversity, tree
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.rewards import Scorer, check_finite
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 #: What counts as not collapsed, for `verdict`.
 LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15
@@ -78,6 +82,19 @@ def sample(
         yield latents, pictures.reshape(count, images, *pictures.shape[1:])
 
 
+@dataclass
+class _Measured:
+    """What is kept of one prompt's pictures, so that processes can share the prompts."""
+
+    scores: dict[str, np.ndarray]
+    lgmd: float
+    cosine: float
+    latent_sum: float
+    latent_square_sum: float
+    latent_count: int
+    images: np.ndarray | None
+
+
 def evaluate(
     backbone: Backbone,
     prompts: Sequence[str],
@@ -87,6 +104,7 @@ def evaluate(
     how: Sampling,
     show: int = 10,
     progress: Callable[[int], Any] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Evaluation:
     """Draws `images` pictures per prompt and measures them. The transformer is used as it stands (LoRA on or off).
 
@@ -94,36 +112,50 @@ def evaluate(
         scorers: (name, scorer) pairs. features: uint8 `[N, H, W, 3]` -> `[N, D]`, for cosine diversity.
         show: of how many prompts, spread over the list, the pictures are kept.
         progress: called with the number of prompts done since the last call.
+        accelerator: of several processes, which then share the prompts and all get the result. A picture is the same
+            whichever process draws it.
     """
     shown = sorted(set(np.linspace(0, len(prompts) - 1, min(show, len(prompts))).astype(int).tolist()))
-    scores: dict[str, list[np.ndarray]] = {name: [] for name, _ in scorers}
-    lgmd: list[float] = []
-    cosine: list[float] = []
-    kept: list[np.ndarray] = []
-    total, square, count = 0.0, 0.0, 0
-    for latents, pictures in sample(backbone, prompts, images, how):
-        first = len(lgmd)
-        texts = [prompt for prompt in prompts[first : first + len(latents)] for _ in range(images)]
+    processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    # As many for every process, some twice if need be: a sharded transformer wants the same calls everywhere.
+    share = -(-len(prompts) // processes)
+    own = [(rank * share + i) % len(prompts) for i in range(share)]
+    measured: dict[int, _Measured] = {}
+    for latents, pictures in sample(backbone, [prompts[i] for i in own], images, how):
+        chosen = own[len(measured) : len(measured) + len(latents)]
+        texts = [prompts[i] for i in chosen for _ in range(images)]
         flat = pictures.reshape(-1, *pictures.shape[2:])
+        scores: dict[str, np.ndarray] = {}
         for name, scorer in scorers:
             values = check_finite(name, scorer.score(flat, texts), texts)
-            scores[name].append(values.view(len(latents), images).numpy())
+            scores[name] = values.view(len(latents), images).numpy()
         vectors = features(flat).unflatten(0, (len(latents), images))
-        lgmd += [diversity.lgmd(group).item() for group in latents]
-        cosine += [diversity.cosine_diversity(group).item() for group in vectors]
-        kept += [pictures[i - first] for i in shown if first <= i < first + len(latents)]
-        exact = latents.double()
-        total, square, count = total + exact.sum().item(), square + exact.square().sum().item(), count + latents.numel()
+        exact = latents.double().flatten(1)
+        for row, i in enumerate(chosen):
+            measured[i] = _Measured(
+                {name: values[row] for name, values in scores.items()},
+                diversity.lgmd(latents[row]).item(),
+                diversity.cosine_diversity(vectors[row]).item(),
+                exact[row].sum().item(),
+                exact[row].square().sum().item(),
+                exact[row].numel(),
+                pictures[row] if i in shown else None,
+            )
         if progress is not None:
-            progress(len(latents))
+            progress(len(latents) * processes)
+    everyone = gather_object([measured]) if processes > 1 else [measured]
+    merged = {i: part for measured in everyone for i, part in measured.items()}
+    parts = [merged[i] for i in range(len(prompts))]
+    count = sum(part.latent_count for part in parts)
+    total, square = sum(part.latent_sum for part in parts), sum(part.latent_square_sum for part in parts)
     return Evaluation(
         prompts=list(prompts),
-        scores={name: np.concatenate(parts) for name, parts in scores.items()},
-        lgmd=np.array(lgmd),
-        cosine=np.array(cosine),
+        scores={name: np.stack([part.scores[name] for part in parts]) for name, _ in scorers},
+        lgmd=np.array([part.lgmd for part in parts]),
+        cosine=np.array([part.cosine for part in parts]),
         latent_std=((square - total**2 / count) / (count - 1)) ** 0.5,
         shown=shown,
-        images=np.stack(kept),
+        images=np.stack([part.images for part in parts if part.images is not None]),
     )
 
 
@@ -154,7 +186,9 @@ class HeldOut:
         features: Features,
         images: int,
         how: Sampling,
+        accelerator: Accelerator | None = None,
     ):
+        self.accelerator = accelerator
         self.file, self.backbone, self.prompts, self.scorers = file, backbone, list(prompts), list(scorers)
         self.features, self.images, self.how = features, images, how
         self._base: Evaluation | None = None
@@ -164,13 +198,23 @@ class HeldOut:
     def measure(self, progress: Callable[[int], Any] | None = None) -> Evaluation:
         """The transformer as it stands."""
         return evaluate(
-            self.backbone, self.prompts, self.scorers, self.features, self.images, self.how, progress=progress
+            self.backbone,
+            self.prompts,
+            self.scorers,
+            self.features,
+            self.images,
+            self.how,
+            progress=progress,
+            accelerator=self.accelerator,
         )
 
     def base(self, progress: Callable[[int], Any] | None = None) -> Evaluation:
         """The base model: from memory, from `file`, or measured now with the transformer as it stands (LoRA off)."""
         if self._base is None:
-            self._base = self._read()
+            told = [self._read() if self.accelerator is None or self.accelerator.is_main_process else None]
+            if self.accelerator is not None and self.accelerator.num_processes > 1:
+                broadcast_object_list(told)
+            self._base = told[0]
             if self._base is None:
                 self._base = self.measure(progress)
                 self._write(self._base)
@@ -196,7 +240,7 @@ class HeldOut:
             )
 
     def _write(self, base: Evaluation) -> None:
-        if self.file is None:
+        if self.file is None or (self.accelerator is not None and not self.accelerator.is_main_process):
             return
         temporary = self.file.with_name(f".{self.file.name}")
         with temporary.open("wb") as out:

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import __version__
 from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.lora import FILE_NAME
+from tmpo_trainer.lora import FILE_NAME, whole
 
 
-def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool:
+def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: bool = True) -> bool:
     """Writes `folder/pytorch_lora_weights.safetensors` from the transformer's adapter and checks the file.
 
     alpha / rank is folded into lora_B and the metadata says alpha = rank: ComfyUI ignores that metadata and assumes a
@@ -23,6 +23,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool
 
     Args:
         about: `tmpo.*` metadata (method, step, rewards, ...); no paths, prompts or machine names.
+        write: of several processes all must call this and one writes.
 
     Returns:
         whether the LoRA differs from zero (it does not after a run that learnt nothing).
@@ -35,9 +36,12 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool
     state = get_peft_model_state_dict(transformer, adapter_name="default")
     scale = config.lora_alpha / config.r
     layers = {
-        name: (value * scale if ".lora_B." in name else value).detach().float().cpu().contiguous()
+        name: (whole(value) * (scale if ".lora_B." in name else 1)).detach().float().cpu().contiguous()
         for name, value in state.items()
     }
+    changed = any(bool(value.any()) for name, value in layers.items() if ".lora_B." in name)
+    if not write:
+        return changed
     adapter = {**config.to_dict(), "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -61,4 +65,4 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str]) -> bool
     expected = {f"transformer.{name}": value for name, value in layers.items()}
     if reloaded.keys() != expected.keys() or not all(torch.equal(reloaded[k], v) for k, v in expected.items()):
         raise RuntimeError(f"{folder / FILE_NAME} does not read back as written: is the disk full?")
-    return any(bool(value.any()) for name, value in layers.items() if ".lora_B." in name)
+    return changed

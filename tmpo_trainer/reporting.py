@@ -57,6 +57,7 @@ class Reporter:
         run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
         rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts) of the model as it stands.
         compare: measures (base, model as it stands) on the held-out prompts.
+        main: of several processes one shows and writes; the others only take part in drawing and measuring.
     """
 
     def __init__(
@@ -67,8 +68,13 @@ class Reporter:
         rewards: Sequence[str],
         draw_samples: Callable[[], tuple[np.ndarray, list[str]]],
         compare: Callable[[], tuple[Evaluation, Evaluation]],
+        main: bool = True,
     ):
         self.run, self.rewards, self.draw_samples, self.compare = run, list(rewards), draw_samples, compare
+        self.main = main
+        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not main)
+        if not main:
+            return
         run.mkdir(parents=True, exist_ok=True)
         for path in (run / "metrics.jsonl", run / "evaluations.jsonl"):
             kept = [line for line in read_metrics(path) if line["update"] <= done]
@@ -76,9 +82,10 @@ class Reporter:
             if path.exists():
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
-        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True)
 
     def update(self, metrics: dict[str, Any]) -> None:
+        if not self.main:
+            return
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         shown = [f"{name}={metrics[f'reward/{name}']:.3f}" for name in self.rewards]
@@ -88,6 +95,8 @@ class Reporter:
 
     def samples(self, update: int) -> None:
         pictures, prompts = self.draw_samples()
+        if not self.main:
+            return
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
         grid(list(pictures), prompts, zoom(pictures)).save(folder / f"update-{update:06d}.png")
@@ -95,6 +104,8 @@ class Reporter:
     def evaluation(self, update: int) -> None:
         """Measures the model as it stands beside the base; a line in evaluations.jsonl and one above the bar."""
         base, trained = self.compare()
+        if not self.main:
+            return
         line = {"update": update, **summary(base, trained)}
         with (self.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -104,7 +115,8 @@ class Reporter:
     def close(self) -> None:
         """May be called twice."""
         self.bar.close()
-        self.file.close()
+        if self.main:
+            self.file.close()
 
 
 def measures(evaluation: Evaluation) -> dict[str, np.ndarray]:

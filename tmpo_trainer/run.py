@@ -14,6 +14,8 @@ import numpy as np
 import peft
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from tmpo_trainer.features import EfficientNetLite
 from tmpo_trainer.prompts import read_prompts
 from tmpo_trainer.rewards import Scorer, load_scorer
 from tmpo_trainer.rewards.shapes import ShapesScorer
-from tmpo_trainer.trainer import Interrupted, Trainer, make_schedule
+from tmpo_trainer.trainer import Interrupted, OtherProcessFailed, Trainer, make_schedule
 
 DEMO_PROMPTS = Path(__file__).parent / "demo" / "prompts"
 
@@ -190,6 +192,22 @@ def _make_folder(config: TrainConfig, preset: str) -> Path:
     raise ConfigError(f"output folder {folder} exists already")
 
 
+def _agreed_folder(config: TrainConfig, preset: str, accelerator: Accelerator) -> Path:
+    """The new run's folder, made by the first process and told to the others. Raises ConfigError on all of them."""
+    if accelerator.num_processes == 1:
+        return _make_folder(config, preset)
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            told = [_make_folder(config, preset)]
+        except ConfigError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], ConfigError):
+        raise told[0]
+    return told[0]
+
+
 def _sampling(config: TrainConfig) -> evaluate.Sampling:
     return evaluate.Sampling(
         steps=config.eval_steps,
@@ -207,18 +225,27 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()
-    device = choose_device(config)
+    accelerator = Accelerator(cpu=choose_device(config).type == "cpu")
+    device = choose_device(config) if accelerator.num_processes == 1 else accelerator.device
+    main = accelerator.is_main_process
+
+    def say(text: str) -> None:
+        if main:
+            print(text, file=sys.stderr)
+
     # What the report needs is loaded first: it must not be found missing after hours of training.
     features = EfficientNetLite(device) if config.report or config.eval_every else None
     backbone = load_model(config, device)
-    folder = checkpoint.parent if checkpoint else _make_folder(config, preset)
-    trainer = Trainer(config, folder, backbone, scorers, train_prompts)
+    folder = checkpoint.parent if checkpoint else _agreed_folder(config, preset, accelerator)
+    trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator)
     if checkpoint:
         trainer.resume(checkpoint)
-        drop_later(folder, trainer.done)
-    write_text(folder / "config.yaml", to_yaml(config))
-    write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
-    print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
+    if main:
+        if checkpoint:
+            drop_later(folder, trainer.done)
+        write_text(folder / "config.yaml", to_yaml(config))
+        write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
+    say(f"{'resuming' if checkpoint else 'training'} in {folder}")
     shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
 
     def draw_samples() -> tuple[np.ndarray, list[str]]:
@@ -235,6 +262,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             features,
             config.eval_images,
             _sampling(config),
+            accelerator,
         )
 
     def compare() -> tuple[evaluate.Evaluation, evaluate.Evaluation]:
@@ -244,7 +272,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         return base, held_out.measure()
 
     names = [scorer.name for scorer in scorers]
-    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare)
+    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare, main)
     try:
         trainer.train(reporter)
         reporter.close()
@@ -253,14 +281,15 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             _report(config, trainer, held_out, names)
     except Interrupted as stop:
         reporter.close()
-        print(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}", file=sys.stderr)
+        say(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}")
         return 130
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         whole = checkpoints(folder)
         kept = f"kept {whole[-1].name}, continue with --resume {folder}" if whole else "nothing saved yet"
         text = " ".join(str(error).split())
         reporter.close()
-        print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)
+        if main or not isinstance(error, OtherProcessFailed):
+            print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)
         return 1
     finally:
         reporter.close()
@@ -275,8 +304,11 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
         "beta": f"{config.beta_start} to {config.beta_end}",
         "base_model": "demo" if config.model == "demo" else "local",
     }
+    main = trainer.accelerator.is_main_process
     with trainer.averaged():
-        changed = export.export_lora(trainer.backbone, trainer.run, about)
+        changed = export.export_lora(trainer.backbone, trainer.run, about, main)
+    if not main:
+        return
     if not changed:
         why = "is the learning rate 0?"
         if trainer.done < config.ema_every:
@@ -288,11 +320,15 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
 def _report(config: TrainConfig, trainer: Trainer, held_out: evaluate.HeldOut, rewards: list[str]) -> None:
     """Base and trained (EMA) model on the held-out prompts with the same noise."""
     count = len(held_out.prompts)
-    with tqdm(total=2 * count, desc="evaluating base and trained", unit="prompt", dynamic_ncols=True) as bar:
+    main = trainer.accelerator.is_main_process
+    what = "evaluating base and trained"
+    with tqdm(total=2 * count, desc=what, unit="prompt", dynamic_ncols=True, disable=not main) as bar:
         with trainer.reference():
             base = held_out.base(bar.update)
         with trainer.averaged():
             trained = held_out.measure(bar.update)
+    if not main:
+        return
     about = [
         f"{count} held-out prompts x {config.eval_images} images, {config.eval_steps} steps, guidance "
         f"{config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "

@@ -7,23 +7,28 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from tmpo_trainer import checkpoint, diversity, flow, lora, objectives, tree
+from tmpo_trainer import checkpoint, flow, lora, tree
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
+from tmpo_trainer.group import Clock, Group
+from tmpo_trainer.lora import like, whole
 from tmpo_trainer.prompts import prompt_index
 from tmpo_trainer.reporting import Reporter
-from tmpo_trainer.rewards import Scorer, check_finite, combine
+from tmpo_trainer.rewards import Scorer
 
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
@@ -33,31 +38,20 @@ class Interrupted(Exception):
     """SIGINT or SIGTERM arrived; the run was saved. Exit code 130."""
 
 
-class Clock:
-    """Seconds by phase. On a GPU it waits for the queue, so that a phase's time is its own."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[phase] += self._now() - start
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+class OtherProcessFailed(RuntimeError):
+    """Another process has an error; this one stops with it."""
 
 
 class Trainer:
-    """Trains a LoRA on a backbone's transformer.
+    """Trains a LoRA on a backbone's transformer, on one process or several.
+
+    With W processes an update has W * prompts_per_update prompts, each process its own ones with its own noise; the branch
+    steps are the same on all, and gradients are averaged. It equals one process with all the prompts.
 
     Args:
         config: settings. run: the run's folder. backbone: the frozen model; the trainer adds an adapter to it.
         scorers: the rewards, in the order of `config.reward`. prompts: training prompts.
+        accelerator: of this process; by default one for the backbone's device alone.
     """
 
     def __init__(
@@ -67,8 +61,10 @@ class Trainer:
         backbone: Backbone,
         scorers: Sequence[Scorer],
         prompts: Sequence[str],
+        accelerator: Accelerator | None = None,
     ):
         self.config, self.run, self.backbone = config, run, backbone
+        self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
         self.scorers, self.prompts = list(scorers), list(prompts)
         self.device = backbone.device
         self.sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
@@ -89,30 +85,68 @@ class Trainer:
         self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
         if config.init_lora:
             lora.start(self.lora, config.lora_alpha / config.lora_rank, config.init_lora)
-        self.ema = {name: value.detach().clone() for name, value in self.lora.items()}
         self.optimizer = torch.optim.AdamW(
             self.lora.values(),
             lr=config.learning_rate,
             betas=config.adam_betas,
             weight_decay=config.weight_decay,
         )
+        if self.accelerator.is_fsdp2:
+            # In place: the transformer keeps its class's methods, its parameters become shards.
+            backbone.transformer, self.optimizer = self.accelerator.prepare(backbone.transformer, self.optimizer)
+            self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
+        self.ema = {name: value.detach().clone() for name, value in self.lora.items()}
         self.done = 0
         self._whole = True
+        #: Whether all processes know of the error that ends the run, so that they can save together.
+        self._agreed = self.accelerator.num_processes == 1
         self._stop: int | None = None
+
+    # -- several processes ---------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the transformer's parameters are shards (FSDP2); every process must then make the same network calls."""
+        return isinstance(next(iter(self.lora.values())), DTensor)
+
+    def _average_gradients(self) -> None:
+        """One gradient for all processes. FSDP2 does that in its backward pass."""
+        if self.accelerator.num_processes > 1 and not self.sharded:
+            for parameter in self.lora.values():
+                parameter.grad = reduce(parameter.grad, "mean")
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raises on all processes if one has an error: the others would wait for it for ever in the next collective."""
+        if self.accelerator.num_processes > 1:
+            texts = gather_object([None if error is None else f"{type(error).__name__}: {error}"])
+            failed = [f"process {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+            self._agreed = bool(failed)
+            if failed and error is None:
+                raise OtherProcessFailed("; ".join(failed))
+        if error is not None:
+            raise error
+
+    def _full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors from shards, on every process."""
+        return {name: whole(value) for name, value in tensors.items()}
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Writes a checkpoint of the updates done so far."""
-        return checkpoint.save(
-            self.run,
-            self.done,
-            dict(self.lora),
-            self.ema,
-            self.optimizer.state_dict(),
-            {"seed": self.config.seed, "lora_rank": self.config.lora_rank},
-            self.config.checkpoints_kept,
-        )
+        """Writes a checkpoint of the updates done so far: the same files whatever the number of processes."""
+        lora, ema = self._full(self.lora), self._full(self.ema)
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {key: self._full(values) for key, values in optimizer["state"].items()}
+        path = self.run / f"checkpoint-{self.done}"
+        if self.accelerator.is_main_process:
+            about = {
+                "seed": self.config.seed,
+                "lora_rank": self.config.lora_rank,
+                "processes": self.accelerator.num_processes,
+            }
+            checkpoint.save(self.run, self.done, lora, ema, optimizer, about, self.config.checkpoints_kept)
+        self.accelerator.wait_for_everyone()
+        return path
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint. Raises ConfigError if it is of another model, rank or seed."""
@@ -122,10 +156,19 @@ class Trainer:
                 raise ConfigError(f"checkpoint {path} is of another model or LoRA rank (at {name})")
         if state["seed"] != self.config.seed:
             raise ConfigError(f"checkpoint {path} has seed {state['seed']}, the settings say {self.config.seed}")
+        processes = self.accelerator.num_processes
+        if state.get("processes", 1) != processes:
+            raise ConfigError(
+                f"checkpoint {path} is of {state.get('processes', 1)} processes, here are {processes}: the prompts would "
+                "come in another order; start as many, or begin a new run with --init-lora"
+            )
         with torch.no_grad():
             for name, parameter in self.lora.items():
-                parameter.copy_(weights[name])
-                self.ema[name].copy_(ema[name])
+                parameter.copy_(like(weights[name], parameter))
+                self.ema[name].copy_(like(ema[name], parameter))
+        for key, parameter in enumerate(self.lora.values()):
+            values = optimizer["state"].get(key, {})
+            optimizer["state"][key] = {n: like(v, parameter) if v.dim() else v for n, v in values.items()}
         self.optimizer.load_state_dict(optimizer)
         self.done = state["update"]
 
@@ -169,14 +212,21 @@ class Trainer:
         steps = self.schedule.steps(u)
         plan = tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching)
         count = config.prompts_per_update
+        first = self.accelerator.process_index * count
+        total = self.accelerator.num_processes * count
         slots = [
-            (slot, self.prompts[prompt_index(u * count + slot, len(self.prompts), config.seed)])
-            for slot in range(count)
+            (slot, self.prompts[prompt_index(u * total + slot, len(self.prompts), config.seed)])
+            for slot in range(first, first + count)
         ]
-        groups = [
-            Group(self, clock, plan, u, slots[first : first + config.prompts_per_batch])
-            for first in range(0, count, config.prompts_per_batch)
-        ]
+        groups: list[Group] = []
+        error: Exception | None = None
+        try:
+            for start_slot in range(0, count, config.prompts_per_batch):
+                chosen = slots[start_slot : start_slot + config.prompts_per_batch]
+                groups.append(Group(self, clock, plan, u, chosen))
+        except Exception as caught:
+            error = caught
+        self._agree(error)
         figures: defaultdict[str, list[float]] = defaultdict(list)
         for group in groups:
             for name, values in group.figures.items():
@@ -189,7 +239,8 @@ class Trainer:
                 for name, values in group.backward(inner).items():
                     if inner + 1 == config.inner_updates or name not in LAST_ONLY:
                         figures[name] += values
-            norm = torch.nn.utils.clip_grad_norm_(self.lora.values(), config.max_grad_norm)
+            self._average_gradients()
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.lora.values(), config.max_grad_norm))
             if not torch.isfinite(norm):
                 raise ValueError(f"the gradient of update {u + 1} is {norm.item()}")
             figures["grad_norm"].append(norm.item())
@@ -201,14 +252,16 @@ class Trainer:
                 for name, parameter in self.lora.items():
                     self.ema[name].lerp_(parameter, 1 - config.ema_decay)
         self._whole = True
-        total = time.perf_counter() - start
+        everyone = gather_object([dict(figures)]) if self.accelerator.num_processes > 1 else [figures]
+        merged = {name: [value for part in everyone for value in part[name]] for name in figures}
+        seconds = time.perf_counter() - start
         return {
             "update": self.done,
             "branch_steps": list(steps),
             "beta": config.beta(u),
             "learning_rate": self.learning_rate(u),
-            **{name: summarise(name, values) for name, values in figures.items()},
-            "seconds": {**clock.seconds, "other": total - sum(clock.seconds.values()), "total": total},
+            **{name: summarise(name, values) for name, values in merged.items()},
+            "seconds": {**clock.seconds, "other": seconds - sum(clock.seconds.values()), "total": seconds},
         }
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -228,6 +281,7 @@ class Trainer:
             while self.done < config.updates:
                 metrics = self.update()
                 reporter.update(metrics)
+                self._hear_of_stops()
                 if config.sample_every and not self._stop and (self.done % config.sample_every == 0 or self.done == 1):
                     with self.averaged():
                         reporter.samples(self.done)
@@ -246,12 +300,17 @@ class Trainer:
         except BaseException:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
             saved = self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
-            if self._whole and not saved:
+            if self._whole and self._agreed and not saved:
                 self.save()
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _hear_of_stops(self) -> None:
+        """A signal to one process stops all of them after the same update."""
+        if self.accelerator.num_processes > 1:
+            self._stop = max(gather_object([self._stop or 0])) or None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop:
@@ -263,127 +322,6 @@ class Trainer:
 def summarise(name: str, values: list[float]) -> float:
     """One figure of an update from those of its prompts: the largest of a maximum or an error, else the mean."""
     return max(values) if name.endswith(("_max", "_error")) else math.fsum(values) / len(values)
-
-
-class Group:
-    """The rollout of some prompts in one batch: P trees as a forest, their rewards, and their share of the gradient."""
-
-    def __init__(self, trainer: Trainer, clock: Clock, plan: tree.TreePlan, update: int, slots: list[tuple[int, str]]):
-        config = trainer.config
-        self.trainer, self.clock, self.update = trainer, clock, update
-        self.index = plan.index()
-        self.count, self.prompts = len(slots), [prompt for _, prompt in slots]
-        sources = [tree.keyed_noise((config.seed, update, slot), trainer.latent_shape) for slot, _ in slots]
-
-        def noise(step: int, path: tree.Path) -> Tensor:
-            root, prompt = divmod(path[0], self.count)
-            return sources[prompt](step, (root, *path[1:])).to(trainer.device)
-
-        network = trainer.backbone.velocity(self.prompts, config.guidance)
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            with clock("network"):
-                return network(x, sigma)
-
-        self.velocity = velocity
-        self.rollout = tree.rollout(
-            velocity,
-            noise,
-            trainer.sigmas,
-            plan.forest(self.count),
-            kernel=config.kernel,
-            eta=config.eta,
-            max_batch=config.max_batch,
-            reduce=config.logp_reduce,
-        )
-        for name, value in (("latent", self.rollout.leaves), ("log-probability", self.rollout.log_probs)):
-            if not torch.isfinite(value).all():
-                raise ValueError(f"non-finite {name} in the rollout of update {update + 1}, prompts {self.prompts}")
-        leaves = plan.leaves
-        with clock("decode"):
-            images = trainer.backbone.decode(self.rollout.leaves, config.decode_batch)
-        texts = self.prompts * leaves
-        with clock("reward"):
-            # Row l * P + p is leaf l of prompt p.
-            scores = {
-                scorer.name: check_finite(scorer.name, scorer.score(images, texts), texts).view(leaves, self.count)
-                for scorer in trainer.scorers
-            }
-        self.rewards = [
-            combine({name: s[:, p] for name, s in scores.items()}, config.reward_weights, config.reward_norm)
-            for p in range(self.count)
-        ]
-        grouped = self.rollout.leaves.unflatten(0, (leaves, self.count))
-        self.figures = {
-            **{f"reward/{name}": s.mean(0).tolist() for name, s in scores.items()},
-            **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in scores.items()},
-            "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(self.count)],
-            "latent_std": [grouped[:, p].std().item() for p in range(self.count)],
-            "evaluations/rollout": [float(plan.rollout_evaluations)] * self.count,
-            "evaluations/replay": [float(plan.train_evaluations)] * self.count,
-        }
-        self.reference: list[Tensor] | None = None
-        if config.kl_weight or config.anchor == "ref":
-            with trainer.reference():
-                self.reference = tree.parent_means(velocity, self.rollout, config.replay_batch)
-
-    def backward(self, inner: int) -> dict[str, list[float]]:
-        """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""
-        config, run = self.trainer.config, self.rollout
-        if inner == 0:
-            means = [branch.mean for branch in run.branches]
-            log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
-        else:
-            means = tree.parent_means(self.velocity, run, config.replay_batch)
-            log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
-        anchor = None
-        if config.anchor == "ref":
-            assert self.reference is not None
-            anchor = tree.edge_log_ratio(run, means, self.reference).view(-1, self.count).cpu()
-        # Edge e * P + p is edge e of prompt p.
-        old, shift = run.log_probs.view(-1, self.count).cpu(), shift.view(-1, self.count).cpu()
-        current = log_probs.view(-1, self.count).cpu()
-        coefficients, figures = [], defaultdict(list)
-        for p in range(self.count):
-            edges = current[:, p].clone().requires_grad_()
-            loss, logged = objectives.softmax_tb_loss(
-                edges,
-                old[:, p],
-                shift[:, p],
-                self.index.leaf_edges,
-                self.index.edge_parent,
-                self.rewards[p],
-                config.beta(self.update),
-                config.clip,
-                config.baseline,
-                None if anchor is None else anchor[:, p],
-                config.anchor_weight,
-            )
-            coefficients.append(objectives.edge_coefficients(loss, edges))
-            for name, value in logged.items():
-                figures[name].append(value)
-            figures["loss"].append(loss.item())
-        share = self.count / config.prompts_per_update
-
-        def backward(value: Tensor) -> None:
-            with self.clock("network"):
-                value.backward()
-
-        replayed, kl = tree.replay(
-            self.velocity,
-            run,
-            (torch.stack(coefficients, 1).flatten() / config.prompts_per_update).to(self.trainer.device),
-            max_batch=config.replay_batch,
-            kl_weight=config.kl_weight * share,
-            reference=self.reference if config.kl_weight else None,
-            backward=backward,
-        )
-        if config.kl_weight:
-            figures["kl_reference"] += [kl] * self.count
-        if inner == 0:
-            # Replaying at unchanged weights must give the stored log-probabilities: a ratio of 1.
-            figures["replay_ratio_error"].append((replayed - run.log_probs).exp().sub(1).abs().max().item())
-        return figures
 
 
 def make_schedule(config: TrainConfig, sigmas: Tensor) -> tree.BranchSchedule:

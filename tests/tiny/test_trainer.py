@@ -19,7 +19,8 @@ from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.demo import build
-from tmpo_trainer.trainer import Clock, Group, Trainer
+from tmpo_trainer.group import Clock, Group
+from tmpo_trainer.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
 Shake = Callable[..., None]

@@ -1,0 +1,151 @@
+"""Two CPU processes, plain data parallel and FSDP2, against one process with both prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+KINDS = ("ddp", "fsdp")
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def one(worker: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return worker.run(str(tiny_model), tmp_path_factory.mktemp("one"), None, 2, "-", 3)
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """`two(kind, resume="-")`: three updates on two processes, the folder of their run beside the figures."""
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def two(kind: str, resume: str = "-") -> dict[str, Any]:
+        if (kind, resume) not in done:
+            folder = tmp_path_factory.mktemp(kind)
+            process = torchrun(str(WORKER), str(tiny_model), str(folder), kind, str(folder / "result.pt"), resume, "3")
+            assert process.returncode == 0, process.stderr[-3000:]
+            done[kind, resume] = torch.load(folder / "result.pt", weights_only=True) | {"folder": folder}
+        return done[kind, resume]
+
+    return two
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_one_process(one: dict[str, Any], two: Callable[..., dict[str, Any]], kind: str) -> None:
+    expected, got = one["gradients"], two(kind)["gradients"]
+    assert expected.keys() == got.keys()
+    largest = max(value.abs().max().item() for value in expected.values())
+    assert largest > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-5 * largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_are_those_of_all_prompts(one: dict[str, Any], two: Callable[..., dict[str, Any]], kind: str) -> None:
+    for expected, got in zip(one["figures"], two(kind)["figures"], strict=True):
+        assert expected.keys() == got.keys()
+        assert got["branch_steps"] == expected["branch_steps"] and got["learning_rate"] == expected["learning_rate"]
+        for name in ("reward/red", "lgmd", "latent_std", "evaluations/rollout", "grad_norm", "kl_reference"):
+            assert got[name] == pytest.approx(expected[name], rel=5e-3, abs=2e-5), name
+        assert got["replay_ratio_error"] < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_continues_as_if_nothing_had_happened(two: Callable[..., dict[str, Any]], kind: str) -> None:
+    straight = two(kind)
+    resumed = two(kind, str(straight["folder"] / "checkpoint-2"))
+    assert resumed["figures"] == straight["figures"][2:]
+    for name, value in straight["lora"].items():
+        assert torch.equal(resumed["lora"][name], value), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_and_export_are_whole(one: dict[str, Any], two: Callable[..., dict[str, Any]], kind: str) -> None:
+    """The same files as from one process: nothing in them tells that there were shards."""
+    folder = two(kind)["folder"]
+    saved = load_file(folder / "checkpoint-2" / "lora.safetensors")
+    assert {name: value.shape for name, value in saved.items()} == {n: v.shape for n, v in one["lora"].items()}
+    exported = load_file(folder / "pytorch_lora_weights.safetensors")
+    assert len(exported) == len(saved) and all(value.isfinite().all() for value in exported.values())
+    assert json.loads((folder / "checkpoint-2" / "state.json").read_text())["processes"] == 2
+
+
+FLAGS = """-m tmpo_trainer --prompts good.txt --eval-prompts good.txt --updates 2 --sample-every 1 --eval-images 2
+    --eval-steps 3 --rollout-steps 6 --branch-early 1 2 3 --branch-late 1 3 4 --resolution 32 32 --output-dir out
+    --lora-rank 4 --eval-every 1 --learning-rate 1e-2 --ema-every 1 --prompts-per-update 1 --prompts-per-batch 1"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.txt").write_text("a red circle\ntwo blue squares\na green triangle\n")
+    return tmp_path
+
+
+def test_a_run_of_the_command_line(place: Path, tiny_model: Path) -> None:
+    """One process writes and prints; both draw and measure."""
+    done = torchrun(*FLAGS.split(), "--model", str(tiny_model))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("training in out") == 1 and done.stderr.count("report: out/report.md") == 1
+    lines = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2]
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert report["prompts"] == 3 and report["trained"]["shapes strict"] >= 0
+    assert (place / "out" / "samples.png").is_file() and (place / "out" / "samples" / "update-000001.png").is_file()
+
+
+def test_an_error_on_one_process_ends_all_with_its_message(place: Path, tiny_model: Path) -> None:
+    script = place / "failing.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tmpo_trainer import cli\n"
+        "from tmpo_trainer.rewards.shapes import ShapesScorer\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    def fail(self, images, prompts, metadata=None):\n"
+        "        raise ValueError('the scorer of process 1 broke')\n"
+        "    ShapesScorer.score = fail\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    flags = FLAGS.replace("-m tmpo_trainer", "").split()
+    done = torchrun(str(script), *flags, "--model", str(tiny_model), "--no-report", "--eval-every", "0")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("tmpo_trainer: failed after update 0")]
+    assert told and all("the scorer of process 1 broke" in line for line in told), done.stderr[-3000:]
+    assert any("process 1: ValueError" in line for line in told)
+
+
+def test_bad_settings_are_told_once(place: Path, tiny_model: Path) -> None:
+    done = torchrun(*FLAGS.split(), "--model", str(tiny_model), "--updatez", "3")
+    assert done.returncode != 0
+    assert done.stderr.count("unknown flag --updatez") == 1

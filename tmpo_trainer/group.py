@@ -1,0 +1,158 @@
+"""The rollout of some prompts in one batch: their trees, their rewards, and their share of the gradient."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tmpo_trainer import diversity, objectives, tree
+from tmpo_trainer.rewards import check_finite, combine
+
+if TYPE_CHECKING:
+    from tmpo_trainer.trainer import Trainer
+
+
+class Clock:
+    """Seconds by phase. On a GPU it waits for the queue, so that a phase's time is its own."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[phase] += self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Group:
+    """The rollout of some prompts in one batch: P trees as a forest, their rewards, and their share of the gradient."""
+
+    def __init__(self, trainer: Trainer, clock: Clock, plan: tree.TreePlan, update: int, slots: list[tuple[int, str]]):
+        config = trainer.config
+        self.trainer, self.clock, self.update = trainer, clock, update
+        self.index = plan.index()
+        self.count, self.prompts = len(slots), [prompt for _, prompt in slots]
+        sources = [tree.keyed_noise((config.seed, update, slot), trainer.latent_shape) for slot, _ in slots]
+
+        def noise(step: int, path: tree.Path) -> Tensor:
+            root, prompt = divmod(path[0], self.count)
+            return sources[prompt](step, (root, *path[1:])).to(trainer.device)
+
+        network = trainer.backbone.velocity(self.prompts, config.guidance)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            with clock("network"):
+                return network(x, sigma)
+
+        self.velocity = velocity
+        self.rollout = tree.rollout(
+            velocity,
+            noise,
+            trainer.sigmas,
+            plan.forest(self.count),
+            kernel=config.kernel,
+            eta=config.eta,
+            max_batch=config.max_batch,
+            reduce=config.logp_reduce,
+        )
+        for name, value in (("latent", self.rollout.leaves), ("log-probability", self.rollout.log_probs)):
+            if not torch.isfinite(value).all():
+                raise ValueError(f"non-finite {name} in the rollout of update {update + 1}, prompts {self.prompts}")
+        leaves = plan.leaves
+        with clock("decode"):
+            images = trainer.backbone.decode(self.rollout.leaves, config.decode_batch)
+        texts = self.prompts * leaves
+        with clock("reward"):
+            # Row l * P + p is leaf l of prompt p.
+            scores = {
+                scorer.name: check_finite(scorer.name, scorer.score(images, texts), texts).view(leaves, self.count)
+                for scorer in trainer.scorers
+            }
+        self.rewards = [
+            combine({name: s[:, p] for name, s in scores.items()}, config.reward_weights, config.reward_norm)
+            for p in range(self.count)
+        ]
+        grouped = self.rollout.leaves.unflatten(0, (leaves, self.count))
+        self.figures = {
+            **{f"reward/{name}": s.mean(0).tolist() for name, s in scores.items()},
+            **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in scores.items()},
+            "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(self.count)],
+            "latent_std": [grouped[:, p].std().item() for p in range(self.count)],
+            "evaluations/rollout": [float(plan.rollout_evaluations)] * self.count,
+            "evaluations/replay": [float(plan.train_evaluations)] * self.count,
+        }
+        self.reference: list[Tensor] | None = None
+        if config.kl_weight or config.anchor == "ref":
+            with trainer.reference():
+                self.reference = tree.parent_means(velocity, self.rollout, config.replay_batch)
+
+    def backward(self, inner: int) -> dict[str, list[float]]:
+        """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""
+        config, run = self.trainer.config, self.rollout
+        if inner == 0:
+            means = [branch.mean for branch in run.branches]
+            log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
+        else:
+            means = tree.parent_means(self.velocity, run, config.replay_batch)
+            log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
+        anchor = None
+        if config.anchor == "ref":
+            assert self.reference is not None
+            anchor = tree.edge_log_ratio(run, means, self.reference).view(-1, self.count).cpu()
+        # Edge e * P + p is edge e of prompt p.
+        old, shift = run.log_probs.view(-1, self.count).cpu(), shift.view(-1, self.count).cpu()
+        current = log_probs.view(-1, self.count).cpu()
+        coefficients, figures = [], defaultdict(list)
+        for p in range(self.count):
+            edges = current[:, p].clone().requires_grad_()
+            loss, logged = objectives.softmax_tb_loss(
+                edges,
+                old[:, p],
+                shift[:, p],
+                self.index.leaf_edges,
+                self.index.edge_parent,
+                self.rewards[p],
+                config.beta(self.update),
+                config.clip,
+                config.baseline,
+                None if anchor is None else anchor[:, p],
+                config.anchor_weight,
+            )
+            coefficients.append(objectives.edge_coefficients(loss, edges))
+            for name, value in logged.items():
+                figures[name].append(value)
+            figures["loss"].append(loss.item())
+        share = self.count / config.prompts_per_update
+
+        def backward(value: Tensor) -> None:
+            with self.clock("network"):
+                value.backward()
+
+        replayed, kl = tree.replay(
+            self.velocity,
+            run,
+            (torch.stack(coefficients, 1).flatten() / config.prompts_per_update).to(self.trainer.device),
+            max_batch=config.replay_batch,
+            kl_weight=config.kl_weight * share,
+            reference=self.reference if config.kl_weight else None,
+            backward=backward,
+        )
+        if config.kl_weight:
+            figures["kl_reference"] += [kl] * self.count
+        if inner == 0:
+            # Replaying at unchanged weights must give the stored log-probabilities: a ratio of 1.
+            figures["replay_ratio_error"].append((replayed - run.log_probs).exp().sub(1).abs().max().item())
+        return figures
