@@ -25,6 +25,11 @@ START = {
 SPREAD = {"kernel": "flow_sde", "branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"}
 #: Gradients of late branch steps are several times longer: a low clip gives every update the same weight.
 CLIPPED = SPREAD | {"kappa": "4", "max-grad-norm": "3e-4"}
+#: Neighbouring middle positions have the best signal (benchmarks/signal.py), and a KL penalty keeps their contrast down.
+MIDDLE = {
+    "kernel": "flow_sde", "eta": "1", "branch-early": "1 4 5", "branch-late": "1 4 5", "kappa": "20",
+    "lora-targets": "attention", "kl-weight": "0.3", "updates": "110",
+}  # fmt: skip
 VARIANTS = {
     "start": {},
     "eta-1": {"eta": "1"},
@@ -38,6 +43,11 @@ VARIANTS = {
     | {"rollout-steps": "20", "branch-early": "1 8 12", "branch-late": "1 8 12", "updates": "300"},
     "clipped-500": CLIPPED | {"updates": "500"},
     "clipped-500-slow": CLIPPED | {"updates": "500", "learning-rate": "5e-4"},
+    "middle": MIDDLE,
+    "middle-no-kl": MIDDLE | {"kl-weight": "0"},
+    "middle-kl-0.6": MIDDLE | {"kl-weight": "0.6"},
+    "middle-paper": MIDDLE | {"lora-targets": "paper"},
+    "middle-650": MIDDLE | {"updates": "650"},
 }
 ROWS = ("shapes strict", "LGMD", "cosine diversity", "latent standard deviation")
 

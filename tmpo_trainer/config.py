@@ -154,6 +154,9 @@ class TrainConfig(BaseModel):
     report: bool = True
     """Evaluate base and trained model on held-out prompts at the end and write report.md."""
 
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send figures and sample grids to a tracker, through accelerate; its package must be installed."""
+
     # Machine
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""

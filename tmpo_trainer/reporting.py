@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from tmpo_trainer import trackers
 from tmpo_trainer.checkpoint import write_text
 from tmpo_trainer.evaluate import Evaluation, paired_gain, verdict
 
@@ -57,7 +59,8 @@ class Reporter:
         run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
         rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts) of the model as it stands.
         compare: measures (base, model as it stands) on the held-out prompts.
-        main: of several processes one shows and writes; the others only take part in drawing and measuring.
+        accelerator: of several processes one shows and writes, and feeds the trackers; the others only take part in
+            drawing and measuring.
     """
 
     def __init__(
@@ -68,12 +71,12 @@ class Reporter:
         rewards: Sequence[str],
         draw_samples: Callable[[], tuple[np.ndarray, list[str]]],
         compare: Callable[[], tuple[Evaluation, Evaluation]],
-        main: bool = True,
+        accelerator: Accelerator,
     ):
         self.run, self.rewards, self.draw_samples, self.compare = run, list(rewards), draw_samples, compare
-        self.main = main
-        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not main)
-        if not main:
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not self.main)
+        if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
         for path in (run / "metrics.jsonl", run / "evaluations.jsonl"):
@@ -88,6 +91,7 @@ class Reporter:
             return
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
+        trackers.log(self.accelerator, {k: v for k, v in metrics.items() if k != "update"}, metrics["update"])
         shown = [f"{name}={metrics[f'reward/{name}']:.3f}" for name in self.rewards]
         shown += [f"LGMD={metrics['lgmd']:.3f}", f"ratio={metrics['ratio_mean']:.3f}"]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
@@ -99,7 +103,9 @@ class Reporter:
             return
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
-        grid(list(pictures), prompts, zoom(pictures)).save(folder / f"update-{update:06d}.png")
+        sheet = grid(list(pictures), prompts, zoom(pictures))
+        sheet.save(folder / f"update-{update:06d}.png")
+        trackers.log_image(self.accelerator, "samples", sheet, update)
 
     def evaluation(self, update: int) -> None:
         """Measures the model as it stands beside the base; a line in evaluations.jsonl and one above the bar."""
@@ -109,6 +115,8 @@ class Reporter:
         line = {"update": update, **summary(base, trained)}
         with (self.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        figures = {f"held-out/{name}": value for name, value in line["trained"].items()}
+        trackers.log(self.accelerator, figures | {f"held-out base/{n}": v for n, v in line["base"].items()}, update)
         shown = ", ".join(f"{name} {line['base'][name]:.3f} -> {line['trained'][name]:.3f}" for name in line["base"])
         self.bar.write(f"update {update}, held-out prompts: {shown}", file=sys.stderr)
 

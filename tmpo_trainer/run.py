@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from tmpo_trainer import __version__, evaluate, export, lora, reporting, tree
+from tmpo_trainer import __version__, evaluate, export, lora, reporting, trackers, tree
 from tmpo_trainer.backbones import find_model, load_backbone
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
@@ -102,6 +102,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
     """Everything that can be refused before the model is loaded. Returns training and held-out prompts, and scorers."""
     _need_flux(config)
+    trackers.check(config.tracker)
     find_model(config.model)
     train_file, eval_file = prompt_files(config)
     train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
@@ -225,7 +226,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()
-    accelerator = Accelerator(cpu=choose_device(config).type == "cpu")
+    accelerator = Accelerator(cpu=choose_device(config).type == "cpu", **trackers.arguments(config.tracker))
     device = choose_device(config) if accelerator.num_processes == 1 else accelerator.device
     main = accelerator.is_main_process
 
@@ -245,6 +246,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             drop_later(folder, trainer.done)
         write_text(folder / "config.yaml", to_yaml(config))
         write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
+    trackers.start(accelerator, config, folder)
     say(f"{'resuming' if checkpoint else 'training'} in {folder}")
     shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
 
@@ -272,7 +274,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         return base, held_out.measure()
 
     names = [scorer.name for scorer in scorers]
-    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare, main)
+    reporter = reporting.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare, accelerator)
     try:
         trainer.train(reporter)
         reporter.close()
@@ -282,6 +284,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     except Interrupted as stop:
         reporter.close()
         say(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}")
+        accelerator.end_training()
         return 130
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         whole = checkpoints(folder)
@@ -293,6 +296,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         return 1
     finally:
         reporter.close()
+    accelerator.end_training()
     return 0
 
 

@@ -29,7 +29,7 @@ FLAGS = {
     "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",
     "--method", "--model", "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
     "--prompts-per-batch", "--prompts-per-update", "--replay-batch", "--report", "--resolution", "--resume",
-    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--threads",
+    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--threads", "--tracker",
     "--updates", "--version", "--weight-decay",
 }  # fmt: skip
 
@@ -140,6 +140,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--branch-early 1 --branch-late 1", ["branch_early [1] leaves nothing to train"]),
     ("--prompts-per-update 8 --prompts-per-batch 8 --max-batch 7", ["max_batch 7 cannot hold", "8 prompts"]),
     ("--prompts-per-update 8 --prompts-per-batch 8 --replay-batch 7", ["replay_batch 7 cannot hold", "8 prompts"]),
+    ("--tracker wandb", ["tracker wandb is not installed: pip install wandb"]),
     ("--reward beauty", ["unknown reward beauty"]),
     ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
@@ -404,6 +405,20 @@ def test_evaluation_on_the_way(
     assert {key: final[key] for key in ("base", "trained", "gain")} == {
         key: lines[2][key] for key in ("base", "trained", "gain")
     }
+
+
+def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli.main([*base, "--tracker", "tensorboard", "--sample-every", "1", "--eval-steps", "2"]) == 0
+    events = EventAccumulator(str(place / "out" / "tmpo")).Reload()
+    written = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("reward/shapes", "lgmd", "grad_norm"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(line["update"], pytest.approx(line[name], rel=1e-5)) for line in written]
+    assert "seconds/total" in events.Tags()["scalars"]
+    assert [event.step for event in events.Images("samples")] == [1, 2]
 
 
 def test_a_zero_learning_rate_is_reported(place: Path, base: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -398,7 +399,7 @@ def test_reporter_drops_what_will_be_written_again(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"update": n, **line}) + "\n" for n in range(1, 5)) + '{"update": 5, "rew')
     assert [entry["update"] for entry in read_metrics(path)] == [1, 2, 3, 4]
     unasked = lambda: pytest.fail("nothing to draw was asked for")  # noqa: E731
-    reporter = Reporter(tmp_path, 10, 3, ["red"], unasked, unasked)
+    reporter = Reporter(tmp_path, 10, 3, ["red"], unasked, unasked, Accelerator(cpu=True))
     reporter.update({"update": 4, **line})
     reporter.close()
     assert [entry["update"] for entry in metrics(tmp_path)] == [1, 2, 3, 4]
