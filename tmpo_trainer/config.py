@@ -79,6 +79,8 @@ class TrainConfig(BaseModel):
     """Height and width in pixels."""
     max_sequence_length: int = Field(256, ge=0, le=512)
     """T5 tokens. Without T5, diffusers appends as many zero tokens: 0 for the demo model."""
+    text_cache: Path | None = None
+    """Where the text features of models with T5 are kept between runs; by default ~/.cache/tmpo_trainer/text."""
     max_batch: int | None = Field(None, ge=1)
     """Most latents in one network call of the rollout; by default no limit."""
     replay_batch: int | None = Field(None, ge=1)

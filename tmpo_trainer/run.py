@@ -120,8 +120,11 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
     return train, heldout, [load_scorer(name) for name in config.reward]
 
 
-def load_model(config: TrainConfig, device: torch.device) -> Backbone:
-    backbone = load_backbone(config.model, _dtype(config, device), device, config.max_sequence_length)
+def load_model(config: TrainConfig, device: torch.device, prompts: list[str] | None = None) -> Backbone:
+    """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
+    backbone = load_backbone(
+        config.model, _dtype(config, device), device, config.max_sequence_length, prompts, config.text_cache
+    )
     try:
         backbone.latent_shape(*config.resolution)
     except ValueError as error:
@@ -236,7 +239,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
 
     # What the report needs is loaded first: it must not be found missing after hours of training.
     features = EfficientNetLite(device) if config.report or config.eval_every else None
-    backbone = load_model(config, device)
+    backbone = load_model(config, device, train_prompts + heldout)
     folder = checkpoint.parent if checkpoint else _agreed_folder(config, preset, accelerator)
     trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator)
     if checkpoint:

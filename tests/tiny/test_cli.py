@@ -29,7 +29,8 @@ FLAGS = {
     "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",
     "--method", "--model", "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
     "--prompts-per-batch", "--prompts-per-update", "--replay-batch", "--report", "--resolution", "--resume",
-    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--threads", "--tracker",
+    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--text-cache",
+    "--threads", "--tracker",
     "--updates", "--version", "--weight-decay",
 }  # fmt: skip
 

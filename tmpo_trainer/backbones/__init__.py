@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,8 +35,15 @@ def find_model(model: str) -> Path:
     return folder
 
 
-def load_backbone(model: str, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> Backbone:
-    """Loads a pipeline folder. Raises ConfigError for anything that is none."""
+def load_backbone(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_sequence_length: int,
+    prompts: Sequence[str] | None = None,
+    text_cache: Path | None = None,
+) -> Backbone:
+    """Loads a pipeline folder; see `Backbone.load`. Raises ConfigError for anything that is none."""
     from safetensors import SafetensorError
 
     from tmpo_trainer.backbones.flux import FluxBackbone
@@ -45,6 +53,6 @@ def load_backbone(model: str, dtype: torch.dtype, device: torch.device, max_sequ
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     backbone = FluxBackbone if name == "FluxPipeline" else SD3Backbone
     try:
-        return backbone.load(folder, dtype, device, max_sequence_length)
+        return backbone.load(folder, dtype, device, max_sequence_length, prompts, text_cache)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -15,6 +15,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tmpo_trainer import tree
+from tmpo_trainer.backbones.text import Features, TextCache, default_folder, features_of
 from tmpo_trainer.config import LoraTargets
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
@@ -27,6 +28,10 @@ TEXT_STREAM = (
     "ff_context.net.0.proj", "ff_context.net.2",
 )  # fmt: skip
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+#: The parts of a pipeline that are needed for text alone.
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 @dataclass
@@ -48,6 +53,8 @@ class Backbone(ABC):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    #: The folder of the T5 encoder.
+    t5: ClassVar[str]
     #: Parts that a pipeline folder may lack.
     optional_parts: ClassVar[tuple[str, ...]] = ()
     #: The endings of the names of the modules that get a LoRA, for each setting of `lora_targets`.
@@ -62,12 +69,32 @@ class Backbone(ABC):
         self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, max_sequence_length: int) -> Backbone:
-        """Loads a pipeline folder and freezes all of it."""
-        missing = [name for name in cls.optional_parts if not (folder / name).is_dir()]
-        pipeline: Any = cls.pipeline_class.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **dict.fromkeys(missing)
-        )
+    def load(
+        cls,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_sequence_length: int,
+        prompts: Sequence[str] | None = None,
+        text_cache: Path | None = None,
+    ) -> Backbone:
+        """Loads a pipeline folder and freezes all of it.
+
+        Args:
+            prompts: all that will be asked for. With them, a model with T5 (which is as large as many a transformer)
+                encodes them first, or finds them in `text_cache`, and the encoders are not kept.
+        """
+        absent = [name for name in cls.optional_parts if not (folder / name).is_dir()]
+        features: dict[str, Features] = {}
+        left_out = dict.fromkeys(absent)
+        if prompts is not None and cls.t5 not in absent:
+            encoders = [name for name in TEXT_PARTS if (folder / name).is_dir()]
+            settings = [cls.pipeline_class.__name__, str(dtype), max_sequence_length]
+            cache = TextCache(text_cache or default_folder(), folder, settings)
+            # Guidance may want the empty prompt.
+            features = cls._features([*prompts, ""], cache, folder, dtype, device, max_sequence_length)
+            left_out |= dict.fromkeys(encoders)
+        pipeline: Any = cls.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **left_out)
         pipeline.to(device)
         if device.type == "cpu":
             # Convolutions on a CPU are about 1.4 times faster in this layout.
@@ -76,7 +103,36 @@ class Backbone(ABC):
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, max_sequence_length)
+        backbone = cls(pipeline, max_sequence_length)
+        backbone._encoded.update(features)
+        return backbone
+
+    @classmethod
+    def _features(
+        cls,
+        prompts: Sequence[str],
+        cache: TextCache,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_sequence_length: int,
+    ) -> dict[str, Features]:
+        """Text features from the cache; the encoders are loaded for those that are missing, if any, and freed."""
+        loaded: list[Any] = []
+
+        def encode(chosen: list[str]) -> tuple[Tensor, Tensor]:
+            if not loaded:
+                pipeline: Any = cls.pipeline_class.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, transformer=None, vae=None
+                )
+                loaded.append(pipeline.to(device))
+            return cls._encode(loaded[0], chosen, device, max_sequence_length)
+
+        found = features_of(prompts, cache, encode)
+        loaded.clear()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -87,20 +143,26 @@ class Backbone(ABC):
     def architecture(self) -> str:
         """The name that modelspec metadata gives this kind of model."""
 
+    @staticmethod
     @abstractmethod
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def _encode(
+        pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int
+    ) -> tuple[Tensor, Tensor]:
         """Tokens `[P, S, D]` and pooled `[P, C]` of prompts, by the pipeline."""
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
-        """Text features, computed once per prompt and kept."""
+        """Text features, computed once per prompt and kept. Raises ValueError if the encoders are gone."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if missing:
-            tokens, pooled = self._encode(missing)
+            if self.pipeline.text_encoder is None:
+                raise ValueError(f"prompt {missing[0]!r} was not encoded when the model was loaded")
+            tokens, pooled = self._encode(self.pipeline, missing, self.device, self.max_sequence_length)
             for i, prompt in enumerate(missing):
                 self._encoded[prompt] = (tokens[i], pooled[i])
         pairs = [self._encoded[prompt] for prompt in prompts]
-        return Encoded(torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs]))
+        tokens, pooled = (torch.stack(halves).to(self.device) for halves in zip(*pairs, strict=True))
+        return Encoded(tokens, pooled)
 
     @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Ba
 
 class FluxBackbone(Backbone):
     pipeline_class = FluxPipeline
+    t5 = "text_encoder_2"
     #: q, k, v of the single-stream blocks have the names of those of the joint blocks.
     lora_targets: ClassVar = {
         "paper": (*ATTENTION, *FEED_FORWARD),
@@ -30,9 +31,12 @@ class FluxBackbone(Backbone):
         """The name that modelspec metadata gives this kind of model."""
         return "flux-1-dev" if self.transformer.config.guidance_embeds else "flux-1-schnell"
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        tokens, pooled, _ = self.pipeline.encode_prompt(
-            prompt=prompts, prompt_2=prompts, device=self.device, max_sequence_length=self.max_sequence_length
+    @staticmethod
+    def _encode(
+        pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int
+    ) -> tuple[Tensor, Tensor]:
+        tokens, pooled, _ = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=prompts, device=device, max_sequence_length=max_sequence_length
         )
         return tokens, pooled
 

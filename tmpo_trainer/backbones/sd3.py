@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -18,6 +18,7 @@ SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 
 class SD3Backbone(Backbone):
     pipeline_class = StableDiffusion3Pipeline
+    t5 = "text_encoder_3"
     optional_parts = ("text_encoder_3", "tokenizer_3")
     #: SD3 has joint blocks only: there is nothing more that is linear.
     lora_targets: ClassVar = {
@@ -38,14 +39,17 @@ class SD3Backbone(Backbone):
             "stable-diffusion-v3.5-large" if self.transformer.config.num_layers == 38 else "stable-diffusion-v3-medium"
         )
 
-    def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        tokens, _, pooled, _ = self.pipeline.encode_prompt(
+    @staticmethod
+    def _encode(
+        pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int
+    ) -> tuple[Tensor, Tensor]:
+        tokens, _, pooled, _ = pipeline.encode_prompt(
             prompt=prompts,
             prompt_2=prompts,
             prompt_3=prompts,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
+            max_sequence_length=max_sequence_length,
+            device=device,
         )
         return tokens, pooled
 
