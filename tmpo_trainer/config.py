@@ -84,7 +84,9 @@ class TrainConfig(BaseModel):
     max_batch: int | None = Field(None, ge=1)
     """Most latents in one network call of the rollout; by default no limit."""
     replay_batch: int | None = Field(None, ge=1)
-    """Most latents in one network call of the replay; by default no limit."""
+    """Most latents in one network call of the replay, by default no limit. Halved where that does not fit into memory."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside the transformer's blocks: much less memory in the replay, about a third more time."""
     decode_batch: int = Field(64, ge=1)
     """Most latents in one VAE decode."""
 

@@ -44,6 +44,7 @@ class Group:
         config = trainer.config
         self.trainer, self.clock, self.update = trainer, clock, update
         self.index = plan.index()
+        self.parents = plan.train_evaluations * len(slots)
         self.count, self.prompts = len(slots), [prompt for _, prompt in slots]
         sources = [tree.keyed_noise((config.seed, update, slot), trainer.latent_shape) for slot, _ in slots]
 
@@ -97,16 +98,17 @@ class Group:
         self.reference: list[Tensor] | None = None
         if config.kl_weight or config.anchor == "ref":
             with trainer.reference():
-                self.reference = tree.parent_means(velocity, self.rollout, config.replay_batch)
+                self.reference = tree.parent_means(velocity, self.rollout, trainer.replay_batch)
 
     def backward(self, inner: int) -> dict[str, list[float]]:
         """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""
         config, run = self.trainer.config, self.rollout
+        batch = self.trainer.replay_batch
         if inner == 0:
             means = [branch.mean for branch in run.branches]
             log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
         else:
-            means = tree.parent_means(self.velocity, run, config.replay_batch)
+            means = tree.parent_means(self.velocity, run, batch)
             log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
         anchor = None
         if config.anchor == "ref":
@@ -145,7 +147,7 @@ class Group:
             self.velocity,
             run,
             (torch.stack(coefficients, 1).flatten() / config.prompts_per_update).to(self.trainer.device),
-            max_batch=config.replay_batch,
+            max_batch=batch,
             kl_weight=config.kl_weight * share,
             reference=self.reference if config.kl_weight else None,
             backward=backward,

@@ -81,6 +81,8 @@ class Trainer:
             init_lora_weights="gaussian",
         )
         backbone.transformer.add_adapter(adapter)
+        if config.gradient_checkpointing:
+            backbone.transformer.enable_gradient_checkpointing()
         cast_training_params(backbone.transformer, dtype=torch.float32)
         self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
         if config.init_lora:
@@ -96,6 +98,8 @@ class Trainer:
             backbone.transformer, self.optimizer = self.accelerator.prepare(backbone.transformer, self.optimizer)
             self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
         self.ema = {name: value.detach().clone() for name, value in self.lora.items()}
+        #: Most parents in one network call of the replay; see `_replay`.
+        self.replay_batch = config.replay_batch
         self.done = 0
         self._whole = True
         #: Whether all processes know of the error that ends the run, so that they can save together.
@@ -125,6 +129,10 @@ class Trainer:
                 raise OtherProcessFailed("; ".join(failed))
         if error is not None:
             raise error
+
+    def _anywhere(self, value: bool) -> bool:
+        """Whether something is so on any process."""
+        return any(gather_object([value])) if self.accelerator.num_processes > 1 else value
 
     def _full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors from shards, on every process."""
@@ -234,11 +242,9 @@ class Trainer:
         for group_of_optimizer in self.optimizer.param_groups:
             group_of_optimizer["lr"] = self.learning_rate(u)
         for inner in range(config.inner_updates):
-            self.optimizer.zero_grad()
-            for group in groups:
-                for name, values in group.backward(inner).items():
-                    if inner + 1 == config.inner_updates or name not in LAST_ONLY:
-                        figures[name] += values
+            for name, values in self._replay(groups, inner).items():
+                if inner + 1 == config.inner_updates or name not in LAST_ONLY:
+                    figures[name] += values
             self._average_gradients()
             norm = whole(torch.nn.utils.clip_grad_norm_(self.lora.values(), config.max_grad_norm))
             if not torch.isfinite(norm):
@@ -263,6 +269,44 @@ class Trainer:
             **{name: summarise(name, values) for name, values in merged.items()},
             "seconds": {**clock.seconds, "other": seconds - sum(clock.seconds.values()), "total": seconds},
         }
+
+    def _replay(self, groups: list[Group], inner: int) -> dict[str, list[float]]:
+        """The gradient of all groups. Out of memory, on any process, it is begun again with half the batch on all.
+
+        With a sharded transformer the other processes are already waiting in a collective: there it is an error.
+        """
+        while True:
+            self.optimizer.zero_grad()
+            figures: defaultdict[str, list[float]] = defaultdict(list)
+            full = False
+            try:
+                for group in groups:
+                    for name, values in group.backward(inner).items():
+                        figures[name] += values
+            except torch.OutOfMemoryError:
+                if self.sharded:
+                    raise
+                full = True
+            if not self._anywhere(full):
+                return figures
+            parents = max(group.parents for group in groups)
+            least = max(group.count for group in groups)
+            before = min(self.replay_batch or parents, parents)
+            if before <= least:
+                raise RuntimeError(
+                    f"out of memory in the replay, even with {before} latents at a time: try --gradient-checkpointing, "
+                    "fewer --prompts-per-batch or a smaller --resolution"
+                )
+            self.replay_batch = max(before // 2, least)
+            self.optimizer.zero_grad()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.accelerator.is_main_process:
+                print(
+                    f"\nout of memory with {before} latents in a replay call: {self.replay_batch} from now on "
+                    f"(--replay-batch {self.replay_batch} to begin with that)",
+                    file=sys.stderr,
+                )
 
     # -- the loop ------------------------------------------------------------------------------------------------
 

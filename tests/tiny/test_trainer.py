@@ -513,3 +513,62 @@ def test_overhead_of_an_update(red_scorer: Any, tmp_path: Path) -> None:
     assert sum(s["other"] for s in seconds) < 0.1 * sum(s["total"] for s in seconds)
     for s in seconds:
         assert s["total"] == pytest.approx(sum(v for k, v in s.items() if k != "total"))
+
+
+def memory_for(rows: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes the trainer's network run out of memory with gradient and more than `rows` rows. Returns the sizes tried."""
+    tried: list[int] = []
+    original = trainer.backbone.velocity
+
+    def velocity(prompts: Sequence[str], guidance: float) -> tree.Velocity:
+        network = original(prompts, guidance)
+
+        def limited(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                tried.append(len(x))
+                if len(x) > rows:
+                    raise torch.OutOfMemoryError("made up")
+            return network(x, sigma)
+
+        return limited
+
+    monkeypatch.setattr(trainer.backbone, "velocity", velocity)
+    return tried
+
+
+def test_out_of_memory_halves_the_replay_and_changes_nothing_else(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, short = make_trainer(), make_trainer()
+    tried = memory_for(3, short, monkeypatch)
+    expected, got = plain.update(), short.update()
+    # 12 parents a prompt: one call of 12, then of 6, then of 3.
+    assert tried == [12, 6, *[3] * 8] and short.replay_batch == 3
+    for name, parameter in plain.lora.items():
+        assert parameter.grad is not None and short.lora[name].grad is not None
+        torch.testing.assert_close(short.lora[name].grad, parameter.grad, atol=1e-7, rtol=1e-4)
+    assert got["loss"] == expected["loss"]
+    assert got["evaluations/replay"] == expected["evaluations/replay"]
+    told = capsys.readouterr().err
+    assert "12 latents in a replay call: 6 from now on" in told and "3 from now on (--replay-batch 3" in told
+    tried.clear()
+    short.update()
+    assert tried == [3] * 8
+
+
+def test_out_of_memory_with_a_single_latent_says_what_helps(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    memory_for(0, trainer, monkeypatch)
+    with pytest.raises(RuntimeError, match="even with 1 latents at a time: try --gradient-checkpointing"):
+        trainer.update()
+
+
+def test_gradient_checkpointing_is_the_same_gradient(make_trainer: Callable[..., Trainer]) -> None:
+    plain, sparing = make_trainer(), make_trainer(gradient_checkpointing=True)
+    assert sparing.backbone.transformer.is_gradient_checkpointing
+    plain.update(), sparing.update()
+    for name, parameter in plain.lora.items():
+        assert parameter.grad is not None and sparing.lora[name].grad is not None
+        torch.testing.assert_close(sparing.lora[name].grad, parameter.grad, atol=1e-8, rtol=1e-5)
