@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import types
 import typing
@@ -35,7 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
         allow_abbrev=False,
         epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
-        "Another command: `inspect FILE` prints what a LoRA was trained on and checks it.",
+        "Other commands: `inspect FILE` prints what a LoRA was trained on and checks it; `launch ddp|fsdp2 [flags]` trains "
+        "on all GPUs of this machine.",
     )
     parser.add_argument("--preset", help="a named set of settings; by default the one of the reward, or demo")
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
@@ -112,7 +114,41 @@ def _inspect(arguments: Sequence[str]) -> int:
     return 0 if sound else 1
 
 
+def launch_configs() -> dict[str, Path]:
+    """The accelerate configs that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "accelerate").glob("*.yaml"))}
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    configs = launch_configs()
+    parser = _Parser(
+        prog="python -m tmpo_trainer launch",
+        description="Trains on several GPUs of this machine: accelerate launch with a config of this package.",
+        epilog="All other flags are those of training. On several machines use torchrun, see docs/training.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=configs, help="ddp: a whole model per GPU; fsdp2: its weights shared")
+    parser.add_argument("--num-processes", type=int, help="by default one per GPU")
+    namespace, flags = parser.parse_known_args(arguments)
+    actions, settings = parse(flags)
+    if actions.resume is None:
+        configure(actions, settings, None)
+    count = namespace.num_processes
+    if count is None:
+        import torch
+
+        count = torch.cuda.device_count()
+        if count < 2:
+            raise ConfigError(
+                f"launch {namespace.name} is for two GPUs or more, torch sees {count}: leave out `launch`"
+            )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
+    return subprocess.call([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])
+
+
 def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] == "launch":
+        return _launch(arguments[1:])
     if arguments and arguments[0] == "inspect":
         return _inspect(arguments[1:])
     actions, flags = parse(arguments)

@@ -63,7 +63,6 @@ def main() -> None:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["JointTransformerBlock"],
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tmpo_trainer import cli
+
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
 KINDS = ("ddp", "fsdp")
@@ -149,3 +151,38 @@ def test_bad_settings_are_told_once(place: Path, tiny_model: Path) -> None:
     done = torchrun(*FLAGS.split(), "--model", str(tiny_model), "--updatez", "3")
     assert done.returncode != 0
     assert done.stderr.count("unknown flag --updatez") == 1
+
+
+def test_the_shipped_configs_are_accelerates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate reads them without complaint, and they say what their names say."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {name: load_config_from_file(str(path)) for name, path in cli.launch_configs().items()}
+    assert {name: str(kind.distributed_type).split(".")[-1] for name, kind in kinds.items()} == {
+        "ddp": "MULTI_GPU", "fsdp2": "FSDP"
+    }  # fmt: skip
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert all(kind.mixed_precision == "no" for kind in kinds.values())
+
+
+def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 0)
+    assert cli.main(["launch", "fsdp2", "--num-processes", "4", "--seed", "3"]) == 0
+    (command,) = calls
+    config = str(cli.launch_configs()["fsdp2"])
+    assert command[1:] == ["-m", "accelerate.commands.launch", "--config_file", config,
+                           "--num_processes", "4", "-m", "tmpo_trainer", "--seed", "3"]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert cli.main(["launch", "ddp", "--updates", "5"]) == 0 and "8" in calls[1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    capsys.readouterr()
+    for arguments, blame in (
+        (["launch", "ddp"], "for two GPUs or more, torch sees 1"),
+        (["launch", "dpp"], "invalid choice: 'dpp'"),
+        (["launch", "ddp", "--updatez", "3"], "unknown flag --updatez, did you mean --updates?"),
+    ):
+        assert cli.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert blame in line
+    assert len(calls) == 2

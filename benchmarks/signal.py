@@ -1,0 +1,100 @@
+"""How much of a gradient is signal, and how much of that is contrast: `python benchmarks/signal.py [train flags]`.
+
+Takes gradients of `--updates` independent rollouts at the base model (the weights never move; prompts_per_update is the batch) and
+prints, for the gradient with respect to lora_B (lora_A has none while lora_B is 0):
+
+- signal to noise: |E g|^2 over the trace of Cov g, unbiased, from pairs of updates; and the same after dividing each
+  coordinate by its root mean square, which is what Adam sees;
+- contrast: the cosine between the signal and the gradient of the latents' standard deviation in deterministic sampling.
+  Near 1, training mostly makes pictures harsher.
+
+docs/demo-settings.md has figures and what follows from them.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tmpo_trainer import cli, run, tree
+from tmpo_trainer.prompts import read_prompts
+from tmpo_trainer.rewards import load_scorer
+from tmpo_trainer.trainer import Trainer
+
+#: For the gradient of the latents' standard deviation: Euler steps, batches, prompts and pictures each.
+STEPS, BATCHES, PROMPTS, IMAGES = 20, 6, 7, 8
+
+
+def signal_to_noise(gradients: Tensor) -> tuple[float, float]:
+    """Squared norm of the mean gradient, unbiased, and its ratio to the noise of one update. `[U, D]`."""
+    count = len(gradients)
+    squares = gradients.double().square().sum().item()
+    of_sum = gradients.double().sum(0).square().sum().item()
+    signal = (of_sum - squares) / (count * (count - 1))
+    return signal, signal / (squares / count - signal)
+
+
+def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:
+    """Gradient of the standard deviation of the final latents, by backpropagation through the sampler. `[D]`."""
+    sigmas = trainer.backbone.sigmas(STEPS, *trainer.config.resolution).tolist()
+    total = torch.zeros(sum(p.numel() for p in parameters))
+    for batch in range(BATCHES):
+        prompts = [trainer.prompts[(batch * PROMPTS + i) * 7 % len(trainer.prompts)] for i in range(PROMPTS)]
+        velocity = trainer.backbone.velocity(prompts, trainer.config.guidance)
+        noise = tree.keyed_noise((trainer.config.seed, "contrast", batch), trainer.latent_shape)
+        x = torch.stack([noise(0, (row,)) for row in range(PROMPTS * IMAGES)]).to(trainer.device)
+        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+
+            def step(x: Tensor, sigma: float = sigma, sigma_next: float = sigma_next, velocity=velocity) -> Tensor:
+                return x + (sigma_next - sigma) * velocity(x, x.new_full((len(x),), sigma))
+
+            x = checkpoint(step, x, use_reentrant=False)
+        parts = torch.autograd.grad(x.std(), parameters)
+        total += torch.cat([part.flatten() for part in parts]).cpu()
+    return total / BATCHES
+
+
+def main() -> int:
+    actions, flags = cli.parse(sys.argv[1:])
+    flags = {
+        "updates": "32",
+        **flags,
+        "learning_rate": "0",
+        "beta_warmup": "0",
+        "max_grad_norm": "1e9",
+        "kl_weight": "0",
+    }
+    config, preset = cli.configure(actions, flags, None)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    backbone = run.load_model(config, run.choose_device(config))
+    prompts = read_prompts(run.prompt_files(config)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
+        parameters = [value for name, value in trainer.lora.items() if ".lora_B." in name]
+        rows, rewards, seconds = [], [], []
+        for _ in range(config.updates):
+            line = trainer.update()
+            rows.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).cpu())
+            rewards.append(line[f"reward/{config.reward[0]}"])
+            seconds.append(line["seconds"]["total"])
+    gradients = torch.stack(rows)
+    signal, ratio = signal_to_noise(gradients)
+    _, as_adam = signal_to_noise(gradients / gradients.square().mean(0).sqrt().clamp_min(1e-12))
+    contrast = contrast_gradient(trainer, parameters)
+    # The loss falls along -g.
+    cosine = -(gradients.mean(0) @ contrast).item() / (max(signal, 1e-30) ** 0.5 * contrast.norm().item())
+    print(f"preset {preset}, {config.updates} updates, seed {config.seed}, {sum(seconds) / len(seconds):.2f} s each")
+    print(f"reward in the rollouts {sum(rewards) / len(rewards):.3f}")
+    print(f"signal to noise per update {ratio:+.4f}, as Adam sees it {as_adam:+.4f}")
+    print(f"contrast: cosine of the signal with the gradient of the latents' standard deviation {cosine:+.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
