@@ -1,7 +1,7 @@
-"""How much of a gradient is signal, and how much of that is contrast: `python benchmarks/signal.py [train flags]`.
+"""How much of a gradient is signal, and how much of that is contrast: `python benchmarks/gradient_signal.py [train flags]`.
 
-Takes gradients of `--updates` independent rollouts at the base model (the weights never move; prompts_per_update is the batch) and
-prints, for the gradient with respect to lora_B (lora_A has none while lora_B is 0):
+Takes the gradients of `--updates` independent updates at the base model (the weights never move; `--prompts-per-update`
+is the batch) and prints, for the gradient with respect to lora_B (lora_A has none while lora_B is 0):
 
 - signal to noise: |E g|^2 over the trace of Cov g, unbiased, from pairs of updates; and the same after dividing each
   coordinate by its root mean square, which is what Adam sees;
@@ -13,6 +13,7 @@ docs/demo-settings.md has figures and what follows from them.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -48,7 +49,7 @@ def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:
         velocity = trainer.backbone.velocity(prompts, trainer.config.guidance)
         noise = tree.keyed_noise((trainer.config.seed, "contrast", batch), trainer.latent_shape)
         x = torch.stack([noise(0, (row,)) for row in range(PROMPTS * IMAGES)]).to(trainer.device)
-        for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, sigma_next in itertools.pairwise(sigmas):
 
             def step(x: Tensor, sigma: float = sigma, sigma_next: float = sigma_next, velocity=velocity) -> Tensor:
                 return x + (sigma_next - sigma) * velocity(x, x.new_full((len(x),), sigma))
