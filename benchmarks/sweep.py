@@ -25,7 +25,7 @@ START = {
 SPREAD = {"kernel": "flow_sde", "branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"}
 #: Gradients of late branch steps are several times longer: a low clip gives every update the same weight.
 CLIPPED = SPREAD | {"kappa": "4", "max-grad-norm": "3e-4"}
-#: Neighbouring middle positions have the best signal (benchmarks/gradient_signal.py), and a KL penalty keeps their contrast down.
+#: Neighbouring middle positions have the best signal (benchmarks/gradient_signal.py); a KL penalty holds the contrast down.
 MIDDLE = {
     "kernel": "flow_sde", "eta": "1", "branch-early": "1 4 5", "branch-late": "1 4 5", "kappa": "20",
     "lora-targets": "attention", "kl-weight": "0.3", "updates": "110",

@@ -9,14 +9,136 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import TrainConfig
+from tmpo_trainer.demo import build
 from tmpo_trainer.trainer import Trainer
 
 PROMPTS = ("a red circle", "two blue squares", "a green triangle", "a pink circle and a cyan square")
+
+
+WIDTH = 32
+
+
+def t5() -> tuple[Any, Any]:
+    """A one-layer T5 encoder and its tokenizer, over letters."""
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
+    config = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces])
+
+
+def small_vae(scale: float, shift: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=1,
+        scaling_factor=scale,
+        shift_factor=shift,
+    )
+
+
+def wake(transformer: Any) -> None:
+    """Fresh projections are timid. With these, velocities are of order 1 and prompt and guidance matter."""
+    with torch.no_grad():
+        transformer.proj_out.weight.normal_(std=0.2)
+        transformer.context_embedder.weight.mul_(4)
+        for name in ("text_embedder", "guidance_embedder"):
+            if hasattr(transformer.time_text_embed, name):
+                getattr(transformer.time_text_embed, name).linear_1.weight.mul_(4)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(
+    tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[int], CLIPTextConfig]
+) -> Callable[[bool], Path]:
+    """`tiny_flux(dev)`: with guidance input and shifted sigmas as FLUX.1-dev, or without as FLUX.1-schnell."""
+    made: dict[bool, Path] = {}
+
+    def tiny_flux(dev: bool) -> Path:
+        if dev not in made:
+            torch.manual_seed(0)
+            transformer = FluxTransformer2DModel(
+                in_channels=64,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=WIDTH,
+                pooled_projection_dim=WIDTH,
+                guidance_embeds=dev,
+                axes_dims_rope=(4, 6, 6),
+            )
+            wake(transformer)
+            encoder, tokenizer = t5()
+            pipeline = FluxPipeline(
+                scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev, shift=3.0 if dev else 1.0),
+                vae=small_vae(0.3611, 0.1159),
+                text_encoder=CLIPTextModel(clip_config(WIDTH)),
+                tokenizer=build.make_tokenizer(),
+                text_encoder_2=encoder,
+                tokenizer_2=tokenizer,
+                transformer=transformer,
+            )
+            made[dev] = tmp_path_factory.mktemp("flux") / "model"
+            pipeline.save_pretrained(made[dev])
+        return made[dev]
+
+    return tiny_flux
+
+
+@pytest.fixture(scope="session")
+def tiny_sd35(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[int], CLIPTextConfig]) -> Path:
+    """A tiny SD3.5-Medium: a second attention in its first block, rms-normalised queries and keys, and T5."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        caption_projection_dim=WIDTH,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    wake(transformer)
+    encoder, tokenizer = t5()
+    wide = T5EncoderModel(T5Config(**{**encoder.config.to_dict(), "d_model": 2 * WIDTH}))
+    clips = [CLIPTextModelWithProjection(clip_config(WIDTH)) for _ in range(2)]
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(1.5305, 0.0609),
+        text_encoder=clips[0],
+        tokenizer=build.make_tokenizer(),
+        text_encoder_2=clips[1],
+        tokenizer_2=build.make_tokenizer(),
+        text_encoder_3=wide,
+        tokenizer_3=tokenizer,
+        transformer=transformer,
+    )
+    folder = tmp_path_factory.mktemp("sd35") / "model"
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 class RedScorer:

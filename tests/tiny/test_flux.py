@@ -9,75 +9,24 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
 from tmpo_trainer.config import LoraTargets
-from tmpo_trainer.demo import build
 from tmpo_trainer.trainer import Trainer
 
 PROMPTS = ["a red circle", "two blue squares"]
-STEPS, TOKENS, WIDTH = 6, 12, 32
+STEPS, TOKENS = 6, 12
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
-def folder(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    clip_config: Callable[[int], CLIPTextConfig],
-) -> Path:
+def folder(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path]) -> Path:
     """A tiny FLUX: with guidance input and shifted sigmas as FLUX.1-dev, without as FLUX.1-schnell."""
-    dev = request.param
-    torch.manual_seed(0)
-    tokenizer = build.make_tokenizer()
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
-    t5 = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
-    transformer = FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        pooled_projection_dim=WIDTH,
-        guidance_embeds=dev,
-        axes_dims_rope=(4, 6, 6),
-    )
-    with torch.no_grad():
-        # Fresh projections are timid. With these, velocities are of order 1 and the prompt matters.
-        transformer.proj_out.weight.normal_(std=0.2)
-        transformer.context_embedder.weight.mul_(4)
-        embedders: Any = transformer.time_text_embed
-        for name in ("text_embedder", "guidance_embedder"):
-            if hasattr(embedders, name):
-                getattr(embedders, name).linear_1.weight.mul_(4)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=1,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev, shift=3.0 if dev else 1.0),
-        vae=vae,
-        text_encoder=CLIPTextModel(clip_config(WIDTH)),
-        tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
-        tokenizer_2=T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces]),
-        transformer=transformer,
-    )
-    path = tmp_path_factory.mktemp("flux") / "model"
-    pipeline.save_pretrained(path)
-    return path
+    return tiny_flux(request.param)
 
 
 @pytest.fixture(scope="module")
