@@ -32,7 +32,7 @@ class TrainConfig(BaseModel):
 
     # What is trained, on what, towards what
     model: str = "demo"
-    """`demo` (the bundled tiny model) or a local diffusers folder."""
+    """`demo` (the bundled tiny model), a local diffusers folder, or a hub id owner/name."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
     """One or more scorers; several are z-scored per prompt and added."""
     reward_weights: tuple[float, ...] | None = None

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from tmpo_trainer import __version__, evaluate, export, lora, reporting, trackers, tree
-from tmpo_trainer.backbones import find_model, load_backbone
+from tmpo_trainer.backbones import find_model, is_hub_id, load_backbone
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
@@ -75,12 +75,12 @@ def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _need_flux(config: TrainConfig) -> None:
-    if "flux" in config.model.lower() and not Path(config.model).is_dir():
-        needs = "" if torch.cuda.is_available() else " FLUX.1-dev also needs a CUDA GPU, and none is here."
+def _need_gpu(config: TrainConfig) -> None:
+    """Refuses to download many gigabytes to a machine that cannot train them."""
+    if is_hub_id(config.model) and config.device == "auto" and not torch.cuda.is_available():
         raise ConfigError(
-            f"model {config.model} is not a local folder: download it (hf download {config.model} --local-dir DIR) "
-            f"and give --model DIR.{needs} To train the bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
+            f"model {config.model} needs a CUDA GPU, and none is here (--device cpu to try all the same). To train the "
+            "bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
         )
 
 
@@ -101,7 +101,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
     """Everything that can be refused before the model is loaded. Returns training and held-out prompts, and scorers."""
-    _need_flux(config)
+    _need_gpu(config)
     trackers.check(config.tracker)
     find_model(config.model)
     train_file, eval_file = prompt_files(config)
@@ -309,7 +309,8 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
         "step": str(trainer.done),
         "rewards": " ".join(config.reward),
         "beta": f"{config.beta_start} to {config.beta_end}",
-        "base_model": "demo" if config.model == "demo" else "local",
+        # No paths in the file.
+        "base_model": config.model if config.model == "demo" or is_hub_id(config.model) else "local",
     }
     main = trainer.accelerator.is_main_process
     with trainer.averaged():

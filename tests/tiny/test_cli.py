@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub import errors
 
 from tmpo_trainer import __version__, cli
 from tmpo_trainer.config import TrainConfig, preset_names
@@ -183,7 +185,54 @@ def test_flux_without_a_gpu_names_the_demo(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--reward", reward]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "FLUX.1-dev is not a local folder: download it" in line and "python -m tmpo_trainer --preset demo" in line
+    assert "FLUX.1-dev needs a CUDA GPU" in line and "python -m tmpo_trainer --preset demo" in line
+
+
+def response(status: int) -> Any:
+    import httpx2
+
+    return httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "blame"),
+    [
+        (lambda: errors.GatedRepoError("403", response=response(403)), "is gated: accept its licence at https://"),
+        (lambda: errors.RepositoryNotFoundError("404", response=response(404)), "nor a repository on the hub"),
+        (lambda: errors.LocalEntryNotFoundError("Got: ConnectError\nmore"), "cannot be downloaded (Got: ConnectError)"),
+        (lambda: errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), "hf download some/model --local-dir DIR"),
+    ],
+    ids=["gated", "missing", "unreachable", "offline"],
+)
+def test_a_hub_model_that_cannot_be_had(
+    place: Path,
+    base: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: Any,
+    blame: str,
+) -> None:
+    def download(*arguments: Any, **options: Any) -> str:
+        raise failure()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert cli.main([*base, "--model", "some/model", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tmpo_trainer: model some/model") and blame in line
+
+
+def test_a_hub_model_is_taken_from_where_the_hub_put_it(
+    place: Path, base: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tiny_model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert cli.main([*base, "--model", "some/model", "--device", "cpu", "--updates", "1"]) == 0
+    assert asked[0] == ("some/model", ["model_index.json", "*/*"])
 
 
 def module(arguments: list[str]) -> subprocess.CompletedProcess[str]:

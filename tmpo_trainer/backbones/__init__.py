@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,16 +17,31 @@ if TYPE_CHECKING:
 
 #: The pipelines that can be trained.
 PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
+#: What a pipeline needs of a hub repository; single-file checkpoints at the top are as large again.
+HUB_FILES = ("model_index.json", "*/*")
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether a model setting is `owner/name` and no path that exists."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).expanduser().exists()
+
+
 def find_model(model: str) -> Path:
-    """The local pipeline folder of a model setting. Raises ConfigError before anything heavy is loaded."""
+    """The local pipeline folder of a model setting; a hub id is looked up in the cache, or downloaded.
+
+    Raises:
+        ConfigError: before anything heavy is loaded.
+    """
     folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
+    if is_hub_id(model):
+        folder = _from_hub(model)
     index = folder / "model_index.json"
     if not index.is_file():
         what = "is a folder without model_index.json" if folder.is_dir() else "is not a folder"
-        raise ConfigError(f"model {model} {what}: give `demo` or a local diffusers pipeline folder")
+        raise ConfigError(
+            f"model {model} {what}: give `demo`, a local diffusers pipeline folder or a hub id owner/name"
+        )
     try:
         name = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError):
@@ -33,6 +49,29 @@ def find_model(model: str) -> Path:
     if name not in PIPELINES:
         raise ConfigError(f"model {model} is a {name}: this version trains {' and '.join(PIPELINES)} models")
     return folder
+
+
+def _from_hub(model: str) -> Path:
+    """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError:
+        raise ConfigError(
+            f"model {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ConfigError(
+            f"model {model} is neither a folder nor a repository on the hub; a private one needs `hf auth login`"
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = (str(error).split("\n") or [""])[0]
+        raise ConfigError(
+            f"model {model} is not in the hub cache and cannot be downloaded ({reason}): on a machine that can, run "
+            f"`hf download {model} --local-dir DIR`, then give --model DIR"
+        ) from None
 
 
 def load_backbone(
