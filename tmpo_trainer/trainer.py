@@ -325,20 +325,21 @@ class Trainer:
             while self.done < config.updates:
                 metrics = self.update()
                 reporter.update(metrics)
-                self._hear_of_stops()
-                if config.sample_every and not self._stop and (self.done % config.sample_every == 0 or self.done == 1):
+                stop = self._stopped()
+                if config.sample_every and not stop and (self.done % config.sample_every == 0 or self.done == 1):
                     with self.averaged():
                         reporter.samples(self.done)
                 # The report measures the last one.
                 last = self.done == config.updates and config.report
-                if config.eval_every and self.done % config.eval_every == 0 and not last and not self._stop:
+                if config.eval_every and self.done % config.eval_every == 0 and not last and not stop:
                     with self.averaged():
                         reporter.evaluation(self.done)
+                stop = self._stopped()
                 due = config.checkpoint_every and self.done % config.checkpoint_every == 0
-                if due or self.done == config.updates or self._stop:
+                if due or self.done == config.updates or stop:
                     self.save()
-                if self._stop:
-                    raise Interrupted(f"stopped by {signal.Signals(self._stop).name} after update {self.done}")
+                if stop:
+                    raise Interrupted(f"stopped by {signal.Signals(stop).name} after update {self.done}")
         except Interrupted:
             raise
         except BaseException:
@@ -351,10 +352,11 @@ class Trainer:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _hear_of_stops(self) -> None:
-        """A signal to one process stops all of them after the same update."""
-        if self.accelerator.num_processes > 1:
-            self._stop = max(gather_object([self._stop or 0])) or None
+    def _stopped(self) -> int:
+        """The signal that any process has had, or 0: all are to stop after the same update."""
+        if self.accelerator.num_processes == 1:
+            return self._stop or 0
+        return max(gather_object([self._stop or 0]))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._stop:

@@ -147,6 +147,30 @@ def test_an_error_on_one_process_ends_all_with_its_message(place: Path, tiny_mod
     assert any("process 1: ValueError" in line for line in told)
 
 
+def test_a_signal_to_one_process_stops_all_after_the_same_update(place: Path, tiny_model: Path) -> None:
+    script = place / "stopping.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from tmpo_trainer import cli\n"
+        "from tmpo_trainer.trainer import Trainer\n"
+        "original = Trainer.update\n"
+        "def update(self):\n"
+        "    if os.environ['RANK'] == '1' and self.done == 1:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(self)\n"
+        "Trainer.update = update\n"
+        "code = cli.main(sys.argv[1:])\n"
+        "print(f'process {os.environ[\"RANK\"]} ends with {code}', file=sys.stderr)\n"
+    )
+    flags = FLAGS.replace("-m tmpo_trainer", "").replace("--updates 2", "--updates 5").split()
+    done = torchrun(str(script), *flags, "--model", str(tiny_model), "--no-report", "--eval-every", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 0 ends with 130" in done.stderr and "process 1 ends with 130" in done.stderr
+    assert done.stderr.count("stopped by SIGTERM after update 2; saved") == 1
+    assert (place / "out" / "checkpoint-2" / "state.json").is_file()
+    assert len((place / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_bad_settings_are_told_once(place: Path, tiny_model: Path) -> None:
     done = torchrun(*FLAGS.split(), "--model", str(tiny_model), "--updatez", "3")
     assert done.returncode != 0
