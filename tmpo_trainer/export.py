@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import __version__
 from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.lora import FILE_NAME, whole
+from tmpo_trainer.lora import FILE_NAME
+from tmpo_trainer.shards import whole
 
 
 def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: bool = True) -> bool:

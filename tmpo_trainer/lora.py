@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tmpo_trainer.config import ConfigError
 
@@ -168,15 +167,3 @@ def start(parameters: Mapping[str, Tensor], scale: float, path: Path) -> None:
             own[0][:rank].copy_(down)
             own[1].zero_()
             own[1][:, :rank].copy_(up.float() * (strength / scale))
-
-
-def whole(value: Tensor) -> Tensor:
-    """A tensor, put together if it is a shard of one; every process gets it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded as a parameter is."""
-    if not isinstance(parameter, DTensor):
-        return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -25,10 +25,10 @@ from tmpo_trainer import checkpoint, flow, lora, tree
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.group import Clock, Group
-from tmpo_trainer.lora import like, whole
 from tmpo_trainer.prompts import prompt_index
 from tmpo_trainer.reporting import Reporter
 from tmpo_trainer.rewards import Scorer
+from tmpo_trainer.shards import like, whole
 
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
@@ -233,6 +233,9 @@ class Trainer:
                 chosen = slots[start_slot : start_slot + config.prompts_per_batch]
                 groups.append(Group(self, clock, plan, u, chosen))
         except Exception as caught:
+            if self.sharded and isinstance(caught, torch.OutOfMemoryError):
+                # The others wait for this one inside a block: the launcher has to end them.
+                raise
             error = caught
         self._agree(error)
         figures: defaultdict[str, list[float]] = defaultdict(list)
@@ -248,6 +251,8 @@ class Trainer:
             self._average_gradients()
             norm = whole(torch.nn.utils.clip_grad_norm_(self.lora.values(), config.max_grad_norm))
             if not torch.isfinite(norm):
+                # The norm is that of all processes' gradient.
+                self._agreed = True
                 raise ValueError(f"the gradient of update {u + 1} is {norm.item()}")
             figures["grad_norm"].append(norm.item())
             self._whole = False
@@ -293,12 +298,12 @@ class Trainer:
             least = max(group.count for group in groups)
             before = min(self.replay_batch or parents, parents)
             if before <= least:
+                self._agreed = True
                 raise RuntimeError(
                     f"out of memory in the replay, even with {before} latents at a time: try --gradient-checkpointing, "
                     "fewer --prompts-per-batch or a smaller --resolution"
                 )
             self.replay_batch = max(before // 2, least)
-            self.optimizer.zero_grad()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self.accelerator.is_main_process:

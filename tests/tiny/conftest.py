@@ -17,7 +17,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone
@@ -33,8 +40,6 @@ WIDTH = 32
 
 def t5() -> tuple[Any, Any]:
     """A one-layer T5 encoder and its tokenizer, over letters."""
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
     config = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
     return T5EncoderModel(config), T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces])

@@ -15,7 +15,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from tmpo_trainer import export
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.config import TrainConfig
-from tmpo_trainer.lora import whole
+from tmpo_trainer.shards import whole
 from tmpo_trainer.trainer import Trainer
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle", "a pink circle and a cyan square"]

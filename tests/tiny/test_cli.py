@@ -92,6 +92,18 @@ def base(tiny_model: Path) -> list[str]:
     return text.split()
 
 
+class MeanColours:
+    """Stands in for the feature extractor of the report."""
+
+    name = "means"
+
+    def __init__(self, device: torch.device):
+        pass
+
+    def __call__(self, images: Any) -> torch.Tensor:
+        return torch.from_numpy(images.astype("float32").mean((1, 2)))
+
+
 def files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
@@ -381,17 +393,8 @@ def test_what_a_run_leaves_behind(
     """Settings, environment, figures, sample grids and the report; the settings repeat the run."""
     from tmpo_trainer import run
 
-    class Features:
-        name = "means"
-
-        def __init__(self, device: torch.device):
-            pass
-
-        def __call__(self, images: Any) -> torch.Tensor:
-            return torch.from_numpy(images.astype("float32").mean((1, 2)))
-
     monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
-    monkeypatch.setattr(run, "EfficientNetLite", Features)
+    monkeypatch.setattr(run, "EfficientNetLite", MeanColours)
     more = ["--report", "--sample-every", "2", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2"]
     more += ["--ema-every", "1"]
     assert cli.main([*base, *more]) == 0
@@ -421,15 +424,6 @@ def test_evaluation_on_the_way(
     """Base and averaged weights on the same prompts and noise, as the report measures them; resuming keeps the base."""
     from tmpo_trainer import evaluate, run
 
-    class Features:
-        name = "means"
-
-        def __init__(self, device: torch.device):
-            pass
-
-        def __call__(self, images: Any) -> torch.Tensor:
-            return torch.from_numpy(images.astype("float32").mean((1, 2)))
-
     measured: list[int] = []
     original = evaluate.evaluate
 
@@ -439,7 +433,7 @@ def test_evaluation_on_the_way(
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
     monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
-    monkeypatch.setattr(run, "EfficientNetLite", Features)
+    monkeypatch.setattr(run, "EfficientNetLite", MeanColours)
     more = ["--eval-every", "1", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2", "--updates", "3"]
     more += ["--ema-every", "1"]
     more += ["--checkpoint-every", "1", "--checkpoints-kept", "3"]

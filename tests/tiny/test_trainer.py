@@ -515,8 +515,11 @@ def test_overhead_of_an_update(red_scorer: Any, tmp_path: Path) -> None:
         assert s["total"] == pytest.approx(sum(v for k, v in s.items() if k != "total"))
 
 
-def memory_for(rows: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Makes the trainer's network run out of memory with gradient and more than `rows` rows. Returns the sizes tried."""
+def memory_for(rows: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> list[int]:
+    """Makes the trainer's network run out of memory with gradient and more than `rows` rows, from call `after` on.
+
+    Returns the sizes tried.
+    """
     tried: list[int] = []
     original = trainer.backbone.velocity
 
@@ -526,7 +529,7 @@ def memory_for(rows: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> 
         def limited(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             if torch.is_grad_enabled():
                 tried.append(len(x))
-                if len(x) > rows:
+                if len(x) > rows and len(tried) > after:
                     raise torch.OutOfMemoryError("made up")
             return network(x, sigma)
 
@@ -554,6 +557,19 @@ def test_out_of_memory_halves_the_replay_and_changes_nothing_else(
     tried.clear()
     short.update()
     assert tried == [3] * 8
+
+
+def test_out_of_memory_half_way_begins_the_gradient_again(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was accumulated before must not count twice."""
+    plain, short = make_trainer(), make_trainer(replay_batch=6)
+    tried = memory_for(3, short, monkeypatch, after=3)
+    plain.update(), short.update()
+    assert tried == [6, 6, 6, 6, *[3] * 8]
+    for name, parameter in plain.lora.items():
+        assert parameter.grad is not None and short.lora[name].grad is not None
+        torch.testing.assert_close(short.lora[name].grad, parameter.grad, atol=1e-7, rtol=1e-4)
 
 
 def test_out_of_memory_with_a_single_latent_says_what_helps(

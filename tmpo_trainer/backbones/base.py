@@ -19,15 +19,11 @@ from tmpo_trainer.backbones.text import Features, TextCache, default_folder, fea
 from tmpo_trainer.config import LoraTargets
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
-ATTENTION = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
-TEXT_STREAM = (
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    "ff_context.net.0.proj", "ff_context.net.2",
-)  # fmt: skip
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+_TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+_TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *_TEXT_ATTENTION)
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_TEXT_FEED_FORWARD)
+TEXT_STREAM = (*_TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
 
 
 #: The parts of a pipeline that are needed for text alone.

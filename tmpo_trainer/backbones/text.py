@@ -64,13 +64,11 @@ def features_of(
     cache: TextCache,
     encode: Callable[[list[str]], tuple[Tensor, Tensor]],
     batch: int = 8,
-    progress: Callable[[int], object] | None = None,
 ) -> dict[str, Features]:
     """The features of all prompts, on the CPU: those on disk are read, the others encoded and written.
 
     Args:
         encode: prompts -> tokens `[P, S, D]` and pooled `[P, C]`; not called if all are on disk.
-        progress: called with the number of prompts encoded since the last call.
     """
     found: dict[str, Features] = {}
     missing = []
@@ -86,6 +84,4 @@ def features_of(
         for i, prompt in enumerate(chosen):
             found[prompt] = (tokens[i].cpu(), pooled[i].cpu())
             cache.put(prompt, found[prompt])
-        if progress is not None:
-            progress(len(chosen))
     return found
