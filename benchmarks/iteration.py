@@ -1,6 +1,7 @@
-"""Seconds and network evaluations of a training iteration by phase: `python benchmarks/iteration.py [train flags]`.
+"""Seconds, network evaluations and memory of a training iteration by phase: `python benchmarks/iteration.py [train flags]`.
 
-Takes the flags of `python -m tmpo_trainer`; `--updates` counts the updates measured, after one that is not.
+Takes the flags of `python -m tmpo_trainer`; `--updates` counts the updates measured, after one that is not. At full size
+without weights: benchmarks/random_model.py.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def main() -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = run.choose_device(config)
-    backbone = run.load_model(config, device)
-    prompts = read_prompts(run.prompt_files(config)[0])
+    prompts = read_prompts(run.prompt_files(config)[0])[: (config.updates + 1) * config.prompts_per_update]
+    # All prompts at once, as a run does: the text encoders are gone afterwards.
+    backbone = run.load_model(config, device, prompts)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
         lines = [trainer.update() for _ in range(config.updates + 1)][1:]
@@ -41,7 +43,9 @@ def main() -> int:
         count = sum(line[f"evaluations/{phase}"] for line in lines) / len(lines)
         print(f"network evaluations per prompt, {phase}: {count:.1f}")
     if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+        print(
+            f"{torch.cuda.get_device_name(device)}, peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        )
     return 0
 
 

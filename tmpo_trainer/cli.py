@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -39,7 +40,13 @@ def make_parser() -> argparse.ArgumentParser:
         "Other commands: `inspect FILE` prints what a LoRA was trained on and checks it; `launch ddp|fsdp2 [flags]` trains "
         "on all GPUs of this machine.",
     )
-    parser.add_argument("--preset", help="a named set of settings; by default the one of the reward, or demo")
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        metavar="NAME",
+        help="named sets of settings, later ones win; by default that of the reward, or demo. One for a GPU's memory "
+        "(flux-24gb, ...) is laid over that of the reward, or pickscore",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
@@ -96,9 +103,14 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
         return make_config([*layers, ("flags", flags)]), "resume"
     from_file = read_yaml(actions.config) if actions.config else {}
     given = [(str(actions.config), from_file), ("flags", flags)]
-    name = actions.preset or choose_preset(from_file | flags)
-    start = {} if name == "defaults" else preset(name)
-    return make_config([(f"preset {name}", start), *given]), name
+    named = {name: preset(name) for name in actions.preset or []}
+    if not any("reward" in settings for settings in named.values()):
+        # What they leave open: the protocol.
+        known = dict(item for settings in [*named.values(), from_file, flags] for item in settings.items())
+        first = "pickscore" if named and "reward" not in known else choose_preset(known)
+        named = ({} if first == "defaults" else {first: preset(first)}) | named
+    layers = [(f"preset {name}", settings) for name, settings in named.items()]
+    return make_config([*layers, *given]), "-".join(named) or "defaults"
 
 
 def _inspect(arguments: Sequence[str]) -> int:
@@ -170,6 +182,8 @@ def _run(arguments: Sequence[str]) -> int:
     # Advice of the libraries about optional packages would bury our own lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # peft imports it where it is installed, and without a GPU it complains.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from tmpo_trainer import run
 
     if actions.dry_run:

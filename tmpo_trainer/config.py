@@ -33,6 +33,8 @@ class TrainConfig(BaseModel):
     # What is trained, on what, towards what
     model: str = "demo"
     """`demo` (the bundled tiny model), a local diffusers folder, or a hub id owner/name."""
+    transformer: Path | None = None
+    """A single safetensors file (ComfyUI's or the original names) in place of the model's own transformer."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
     """One or more scorers; several are z-scored per prompt and added."""
     reward_weights: tuple[float, ...] | None = None
@@ -87,6 +89,8 @@ class TrainConfig(BaseModel):
     """Most latents in one network call of the replay, by default no limit. Halved where that does not fit into memory."""
     gradient_checkpointing: bool = False
     """Keep no activations inside the transformer's blocks: much less memory in the replay, about a third more time."""
+    split_guidance: bool = False
+    """Classifier-free guidance in two network calls instead of one of twice the batch: less memory, somewhat slower."""
     decode_batch: int = Field(64, ge=1)
     """Most latents in one VAE decode."""
 
@@ -166,6 +170,10 @@ class TrainConfig(BaseModel):
     """auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen weights; auto is bfloat16 on a GPU and float32 on a CPU. LoRA and latents are float32."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4`: the frozen transformer in four bits (bitsandbytes), a quarter of the memory, on a GPU."""
+    compile: bool = False
+    """torch.compile of the transformer's blocks: the first updates take minutes longer, the others less."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of torch; by default torch's own choice."""
 

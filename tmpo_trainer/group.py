@@ -55,7 +55,7 @@ class Group:
         network = trainer.backbone.velocity(self.prompts, config.guidance)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            with clock("network"):
+            with clock("replay" if torch.is_grad_enabled() else "rollout"):
                 return network(x, sigma)
 
         self.velocity = velocity
@@ -140,7 +140,7 @@ class Group:
         share = self.count / config.prompts_per_update
 
         def backward(value: Tensor) -> None:
-            with self.clock("network"):
+            with self.clock("replay"):
                 value.backward()
 
         replayed, kl = tree.replay(

@@ -135,6 +135,31 @@ def describe(path: Path) -> tuple[str, bool]:
     return "\n".join(lines), all(verdict.values())
 
 
+def check_fits(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> LoraFile:
+    """A LoRA file that fits an adapter.
+
+    Args:
+        shapes: {module: (inputs, outputs)} of the adapter. rank: of the adapter, at least the file's.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    lora = read(path)
+    for module, (down, up) in lora.layers.items():
+        name = module.removeprefix("transformer.")
+        if name not in shapes:
+            raise ConfigError(
+                f"--init-lora {path}: {module} is no LoRA target here: is it of another model, not in diffusers' names, "
+                "or does it need --lora-targets all-linear?"
+            )
+        if len(down) > rank:
+            raise ConfigError(f"--init-lora {path} has rank {len(down)}, the run {rank}: give --lora-rank {len(down)}")
+        if (down[0].numel(), len(up)) != shapes[name]:
+            found = f"{tuple(up.shape)} x {tuple(down.shape)}"
+            raise ConfigError(f"--init-lora {path}: {module} is {found}, of another model")
+    return lora
+
+
 def start(parameters: Mapping[str, Tensor], scale: float, path: Path) -> None:
     """Sets a fresh adapter's parameters to a LoRA file, whose effect they then have exactly.
 
@@ -147,23 +172,14 @@ def start(parameters: Mapping[str, Tensor], scale: float, path: Path) -> None:
     Raises:
         ConfigError: the file does not fit the adapter.
     """
-    lora = read(path)
+    down_of, up_of = ".lora_A.default.weight", ".lora_B.default.weight"
+    downs = {name.removesuffix(down_of): value for name, value in parameters.items() if name.endswith(down_of)}
+    shapes = {name: (down.shape[1], len(parameters[name + up_of])) for name, down in downs.items()}
+    lora = check_fits(path, shapes, len(next(iter(downs.values()))))
     for module, (down, up) in lora.layers.items():
-        name = module.removeprefix("transformer.")
-        own = parameters.get(f"{name}.lora_A.default.weight"), parameters.get(f"{name}.lora_B.default.weight")
-        if own[0] is None or own[1] is None:
-            raise ConfigError(
-                f"--init-lora {path}: {module} is no LoRA target here: is it of another model, not in diffusers' names, "
-                "or does it need --lora-targets all-linear?"
-            )
-        rank = len(down)
-        if rank > len(own[0]):
-            raise ConfigError(f"--init-lora {path} has rank {rank}, the run {len(own[0])}: give --lora-rank {rank}")
-        if down.shape[1:] != own[0].shape[1:] or up.shape[0] != own[1].shape[0]:
-            shapes = f"{tuple(up.shape)} x {tuple(down.shape)}"
-            raise ConfigError(f"--init-lora {path}: {module} is {shapes}, of another model")
+        name, rank = module.removeprefix("transformer."), len(down)
         strength = lora.alphas[module] / rank if module in lora.alphas else lora.scale
         with torch.no_grad():
-            own[0][:rank].copy_(down)
-            own[1].zero_()
-            own[1][:, :rank].copy_(up.float() * (strength / scale))
+            downs[name][:rank].copy_(down)
+            parameters[name + up_of].zero_()
+            parameters[name + up_of][:, :rank].copy_(up.float() * (strength / scale))

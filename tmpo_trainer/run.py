@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import sys
@@ -19,9 +20,10 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from tmpo_trainer import __version__, evaluate, export, lora, reporting, trackers, tree
-from tmpo_trainer.backbones import find_model, is_hub_id, load_backbone
+from tmpo_trainer import __version__, evaluate, export, lora, memory, reporting, trackers, tree
+from tmpo_trainer.backbones import find_model, is_hub_id, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.check import check_file, check_weights
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
 from tmpo_trainer.features import EfficientNetLite
@@ -99,15 +101,16 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
-    """Everything that can be refused before the model is loaded. Returns training and held-out prompts, and scorers."""
+def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer], Backbone]:
+    """Everything that can be refused before the model is loaded.
+
+    Returns:
+        training and held-out prompts, scorers, and the model's skeleton.
+    """
     _need_gpu(config)
     trackers.check(config.tracker)
-    find_model(config.model)
     train_file, eval_file = prompt_files(config)
     train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
-    if config.init_lora:
-        lora.read(config.init_lora)
     if "shapes" in config.reward:
         from tmpo_trainer.demo.domain import parse
 
@@ -117,19 +120,51 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer]]:
                     parse(prompt)
                 except ValueError as error:
                     raise ConfigError(f"{file}: {error}") from None
-    return train, heldout, [load_scorer(name) for name in config.reward]
+    scorers = [load_scorer(name) for name in config.reward]
+    return train, heldout, scorers, _skeleton(config, choose_device(config))
 
 
-def load_model(config: TrainConfig, device: torch.device, prompts: list[str] | None = None) -> Backbone:
+def load_model(
+    config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
+) -> Backbone:
     """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
+    if device.type == "cuda":
+        # The LoRA's own products are of float32: TF32 is as precise as the bfloat16 layers that they are added to.
+        torch.set_float32_matmul_precision("high")
     backbone = load_backbone(
-        config.model, _dtype(config, device), device, config.max_sequence_length, prompts, config.text_cache
+        config.model,
+        _dtype(config, device),
+        device,
+        config.max_sequence_length,
+        prompts,
+        config.text_cache,
+        config.transformer,
+        config.quantize == "nf4",
+        sharded,
     )
+    backbone.split_guidance = config.split_guidance
+    return backbone
+
+
+def _skeleton(config: TrainConfig, device: torch.device) -> Backbone:
+    """The model without its weights, after every check that needs no more. Raises ConfigError."""
+    skeleton = load_skeleton(config.model, _dtype(config, device), config.max_sequence_length)
+    skeleton.split_guidance = config.split_guidance
     try:
-        backbone.latent_shape(*config.resolution)
+        skeleton.latent_shape(*config.resolution)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return backbone
+    make_schedule(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
+    if config.init_lora:
+        lora.check_fits(config.init_lora, skeleton.target_shapes(config.lora_targets), config.lora_rank)
+    if config.transformer:
+        check_file(config.transformer, "--transformer ")
+    if config.quantize == "nf4":
+        if device.type == "cpu":
+            raise ConfigError("--quantize nf4 needs a CUDA GPU: leave it out")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError('--quantize nf4 needs bitsandbytes: pip install -c constraints.txt -e ".[train,nf4]"')
+    return skeleton
 
 
 def _quiet() -> None:
@@ -141,15 +176,17 @@ def _quiet() -> None:
 
 
 def dry_run(config: TrainConfig) -> int:
-    """Prints what a run would do: prompts, tree geometry, network evaluations, memory."""
+    """Prints what a run would do: prompts, tree geometry, network evaluations, memory. Loads no weights."""
     _quiet()
-    train_prompts, heldout, _ = _check(config)
-    device = choose_device(config)
-    backbone = load_model(config, device)
-    sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
+    train_prompts, heldout, _, skeleton = _check(config)
+    folder = find_model(config.model, weights=False)
+    sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
     schedule = make_schedule(config, sigmas)
-    parameters = sum(p.numel() for p in backbone.transformer.parameters())
-    print(f"model {config.model} on {device}: transformer of {parameters / 1e6:.1f} M parameters")
+    parameters = sum(p.numel() for p in skeleton.transformer.parameters())
+    print(f"model {config.model} on {choose_device(config)}: transformer of {parameters / 1e6:.1f} M parameters")
+    targets = skeleton.target_shapes(config.lora_targets)
+    numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
+    print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
     print(f"prompts: {len(train_prompts)} for training, {len(heldout)} held out")
     print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
     for update in sorted({0, config.updates // 2, config.updates - 1}):
@@ -159,19 +196,21 @@ def dry_run(config: TrainConfig) -> int:
             f"update {update + 1}: branch steps {steps}, widths {plan.widths}, {plan.leaves} leaves; per prompt "
             f"{plan.rollout_evaluations} evaluations in the rollout, {plan.train_evaluations} in the replay"
         )
-    channels, height, width = backbone.latent_shape(*config.resolution)
-    megabyte = channels * height * width * 4 / 2**20
     plan = tree.TreePlan.tmpo(config.rollout_steps, schedule.steps(0), config.branching)
-    edges = len(plan.index().edge_parent)
-    stored = (plan.leaves + 2 * plan.train_evaluations + edges) * config.prompts_per_update * megabyte
-    parts = (backbone.pipeline.components[name] for name in backbone.pipeline.components)
-    modules = [part for part in parts if isinstance(part, torch.nn.Module)]
-    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters()) / 2**20
-    print(
-        f"memory without activations: weights {weights:.0f} MiB, stored latents of a rollout {stored:.1f} MiB "
-        f"(LoRA and optimiser on top)"
-    )
     print(f"per update: {config.prompts_per_update * plan.leaves} images; {config.updates} updates in all")
+    tokens = skeleton.text_tokens(folder, config.max_sequence_length)
+    # Only models with T5 encode all prompts first.
+    alone = (folder / skeleton.t5).is_dir()
+    text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
+    phases = memory.estimate(skeleton, config, plan, tokens, text if alone else 0)
+    kept = {} if alone else {"text encoders": text}
+    print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
+    for phase, parts in phases.items():
+        parts = kept | parts
+        listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
+        print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
+    if not is_hub_id(config.model):
+        check_weights(config.model, folder, ("transformer",) if config.transformer else ())
     return 0
 
 
@@ -225,13 +264,15 @@ def _sampling(config: TrainConfig) -> evaluate.Sampling:
 
 def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     """Trains, exports and reports. Returns the exit code: 0, 1 for a failure (one line says which), 130 if interrupted."""
-    train_prompts, heldout, scorers = _check(config)
+    train_prompts, heldout, scorers, _ = _check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()
     accelerator = Accelerator(cpu=choose_device(config).type == "cpu", **trackers.arguments(config.tracker))
     device = choose_device(config) if accelerator.num_processes == 1 else accelerator.device
     main = accelerator.is_main_process
+    if accelerator.is_fsdp2 and config.quantize == "nf4":
+        raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
 
     def say(text: str) -> None:
         if main:
@@ -239,7 +280,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
 
     # What the report needs is loaded first: it must not be found missing after hours of training.
     features = EfficientNetLite(device) if config.report or config.eval_every else None
-    backbone = load_model(config, device, train_prompts + heldout)
+    backbone = load_model(config, device, train_prompts + heldout, accelerator.is_fsdp2)
     folder = checkpoint.parent if checkpoint else _agreed_folder(config, preset, accelerator)
     trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator)
     if checkpoint:

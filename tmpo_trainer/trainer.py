@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -66,23 +65,18 @@ class Trainer:
         self.config, self.run, self.backbone = config, run, backbone
         self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
         self.scorers, self.prompts = list(scorers), list(prompts)
-        self.device = backbone.device
         self.sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
         self.latent_shape = backbone.latent_shape(*config.resolution)
         self.schedule = make_schedule(config, self.sigmas)
         torch.manual_seed(config.seed)
-        targets = list(backbone.lora_targets[config.lora_targets])
-        adapter = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
-            target_modules=targets,
-            # The model's own last layer has the name of one in FLUX's single blocks. A regex is matched as a whole.
-            exclude_modules="proj_out" if "proj_out" in targets else None,
-            init_lora_weights="gaussian",
-        )
-        backbone.transformer.add_adapter(adapter)
+        backbone.transformer.add_adapter(backbone.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
         if config.gradient_checkpointing:
             backbone.transformer.enable_gradient_checkpointing()
+        if config.compile:
+            # Block by block: they are alike, one is compiled for all. Batches vary in size.
+            for module in backbone.transformer.modules():
+                if type(module).__name__ in backbone.transformer._no_split_modules:
+                    module.compile(dynamic=True)
         cast_training_params(backbone.transformer, dtype=torch.float32)
         self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
         if config.init_lora:
@@ -97,6 +91,8 @@ class Trainer:
             # In place: the transformer keeps its class's methods, its parameters become shards.
             backbone.transformer, self.optimizer = self.accelerator.prepare(backbone.transformer, self.optimizer)
             self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
+        # With FSDP2 the transformer was elsewhere until now.
+        self.device = backbone.device
         self.ema = {name: value.detach().clone() for name, value in self.lora.items()}
         #: Most parents in one network call of the replay; see `_replay`.
         self.replay_batch = config.replay_batch

@@ -190,13 +190,18 @@ def load_folder(folder: Path, config: TrainConfig) -> Backbone:
 
 @pytest.fixture
 def make_trainer(load: Callable[..., Backbone], red_scorer: RedScorer, tmp_path: Path) -> Callable[..., Trainer]:
-    """`make_trainer(setting=value, ...)`: a trainer of a fresh tiny model, or of `folder`, in `tmp_path`.
+    """`make_trainer(setting=value, ...)`: a trainer of a fresh tiny model, or of `folder` or `backbone`, in
+    `tmp_path`.
 
     The tree branches at steps 1, 2 and 3 of 6 unless told otherwise: 96 evaluations in a rollout, 12 in a replay.
     """
 
     def make(
-        scorer: Any = red_scorer, prompts: Sequence[str] = PROMPTS, folder: Path | None = None, **changes: Any
+        scorer: Any = red_scorer,
+        prompts: Sequence[str] = PROMPTS,
+        folder: Path | None = None,
+        backbone: Backbone | None = None,
+        **changes: Any,
     ) -> Trainer:
         settings: dict[str, Any] = {
             "prompts_per_update": 2,
@@ -212,7 +217,8 @@ def make_trainer(load: Callable[..., Backbone], red_scorer: RedScorer, tmp_path:
             "learning_rate": 1e-3,
         }
         config = TrainConfig(**{**settings, **changes})
-        backbone = load(config.max_sequence_length) if folder is None else load_folder(folder, config)
+        if backbone is None:
+            backbone = load(config.max_sequence_length) if folder is None else load_folder(folder, config)
         return Trainer(config, tmp_path, backbone, [scorer], prompts)
 
     return make

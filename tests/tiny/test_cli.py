@@ -27,14 +27,14 @@ FLAGS = {
     "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
     "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
     "--eval-every", "--eval-images", "--eval-limit", "--eval-prompts", "--eval-steps", "--gradient-checkpointing",
-    "--guidance", "--help", "--init-lora",
+    "--compile", "--guidance", "--help", "--init-lora",
     "--inner-updates", "--kappa", "--kernel", "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha",
     "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",
-    "--method", "--model", "--no-gradient-checkpointing",
+    "--method", "--model", "--no-compile", "--no-gradient-checkpointing", "--no-split-guidance",
     "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
-    "--prompts-per-batch", "--prompts-per-update", "--replay-batch", "--report", "--resolution", "--resume",
-    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--text-cache",
-    "--threads", "--tracker",
+    "--prompts-per-batch", "--prompts-per-update", "--quantize", "--replay-batch", "--report", "--resolution", "--resume",
+    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--split-guidance",
+    "--text-cache",    "--threads", "--tracker", "--transformer",
     "--updates", "--version", "--weight-decay",
 }  # fmt: skip
 
@@ -45,6 +45,16 @@ PAPER = {
     "ocr": {"learning_rate": 3e-5, "updates": 250, "max_grad_norm": 0.5, "beta_warmup": 100, "inner_updates": 1},
     "joint": {"learning_rate": 3e-5, "updates": 500, "max_grad_norm": 0.5, "beta_warmup": 150, "inner_updates": 2},
 }
+#: What these change beside the model.
+MEMORY: dict[str, dict[str, Any]] = {
+    "flux-80gb": {"gradient_checkpointing": False, "max_batch": 27, "replay_batch": 3, "decode_batch": 9},
+    "flux-24gb": {
+        "quantize": "nf4", "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 6, "decode_batch": 4,
+    },
+    "sd35m-24gb": {
+        "branch_late": [1, 3, 4], "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 12, "decode_batch": 9,
+    },
+}  # fmt: skip
 PAPER_COMMON = {
     "model": "black-forest-labs/FLUX.1-dev", "method": "tmpo", "rollout_steps": 6, "eval_steps": 28, "branching": 3,
     "branch_early": (1, 2, 3), "branch_late": (1, 3, 5), "kappa": 6, "kernel": "cps", "eta": 0.7, "clip": 0.2,
@@ -147,8 +157,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--model no-pipeline", ["model no-pipeline is a folder without model_index.json"]),
     ("--model unnamed", ["unnamed/model_index.json names no _class_name"]),
     ("--model sana", ["model sana is a SanaPipeline"]),
-    ("--model without-vae", ["model without-vae cannot be loaded", "vae"]),
-    ("--model cut", ["model cut cannot be loaded", "diffusion_pytorch_model.safetensors"]),
+    ("--model without-vae", ["model without-vae has no folder vae/"]),
+    ("--model cut", ["model cut: cut/transformer/diffusion_pytorch_model.safetensors is damaged or cut short"]),
     ("--max-sequence-length 0 --resolution 0 32", ["resolution 0x32 must lie in 16..128"]),
     ("--resolution 32 144", ["resolution 32x144 must lie in 16..128"]),
     ("--learning-rate inf", ["learning_rate 'inf'", "finite"]),
@@ -158,6 +168,10 @@ BAD: list[tuple[str, list[str]]] = [
     ("--prompts-per-update 8 --prompts-per-batch 8 --max-batch 7", ["max_batch 7 cannot hold", "8 prompts"]),
     ("--prompts-per-update 8 --prompts-per-batch 8 --replay-batch 7", ["replay_batch 7 cannot hold", "8 prompts"]),
     ("--tracker wandb", ["tracker wandb is not installed: pip install wandb"]),
+    ("--quantize nf4", ["--quantize nf4 needs a CUDA GPU"]),
+    ("--transformer none.safetensors", ["--transformer none.safetensors is missing"]),
+    ("--transformer good.txt", ["--transformer good.txt is damaged"]),
+    ("--init-lora good.txt", ["good.txt cannot be read as safetensors"]),
     ("--reward beauty", ["unknown reward beauty"]),
     ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
@@ -244,7 +258,10 @@ def test_a_hub_model_is_taken_from_where_the_hub_put_it(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert cli.main([*base, "--model", "some/model", "--device", "cpu", "--updates", "1"]) == 0
-    assert asked[0] == ("some/model", ["model_index.json", "*/*"])
+    # The configs first: what they tell against a run is told before gigabytes are downloaded.
+    configs, everything = ["model_index.json", "*/*.json"], ["model_index.json", "*/*"]
+    assert asked[0] == ("some/model", configs) and asked[-1] == ("some/model", everything)
+    assert all(call in (asked[0], asked[-1]) for call in asked)
 
 
 def module(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -340,7 +357,27 @@ def test_presets_hold_the_papers_values(capsys: pytest.CaptureFixture[str], name
 
 
 def test_there_is_no_other_preset_than_these() -> None:
-    assert set(preset_names()) == {*PAPER, "demo", "demo-long"}
+    assert set(preset_names()) == {*PAPER, *MEMORY, "demo", "demo-long"}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_preset_for_a_gpu_leaves_the_protocol_alone(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    changed = {"model", *MEMORY[name]}
+    for protocol, flags in (
+        ("pickscore", ["--preset", name]),
+        ("geneval", ["--preset", name, "--reward", "geneval"]),
+        ("ocr", ["--preset", "ocr", name]),
+        ("joint", ["--preset", name, "--reward", "hpsv2", "imagereward", "pickscore"]),
+    ):
+        plain, settings = printed(capsys, "--preset", protocol), printed(capsys, *flags)
+        assert {key for key in settings if settings[key] != plain[key]} <= changed
+        assert {key: settings[key] for key in MEMORY[name]} == MEMORY[name]
+    assert printed(capsys, "--preset", name, "--max-batch", "5")["max_batch"] == 5
+
+
+def test_later_presets_win(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "--preset", "flux-24gb", "geneval")["replay_batch"] == 12
+    assert printed(capsys, "--preset", "geneval", "flux-24gb")["replay_batch"] == 6
 
 
 def test_the_flags_are_pinned() -> None:

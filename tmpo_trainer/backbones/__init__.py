@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
 #: What a pipeline needs of a hub repository; single-file checkpoints at the top are as large again.
 HUB_FILES = ("model_index.json", "*/*")
+#: What tells everything but the weights.
+HUB_CONFIGS = ("model_index.json", "*/*.json")
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
@@ -27,15 +29,18 @@ def is_hub_id(model: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).expanduser().exists()
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, weights: bool = True) -> Path:
     """The local pipeline folder of a model setting; a hub id is looked up in the cache, or downloaded.
+
+    Args:
+        weights: without them, only the configs of a hub repository are downloaded: kilobytes.
 
     Raises:
         ConfigError: before anything heavy is loaded.
     """
     folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
     if is_hub_id(model):
-        folder = _from_hub(model)
+        folder = _from_hub(model, HUB_FILES if weights else HUB_CONFIGS)
     index = folder / "model_index.json"
     if not index.is_file():
         what = "is a folder without model_index.json" if folder.is_dir() else "is not a folder"
@@ -51,13 +56,13 @@ def find_model(model: str) -> Path:
     return folder
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(model: str, files: Sequence[str]) -> Path:
     """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(files)))
     except GatedRepoError:
         raise ConfigError(
             f"model {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`"
@@ -74,6 +79,22 @@ def _from_hub(model: str) -> Path:
         ) from None
 
 
+def _kind(folder: Path) -> type[Backbone]:
+    from tmpo_trainer.backbones.flux import FluxBackbone
+    from tmpo_trainer.backbones.sd3 import SD3Backbone
+
+    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    return FluxBackbone if name == "FluxPipeline" else SD3Backbone
+
+
+def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> Backbone:
+    """A model without its weights, see `Backbone.skeleton`. Raises ConfigError for one that cannot be trained."""
+    from tmpo_trainer.backbones import check
+
+    folder = find_model(model, weights=False)
+    return check.skeleton(model, folder, _kind(folder), dtype, max_sequence_length)
+
+
 def load_backbone(
     model: str,
     dtype: torch.dtype,
@@ -81,17 +102,23 @@ def load_backbone(
     max_sequence_length: int,
     prompts: Sequence[str] | None = None,
     text_cache: Path | None = None,
+    transformer: Path | None = None,
+    nf4: bool = False,
+    sharded: bool = False,
 ) -> Backbone:
     """Loads a pipeline folder; see `Backbone.load`. Raises ConfigError for anything that is none."""
     from safetensors import SafetensorError
 
-    from tmpo_trainer.backbones.flux import FluxBackbone
-    from tmpo_trainer.backbones.sd3 import SD3Backbone
+    from tmpo_trainer.backbones import check
 
+    load_skeleton(model, dtype, max_sequence_length)
     folder = find_model(model)
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    backbone = FluxBackbone if name == "FluxPipeline" else SD3Backbone
+    check.check_weights(model, folder, () if transformer is None else ("transformer",))
+    if transformer is not None:
+        check.check_file(transformer, "--transformer ")
     try:
-        return backbone.load(folder, dtype, device, max_sequence_length, prompts, text_cache)
-    except (OSError, ValueError, SafetensorError) as error:
+        return _kind(folder).load(
+            folder, dtype, device, max_sequence_length, prompts, text_cache, transformer, nf4, sharded
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import LoraConfig
 from torch import Tensor
 
 from tmpo_trainer import tree
@@ -49,6 +51,7 @@ class Backbone(ABC):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    transformer_class: ClassVar[type[ModelMixin]]
     #: The folder of the T5 encoder.
     t5: ClassVar[str]
     #: Parts that a pipeline folder may lack.
@@ -57,11 +60,15 @@ class Backbone(ABC):
     lora_targets: ClassVar[dict[LoraTargets, tuple[str, ...]]]
     #: calculate_shift's last default, which differs between diffusers' pipelines.
     default_max_shift: ClassVar[float]
+    #: Channels of the transformer's input per channel of the latent: FLUX takes patches of 2x2.
+    patch_channels: ClassVar[int]
 
     def __init__(self, pipeline: Any, max_sequence_length: int):
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
         self.transformer = pipeline.transformer
+        #: Classifier-free guidance in two network calls instead of one of twice the batch.
+        self.split_guidance = False
         self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -73,12 +80,18 @@ class Backbone(ABC):
         max_sequence_length: int,
         prompts: Sequence[str] | None = None,
         text_cache: Path | None = None,
+        transformer: Path | None = None,
+        nf4: bool = False,
+        sharded: bool = False,
     ) -> Backbone:
         """Loads a pipeline folder and freezes all of it.
 
         Args:
             prompts: all that will be asked for. With them, a model with T5 (which is as large as many a transformer)
                 encodes them first, or finds them in `text_cache`, and the encoders are not kept.
+            transformer: a single safetensors file, in ComfyUI's or the original names, in place of the folder's.
+            nf4: quantise the transformer's linear layers to four bits while it is loaded.
+            sharded: leave the transformer in the computer's memory; FSDP2 puts each device's share there.
         """
         absent = [name for name in cls.optional_parts if not (folder / name).is_dir()]
         features: dict[str, Features] = {}
@@ -90,8 +103,13 @@ class Backbone(ABC):
             # Guidance may want the empty prompt.
             features = cls._features([*prompts, ""], cache, folder, dtype, device, max_sequence_length)
             left_out |= dict.fromkeys(encoders)
-        pipeline: Any = cls.pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, **left_out)
-        pipeline.to(device)
+        network = cls._transformer(folder, dtype, transformer, nf4)
+        pipeline: Any = cls.pipeline_class.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, transformer=network, **left_out
+        )
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and not (sharded and name == "transformer"):
+                part.to(device)
         if device.type == "cpu":
             # Convolutions on a CPU are about 1.4 times faster in this layout.
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -100,8 +118,71 @@ class Backbone(ABC):
                 part.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         backbone = cls(pipeline, max_sequence_length)
-        backbone._encoded.update(features)
+        for prompt, (tokens, pooled) in features.items():
+            backbone.keep(prompt, tokens, pooled)
         return backbone
+
+    @classmethod
+    def _transformer(cls, folder: Path, dtype: torch.dtype, file: Path | None, nf4: bool) -> Any:
+        kind: Any = cls.transformer_class
+        how: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+        if nf4:
+            how["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_use_double_quant=True,
+            )
+        if file is None:
+            return kind.from_pretrained(folder, subfolder="transformer", **how)
+        try:
+            return kind.from_single_file(str(file), config=str(folder), subfolder="transformer", **how)
+        except LookupError as error:
+            # What diffusers' conversion does with names that it does not find.
+            raise ValueError(
+                f"--transformer {file} is no {kind.__name__} in ComfyUI's or the original names ({error})"
+            ) from None
+
+    @classmethod
+    def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:
+        """A backbone from a folder's configs alone, on the meta device: no weights, no text encoders.
+
+        Its geometry, names and sizes are the model's: what can be checked and counted before anything is loaded.
+        """
+
+        def build(kind: Any, name: str) -> Any:
+            with torch.device("meta"):
+                return kind.from_config(kind.load_config(folder, subfolder=name, local_files_only=True)).to(dtype)
+
+        needed = inspect.signature(cls.pipeline_class).parameters
+        parts: dict[str, Any] = {name: None for name in TEXT_PARTS if name in needed}
+        parts["transformer"] = build(cls.transformer_class, "transformer").requires_grad_(False)
+        parts["vae"] = build(AutoencoderKL, "vae").requires_grad_(False)
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            folder, subfolder="scheduler", local_files_only=True
+        )
+        return cls(cls.pipeline_class(**parts), max_sequence_length)
+
+    def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
+        """The LoRA of a run, as peft's config."""
+        modules = list(self.lora_targets[targets])
+        return LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=modules,
+            # The model's own last layer has the name of one in FLUX's single blocks. A regex is matched as a whole.
+            exclude_modules="proj_out" if "proj_out" in modules else None,
+            init_lora_weights="gaussian",
+        )
+
+    def target_shapes(self, targets: LoraTargets) -> dict[str, tuple[int, int]]:
+        """{module: (inputs, outputs)} of the linear layers that get a LoRA."""
+        endings = tuple(f".{ending}" for ending in self.lora_targets[targets])
+        return {
+            name: (module.in_features, module.out_features)
+            for name, module in self.transformer.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.endswith(endings)
+        }
 
     @classmethod
     def _features(
@@ -146,6 +227,15 @@ class Backbone(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Tokens `[P, S, D]` and pooled `[P, C]` of prompts, by the pipeline."""
 
+    @classmethod
+    @abstractmethod
+    def text_tokens(cls, folder: Path, max_sequence_length: int) -> int:
+        """How many tokens the transformer gets for a prompt."""
+
+    def keep(self, prompt: str, tokens: Tensor, pooled: Tensor) -> None:
+        """Gives the features of a prompt, tokens `[S, D]` and pooled `[C]`, instead of having them encoded."""
+        self._encoded[prompt] = (tokens, pooled)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Text features, computed once per prompt and kept. Raises ValueError if the encoders are gone."""
@@ -155,7 +245,7 @@ class Backbone(ABC):
                 raise ValueError(f"prompt {missing[0]!r} was not encoded when the model was loaded")
             tokens, pooled = self._encode(self.pipeline, missing, self.device, self.max_sequence_length)
             for i, prompt in enumerate(missing):
-                self._encoded[prompt] = (tokens[i], pooled[i])
+                self.keep(prompt, tokens[i], pooled[i])
         pairs = [self._encoded[prompt] for prompt in prompts]
         tokens, pooled = (torch.stack(halves).to(self.device) for halves in zip(*pairs, strict=True))
         return Encoded(tokens, pooled)

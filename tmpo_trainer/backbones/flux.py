@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from tmpo_trainer import tree
@@ -16,6 +17,8 @@ from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Ba
 
 class FluxBackbone(Backbone):
     pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
+    patch_channels = 4
     t5 = "text_encoder_2"
     #: q, k, v of the single-stream blocks have the names of those of the joint blocks.
     lora_targets: ClassVar = {
@@ -40,12 +43,17 @@ class FluxBackbone(Backbone):
         )
         return tokens, pooled
 
+    @classmethod
+    def text_tokens(cls, folder: Path, max_sequence_length: int) -> int:
+        """How many tokens the transformer gets for a prompt: those of T5."""
+        return max_sequence_length
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
         factor = self.pipeline.vae_scale_factor
         if height % (2 * factor) or width % (2 * factor) or min(height, width) <= 0:
             raise ValueError(f"resolution {height}x{width} must be a multiple of {2 * factor} in both directions")
-        return self.transformer.config.in_channels // 4, height // factor, width // factor
+        return self.transformer.config.in_channels // self.patch_channels, height // factor, width // factor
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler (FLUX.1-dev: shifted by the picture's size)."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
@@ -18,6 +20,8 @@ SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 
 class SD3Backbone(Backbone):
     pipeline_class = StableDiffusion3Pipeline
+    transformer_class = SD3Transformer2DModel
+    patch_channels = 1
     t5 = "text_encoder_3"
     optional_parts = ("text_encoder_3", "tokenizer_3")
     #: SD3 has joint blocks only: there is nothing more that is linear.
@@ -53,6 +57,12 @@ class SD3Backbone(Backbone):
         )
         return tokens, pooled
 
+    @classmethod
+    def text_tokens(cls, folder: Path, max_sequence_length: int) -> int:
+        """How many tokens the transformer gets for a prompt: those of CLIP, then those of T5 (or zeros)."""
+        settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+        return settings["model_max_length"] + max_sequence_length
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
         unit = self.pipeline.vae_scale_factor * self.pipeline.patch_size
@@ -73,20 +83,15 @@ class SD3Backbone(Backbone):
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)].
 
-        Guidance above 1 evaluates the empty prompt too, with its own pooled vector, in the same call.
+        Guidance above 1 evaluates the empty prompt too, with its own pooled vector: in the same call, or in another
+        with `split_guidance`.
         """
         text = self.encode(prompts)
         empty = self.encode([""]) if guidance > 1 else None
         dtype = self.transformer.dtype
 
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            times = rows_per_prompt(len(x), len(prompts))
-            tokens, pooled = tree.tile(text.tokens, times), tree.tile(text.pooled, times)
-            if empty is not None:
-                tokens = torch.cat([empty.tokens.expand_as(tokens), tokens])
-                pooled = torch.cat([empty.pooled.expand_as(pooled), pooled])
-                x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-            output = self.transformer(
+        def network(x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+            return self.transformer(
                 hidden_states=x.to(dtype),
                 # SD3 takes 0..1000, not 0..1.
                 timestep=1000 * sigma,
@@ -94,9 +99,23 @@ class SD3Backbone(Backbone):
                 pooled_projections=pooled,
                 return_dict=False,
             )[0]
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            times = rows_per_prompt(len(x), len(prompts))
+            tokens, pooled = tree.tile(text.tokens, times), tree.tile(text.pooled, times)
             if empty is None:
-                return output
-            without, with_text = output.chunk(2)
+                return network(x, sigma, tokens, pooled)
+            no_tokens, no_pooled = empty.tokens.expand_as(tokens), empty.pooled.expand_as(pooled)
+            if self.split_guidance:
+                without, with_text = network(x, sigma, no_tokens, no_pooled), network(x, sigma, tokens, pooled)
+            else:
+                both = network(
+                    torch.cat([x, x]),
+                    torch.cat([sigma, sigma]),
+                    torch.cat([no_tokens, tokens]),
+                    torch.cat([no_pooled, pooled]),
+                )
+                without, with_text = both.chunk(2)
             return without + guidance * (with_text - without)
 
         return velocity

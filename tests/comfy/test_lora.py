@@ -1,0 +1,166 @@
+"""A real ComfyUI applies our LoRA as diffusers does: the same network output with it, for SD3, SD3.5 and FLUX. And we read
+a transformer that it has written.
+
+Needs a checkout of ComfyUI: COMFYUI_PATH=/path/to/ComfyUI pytest tests/comfy
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
+from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.export import export_lora
+
+COMFYUI = os.environ.get("COMFYUI_PATH")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no checkout of ComfyUI")
+TARGETS = ["paper", "all-linear"]
+
+
+@pytest.fixture(scope="module")
+def comfy_sd() -> Iterator[Any]:
+    """ComfyUI's loader, on the CPU."""
+    sys.path.insert(0, str(COMFYUI))
+    from comfy.cli_args import args  # type: ignore[import-not-found]
+
+    args.cpu = True
+    import comfy.sd  # type: ignore[import-not-found]
+
+    yield comfy.sd
+    sys.path.remove(str(COMFYUI))
+
+
+def sd3(dual: tuple[int, ...]) -> SD3Transformer2DModel:
+    """Two blocks and two heads: ComfyUI takes the one from the other."""
+    return SD3Transformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        caption_projection_dim=128,
+        joint_attention_dim=48,
+        pooled_projection_dim=40,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=dual,
+        in_channels=16,
+        out_channels=16,
+    )
+
+
+def flux() -> FluxTransformer2DModel:
+    """ComfyUI knows FLUX in its full width alone: one block of each kind, half a billion weights."""
+    return FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, guidance_embeds=True, joint_attention_dim=4096, pooled_projection_dim=768
+    )
+
+
+class Holder:
+    """As much of a pipeline as the export asks for."""
+
+    def __init__(self, kind: type[Backbone], transformer: Any):
+        self.transformer, self.kind = transformer, kind
+        self.vae = AutoencoderKL()
+
+    def save_lora_weights(self, *arguments: Any, **options: Any) -> None:
+        cast(Any, self.kind.pipeline_class).save_lora_weights(*arguments, **options)
+
+
+def make(kind: type[Backbone], transformer: Any, targets: Any) -> Backbone:
+    """A backbone with a random LoRA of alpha twice its rank."""
+    transformer.requires_grad_(False).eval()
+    backbone = kind(Holder(kind, transformer), 0)
+    transformer.add_adapter(backbone.adapter(targets, 4, 8))
+    with torch.no_grad():
+        for name, value in transformer.named_parameters():
+            if "lora_B" in name:
+                value.normal_(std=0.05)
+    return backbone
+
+
+@torch.no_grad()
+def test_sd3(comfy_sd: Any, tmp_path: Path, subtests: Any) -> None:
+    x, sigma = torch.randn(2, 16, 8, 8), torch.full((2,), 0.6)
+    context, pooled = torch.randn(2, 7, 48), torch.randn(2, 40)
+    for dual in ((), (0,)):
+        for targets in TARGETS:
+            with subtests.test(dual=dual, targets=targets):
+                torch.manual_seed(0)
+                transformer = sd3(dual)
+                plain = {key: value.clone() for key, value in transformer.state_dict().items()}
+                backbone = make(SD3Backbone, transformer, targets)
+
+                def ours(network: Any = transformer) -> Tensor:
+                    return network(x, context, pooled, 1000 * sigma, return_dict=False)[0]
+
+                def theirs(network: Any) -> Tensor:
+                    return network(x, timesteps=1000 * sigma, context=context, y=pooled)
+
+                compare(comfy_sd, backbone, plain, ours, theirs, tmp_path / f"{targets}{len(dual)}")
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@torch.no_grad()
+def test_flux(comfy_sd: Any, tmp_path: Path, targets: str) -> None:
+    torch.manual_seed(0)
+    transformer = flux()
+    plain = {key: value.clone() for key, value in transformer.state_dict().items()}
+    backbone = make(FluxBackbone, transformer, targets)
+    x, sigma = torch.randn(1, 16, 8, 8), torch.full((1,), 0.6)
+    context, pooled, guidance = torch.randn(1, 7, 4096), torch.randn(1, 768), torch.full((1,), 3.5)
+
+    def ours() -> Tensor:
+        output = transformer(
+            hidden_states=pack(x),
+            timestep=sigma,
+            guidance=guidance,
+            encoder_hidden_states=context,
+            pooled_projections=pooled,
+            txt_ids=torch.zeros(7, 3),
+            img_ids=image_ids(4, 4),
+            return_dict=False,
+        )[0]
+        return unpack(output, 4, 4)
+
+    def theirs(network: Any) -> Tensor:
+        return network(x, timestep=sigma, context=context, y=pooled, guidance=guidance)
+
+    compare(comfy_sd, backbone, plain, ours, theirs, tmp_path)
+
+
+def compare(comfy_sd: Any, backbone: Backbone, plain: dict[str, Tensor], ours: Any, theirs: Any, folder: Path) -> None:
+    """The base alike in both, ComfyUI's own file of it read back, and with the exported LoRA alike again."""
+    assert export_lora(backbone, folder, {})
+    with_lora = ours()
+    backbone.transformer.disable_adapters()
+    without = ours()
+    # The loader changes tensors in place.
+    patcher = comfy_sd.load_diffusion_model_state_dict({key: value.clone() for key, value in plain.items()})
+    assert patcher is not None
+    patcher.model.diffusion_model.float()
+    torch.testing.assert_close(theirs(patcher.model.diffusion_model), without, atol=1e-4, rtol=1e-3)
+    single = folder / "single.safetensors"
+    written = {key: value.contiguous() for key, value in patcher.model.diffusion_model.state_dict().items()}
+    save_file(written, single)
+    backbone.transformer.save_config(folder / "transformer")
+    read = backbone._transformer(folder, torch.float32, single, False).state_dict()
+    assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in read)
+    single.unlink()
+    file = load_file(folder / "pytorch_lora_weights.safetensors")
+    patched, _ = comfy_sd.load_lora_for_models(patcher, None, file, 1.0, 0.0)
+    # Every pair found its weight.
+    assert sum(len(value) for value in patched.patches.values()) == len(file) // 2
+    patched.patch_model()
+    torch.testing.assert_close(theirs(patched.model.diffusion_model), with_lora, atol=1e-4, rtol=1e-3)
+    assert (with_lora - without).abs().max() > 0.01

@@ -1,0 +1,54 @@
+"""On a GPU: what an update takes is what the estimate says, with and without four bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tmpo_trainer import memory, tree
+from tmpo_trainer.backbones import load_backbone, load_skeleton
+from tmpo_trainer.config import TrainConfig
+from tmpo_trainer.rewards.shapes import ShapesScorer
+from tmpo_trainer.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+REPOSITORY = Path(__file__).parents[2]
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX in full width with two blocks of each kind, random weights."""
+    folder = tmp_path_factory.mktemp("random") / "flux"
+    command = [sys.executable, "benchmarks/random_model.py", "flux", str(folder), "--blocks", "2", "2"]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_takes_what_was_estimated(model: Path, tmp_path: Path, quantize: Any, checkpointing: bool) -> None:
+    config = TrainConfig(
+        quantize=quantize,
+        gradient_checkpointing=checkpointing,
+        branch_late=(1, 2, 3),
+        kappa=1e9,
+        replay_batch=6,
+        decode_batch=4,
+    )
+    tokens, device = config.max_sequence_length, torch.device("cuda")
+    skeleton = load_skeleton(str(model), torch.bfloat16, tokens)
+    plan = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
+    phases = memory.estimate(skeleton, config, plan, skeleton.text_tokens(model, tokens), 0)
+    backbone = load_backbone(str(model), torch.bfloat16, device, tokens, [PROMPT], tmp_path, nf4=quantize == "nf4")
+    trainer = Trainer(config, tmp_path, backbone, [ShapesScorer()], [PROMPT])
+    torch.cuda.reset_peak_memory_stats()
+    figures = [trainer.update() for _ in range(2)]
+    assert all(line["replay_ratio_error"] < 0.05 for line in figures)
+    most = max(sum(parts.values()) for parts in phases.values())
+    assert torch.cuda.max_memory_allocated() == pytest.approx(most, rel=0.15)

@@ -1,0 +1,103 @@
+"""Refusals that need a pipeline folder's configs and file headers alone: seconds, where loading takes minutes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.config import ConfigError
+
+#: VAE scaling factors tell apart VAEs of the same shape: a wrong one gives grey or garish pictures, not an error.
+SCALING = {"SD3": 1.5305, "FLUX": 0.3611}
+
+
+def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype, max_sequence_length: int) -> Backbone:
+    """The model's skeleton, after everything that its configs can tell against it.
+
+    Args:
+        model: as the user named it, for messages.
+
+    Raises:
+        ConfigError: a part is missing, of another kind, or does not fit the others.
+    """
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
+    expected = {"transformer": kind.transformer_class.__name__, "vae": "AutoencoderKL"}
+    expected["scheduler"] = "FlowMatchEulerDiscreteScheduler"
+    for name, wanted in expected.items():
+        found = (index.get(name) or [None, None])[1]
+        if found != wanted:
+            raise ConfigError(
+                f"model {model} names {found} as its {name}: {kind.pipeline_class.__name__} needs {wanted}"
+            )
+    for name, value in index.items():
+        if not isinstance(value, list) or value[1] is None or (folder / name).is_dir():
+            continue
+        if name not in kind.optional_parts:
+            raise ConfigError(f"model {model} has no folder {name}/, which its model_index.json names: copy it there")
+    try:
+        built = kind.skeleton(folder, dtype, max_sequence_length)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
+    _check_vae(model, built)
+    return built
+
+
+def _check_vae(model: str, built: Backbone) -> None:
+    config = built.pipeline.vae.config
+    channels = built.transformer.config.in_channels // built.patch_channels
+    if config.latent_channels != channels:
+        raise ConfigError(
+            f"model {model}: its VAE makes {config.latent_channels} channels, its transformer takes {channels}: the VAE "
+            "is of another model; take both from the same one"
+        )
+    if config.scaling_factor is None or config.shift_factor is None:
+        raise ConfigError(
+            f"model {model}: vae/config.json lacks scaling_factor or shift_factor: take it from the model"
+        )
+    family = "FLUX" if built.pipeline_class.__name__ == "FluxPipeline" else "SD3"
+    for other, factor in SCALING.items():
+        if other != family and abs(config.scaling_factor - factor) < 1e-3:
+            raise ConfigError(
+                f"model {model}: its VAE has scaling_factor {config.scaling_factor}, that of {other}, but the "
+                f"transformer is {family}'s: take the VAE of the same model"
+            )
+
+
+def check_weights(model: str, folder: Path, without: tuple[str, ...] = ()) -> None:
+    """Opens every weight file's header. Raises ConfigError for a file that is cut short, or missing.
+
+    Args:
+        without: folders that will not be read.
+    """
+    index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
+    for name, value in index.items():
+        part = folder / name
+        if name in without or not isinstance(value, list) or value[1] is None or not (part / "config.json").is_file():
+            continue
+        files = set(part.glob("*.safetensors"))
+        for shards in part.glob("*.safetensors.index.json"):
+            try:
+                files |= {part / shard for shard in json.loads(shards.read_text())["weight_map"].values()}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(f"model {model}: {shards} is damaged: download it again") from None
+        if not files and not list(part.glob("*.bin")):
+            raise ConfigError(f"model {model} has no weights in {name}/: the download is not complete")
+        for file in sorted(files):
+            check_file(file, f"model {model}: ")
+
+
+def check_file(file: Path, where: str = "") -> None:
+    """Raises ConfigError if a safetensors file is missing, cut short or something else."""
+    if not file.is_file():
+        raise ConfigError(f"{where}{file} is missing: the download is not complete")
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}{file} is damaged or cut short ({reason}): download it again") from None
