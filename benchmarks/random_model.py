@@ -4,6 +4,7 @@
     python benchmarks/iteration.py --preset pickscore --reward shapes --model /tmp/flux
 
 `--blocks` and `--heads` make it smaller, e.g. for a CPU. The text encoders have one thin layer: they are not measured.
+`--configs` writes the configs alone, of the full text encoders too: enough for `--dry-run` to estimate memory anywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    ModelMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -26,6 +28,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    PreTrainedModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -51,49 +54,54 @@ def vae(scale: float, shift: float) -> AutoencoderKL:
     )
 
 
-def t5() -> tuple[T5EncoderModel, Any]:
+def t5(thin: bool) -> tuple[T5EncoderModel, Any]:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
-    config = T5Config(vocab_size=len(pieces), d_model=T5_WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+    sizes = {"d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": len(pieces)}
+    if not thin:
+        sizes = {"d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "vocab_size": 32128}
+    config = T5Config(d_model=T5_WIDTH, feed_forward_proj="gated-gelu", **sizes)
     return T5EncoderModel(config), T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces])
 
 
-def clip(kind: Any, width: int) -> Any:
+def clip(kind: Any, width: int, layers: int, thin: bool) -> Any:
     tokenizer = make_tokenizer()
+    tokenizer.model_max_length = 77
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) if thin else 49408,
         hidden_size=width,
-        intermediate_size=64,
+        intermediate_size=64 if thin else 4 * width,
         projection_dim=width,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
+        num_hidden_layers=1 if thin else layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return kind(config)
+    return tokenizer, kind(config)
 
 
-def flux(blocks: list[int], heads: int) -> FluxPipeline:
+def flux(blocks: list[int], heads: int, thin: bool) -> FluxPipeline:
     transformer = FluxTransformer2DModel(
         num_layers=blocks[0],
         num_single_layers=blocks[1],
         num_attention_heads=heads,
         guidance_embeds=True,
     )
-    encoder, tokenizer = t5()
+    encoder, tokenizer = t5(thin)
+    clip_tokenizer, clip_encoder = clip(CLIPTextModel, 768, 12, thin)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=vae(0.3611, 0.1159),
-        text_encoder=clip(CLIPTextModel, 768),
-        tokenizer=make_tokenizer(),
+        text_encoder=clip_encoder,
+        tokenizer=clip_tokenizer,
         text_encoder_2=encoder,
         tokenizer_2=tokenizer,
         transformer=transformer,
     )
 
 
-def sd35m(blocks: list[int], heads: int) -> StableDiffusion3Pipeline:
+def sd35m(blocks: list[int], heads: int, thin: bool) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
         sample_size=128,
         num_layers=blocks[0],
@@ -107,14 +115,16 @@ def sd35m(blocks: list[int], heads: int) -> StableDiffusion3Pipeline:
         qk_norm="rms_norm",
         dual_attention_layers=tuple(range((blocks[0] + 1) // 2 + (blocks[0] > 2))),
     )
-    encoder, tokenizer = t5()
+    encoder, tokenizer = t5(thin)
+    small_tokenizer, small = clip(CLIPTextModelWithProjection, 768, 12, thin)
+    large_tokenizer, large = clip(CLIPTextModelWithProjection, 1280, 32, thin)
     return StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(1.5305, 0.0609),
-        text_encoder=clip(CLIPTextModelWithProjection, 768),
-        tokenizer=make_tokenizer(),
-        text_encoder_2=clip(CLIPTextModelWithProjection, 1280),
-        tokenizer_2=make_tokenizer(),
+        text_encoder=small,
+        tokenizer=small_tokenizer,
+        text_encoder_2=large,
+        tokenizer_2=large_tokenizer,
         text_encoder_3=encoder,
         tokenizer_3=tokenizer,
         transformer=transformer,
@@ -131,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", help="for FLUX joint and single ones, for SD3.5 all")
     parser.add_argument("--heads", type=int)
+    parser.add_argument("--configs", action="store_true", help="no weights")
     args = parser.parse_args(arguments)
     make, blocks, heads = SIZES[args.kind]
     if args.blocks and len(args.blocks) != len(blocks):
@@ -139,10 +150,21 @@ def main(arguments: list[str] | None = None) -> int:
     # Made in bfloat16: full-size FLUX has 12 G weights.
     torch.set_default_dtype(torch.bfloat16)
     try:
-        pipeline = make(args.blocks or blocks, args.heads or heads)
+        with torch.device("meta" if args.configs else "cpu"):
+            pipeline = make(args.blocks or blocks, args.heads or heads, not args.configs)
     finally:
         torch.set_default_dtype(torch.float32)
-    pipeline.save_pretrained(args.folder)
+    if args.configs:
+        pipeline.save_config(args.folder)
+        for name, part in pipeline.components.items():
+            if isinstance(part, ModelMixin):
+                part.save_config(args.folder / name)
+            elif isinstance(part, PreTrainedModel):
+                part.config.save_pretrained(args.folder / name)
+            elif part is not None:
+                part.save_pretrained(args.folder / name)
+    else:
+        pipeline.save_pretrained(args.folder)
     count = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"{args.folder}: {type(pipeline).__name__}, transformer of {count / 1e6:.1f} M random weights")
     return 0

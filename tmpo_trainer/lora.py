@@ -1,4 +1,4 @@
-"""LoRA files in: what one was trained on, whether it is sound, and how a run starts from one. `export` writes them."""
+"""LoRAs: how a run attaches one, what a file was trained on, whether it is sound. `export` writes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +20,33 @@ from tmpo_trainer.config import ConfigError
 FILE_NAME = "pytorch_lora_weights.safetensors"
 #: Endings of the two halves: lora_A and lora_B in diffusers and peft, lora_down and lora_up elsewhere.
 DOWN, UP = (".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up.weight")
+
+
+class _MasterLinear(torch.nn.Linear):
+    """A linear layer with float32 weights that computes in its input's precision, as autocast would."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def attach(transformer: Any, config: LoraConfig) -> None:
+    """Adds a LoRA to a diffusers transformer, with float32 weights whatever the transformer's precision.
+
+    Beside bfloat16 layers it computes in bfloat16. peft would have a float32 copy of every layer's input instead, kept
+    for the backward pass: more than half of a replay's memory.
+    """
+    transformer.add_adapter(config)
+    cast_training_params(transformer, dtype=torch.float32)
+    if transformer.dtype == torch.float32:
+        return
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            for half in (layer.lora_A, layer.lora_B):
+                plain: Any = half["default"]
+                with torch.device("meta"):
+                    half["default"] = _MasterLinear(plain.in_features, plain.out_features, bias=False)
+                half["default"].weight = plain.weight
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import cast_training_params
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tmpo_trainer import tree
 from tmpo_trainer.backbones.base import TEXT_PARTS, Backbone
 from tmpo_trainer.config import TrainConfig
+from tmpo_trainer.lora import attach
 
 #: Bytes per weight in NF4 with double quantisation: 4 bits, 8 bits per block of 64, 32 bits per 256 of those.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -119,8 +119,7 @@ def estimate(
     weights = weight_bytes(transformer, config.quantize == "nf4")
     decoder = weight_bytes(vae)
     with torch.device("meta"):
-        transformer.add_adapter(skeleton.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
-    cast_training_params(transformer, dtype=torch.float32)
+        attach(transformer, skeleton.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     lora = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.requires_grad)

@@ -101,13 +101,12 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer], Backbone]:
+def _check(config: TrainConfig, device: torch.device) -> tuple[list[str], list[str], list[Scorer], Backbone]:
     """Everything that can be refused before the model is loaded.
 
     Returns:
         training and held-out prompts, scorers, and the model's skeleton.
     """
-    _need_gpu(config)
     trackers.check(config.tracker)
     train_file, eval_file = prompt_files(config)
     train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
@@ -121,7 +120,7 @@ def _check(config: TrainConfig) -> tuple[list[str], list[str], list[Scorer], Bac
                 except ValueError as error:
                     raise ConfigError(f"{file}: {error}") from None
     scorers = [load_scorer(name) for name in config.reward]
-    return train, heldout, scorers, _skeleton(config, choose_device(config))
+    return train, heldout, scorers, _skeleton(config, device)
 
 
 def load_model(
@@ -178,12 +177,16 @@ def _quiet() -> None:
 def dry_run(config: TrainConfig) -> int:
     """Prints what a run would do: prompts, tree geometry, network evaluations, memory. Loads no weights."""
     _quiet()
-    train_prompts, heldout, _, skeleton = _check(config)
+    device = choose_device(config)
+    here = ""
+    if config.device == "auto" and config.model != "demo" and device.type == "cpu":
+        device, here = torch.device("cuda"), " (none here)"
+    train_prompts, heldout, _, skeleton = _check(config, device)
     folder = find_model(config.model, weights=False)
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
     schedule = make_schedule(config, sigmas)
     parameters = sum(p.numel() for p in skeleton.transformer.parameters())
-    print(f"model {config.model} on {choose_device(config)}: transformer of {parameters / 1e6:.1f} M parameters")
+    print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
     targets = skeleton.target_shapes(config.lora_targets)
     numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
     print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
@@ -264,7 +267,8 @@ def _sampling(config: TrainConfig) -> evaluate.Sampling:
 
 def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     """Trains, exports and reports. Returns the exit code: 0, 1 for a failure (one line says which), 130 if interrupted."""
-    train_prompts, heldout, scorers, _ = _check(config)
+    _need_gpu(config)
+    train_prompts, heldout, scorers, _ = _check(config, choose_device(config))
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()

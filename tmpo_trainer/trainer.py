@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
-from diffusers.training_utils import cast_training_params
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -69,7 +68,7 @@ class Trainer:
         self.latent_shape = backbone.latent_shape(*config.resolution)
         self.schedule = make_schedule(config, self.sigmas)
         torch.manual_seed(config.seed)
-        backbone.transformer.add_adapter(backbone.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
+        lora.attach(backbone.transformer, backbone.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
         if config.gradient_checkpointing:
             backbone.transformer.enable_gradient_checkpointing()
         if config.compile:
@@ -77,7 +76,6 @@ class Trainer:
             for module in backbone.transformer.modules():
                 if type(module).__name__ in backbone.transformer._no_split_modules:
                     module.compile(dynamic=True)
-        cast_training_params(backbone.transformer, dtype=torch.float32)
         self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
         if config.init_lora:
             lora.start(self.lora, config.lora_alpha / config.lora_rank, config.init_lora)

@@ -44,8 +44,8 @@ def test_full_size_is_that_of_the_models(tmp_path: Path, monkeypatch: pytest.Mon
     import torch
 
     with torch.device("meta"):
-        flux = module["flux"](*module["SIZES"]["flux"][1:]).transformer
-        sd35m = module["sd35m"](*module["SIZES"]["sd35m"][1:]).transformer
+        flux = module["flux"](*module["SIZES"]["flux"][1:], True).transformer
+        sd35m = module["sd35m"](*module["SIZES"]["sd35m"][1:], True).transformer
     assert sum(p.numel() for p in flux.parameters()) == 11_901_408_320
     assert sum(p.numel() for p in sd35m.parameters()) == pytest.approx(2.24e9, rel=0.02)
     assert sd35m.config.dual_attention_layers == tuple(range(13))

@@ -47,7 +47,7 @@ PAPER = {
 }
 #: What these change beside the model.
 MEMORY: dict[str, dict[str, Any]] = {
-    "flux-80gb": {"gradient_checkpointing": False, "max_batch": 27, "replay_batch": 3, "decode_batch": 9},
+    "flux-80gb": {"gradient_checkpointing": False, "max_batch": 27, "replay_batch": 4, "decode_batch": 9},
     "flux-24gb": {
         "quantize": "nf4", "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 6, "decode_batch": 4,
     },

@@ -1,17 +1,20 @@
-"""LoRA files: what `inspect` says of one, and runs that start from one."""
+"""LoRAs: what `inspect` says of a file, runs that start from one, and how one is attached."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers.training_utils import cast_training_params
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmpo_trainer import cli, evaluate, lora
+from tmpo_trainer import cli, evaluate, lora, memory
+from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.export import export_lora
 from tmpo_trainer.lora import FILE_NAME
@@ -180,3 +183,42 @@ def test_the_change_of_a_module_is_measured() -> None:
 def test_the_family_is_told_from_names_and_metadata(module: str, metadata: dict[str, str], family: str) -> None:
     state = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
     assert lora.split(state, metadata).family == family
+
+
+# attach
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd35"])
+def test_beside_bfloat16_layers_it_computes_in_bfloat16(
+    kind: str, tiny_flux: Callable[[bool], Path], tiny_sd35: Path, tmp_path: Path
+) -> None:
+    """Nearly the gradient of peft's own float32 path, in float32 weights, and no float32 copies of activations."""
+    folder = tiny_flux(True) if kind == "flux" else tiny_sd35
+    gradients, peaks = [], []
+    for ours in (True, False):
+        backbone = load_backbone(str(folder), torch.bfloat16, torch.device("cpu"), 12, ["a red circle"], tmp_path)
+        config = backbone.adapter("paper", 4, 8)
+        if ours:
+            lora.attach(backbone.transformer, config)
+        else:
+            backbone.transformer.add_adapter(config)
+            cast_training_params(backbone.transformer, dtype=torch.float32)
+        parameters = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in parameters.values():
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+        network = backbone.velocity(["a red circle"], 1.0)
+        x = torch.randn(6, *backbone.latent_shape(64, 64), generator=generator)
+
+        def work(network: Any = network, x: Tensor = x) -> None:
+            network(x, torch.full((6,), 0.5)).float().square().mean().backward()
+
+        peaks.append(memory._peak(backbone.transformer, work, gradient=True))
+        assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in parameters.values())
+        gradients.append({name: p.grad for name, p in parameters.items()})
+    flat = [torch.cat([value.flatten() for value in found.values()]) for found in gradients]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.999
+    assert flat[0].norm().item() == pytest.approx(flat[1].norm().item(), rel=0.02)
+    assert peaks[0] < 0.9 * peaks[1]
