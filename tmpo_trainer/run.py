@@ -255,12 +255,14 @@ def _agreed_folder(config: TrainConfig, preset: str, accelerator: Accelerator) -
 
 
 def _sampling(config: TrainConfig) -> evaluate.Sampling:
+    # No more at once than the rollout has.
+    leaves = config.branching ** len(config.branch_early) * min(config.prompts_per_batch, config.prompts_per_update)
     return evaluate.Sampling(
         steps=config.eval_steps,
         seed=config.seed,
         guidance=config.guidance,
         resolution=config.resolution,
-        batch=config.max_batch or 128,
+        batch=config.max_batch or min(leaves, 128),
         decode_batch=config.decode_batch,
     )
 
