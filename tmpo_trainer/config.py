@@ -172,6 +172,8 @@ class TrainConfig(BaseModel):
     """Precision of the frozen weights; auto is bfloat16 on a GPU and float32 on a CPU. LoRA and latents are float32."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4`: the frozen transformer in four bits (bitsandbytes), a quarter of the memory, on a GPU."""
+    offload_scorers: bool = False
+    """Keep scorers' weights in the computer's memory while they do not score."""
     compile: bool = False
     """torch.compile of the transformer's blocks: the first updates take minutes longer, the others less."""
     threads: int | None = Field(None, ge=1)

@@ -28,7 +28,7 @@ from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
 from tmpo_trainer.features import EfficientNetLite
 from tmpo_trainer.prompts import read_prompts
-from tmpo_trainer.rewards import Scorer, load_scorer
+from tmpo_trainer.rewards import Parked, Scorer, load_scorer
 from tmpo_trainer.rewards.shapes import ShapesScorer
 from tmpo_trainer.trainer import Interrupted, OtherProcessFailed, Trainer, make_schedule
 
@@ -284,6 +284,8 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         if main:
             print(text, file=sys.stderr)
 
+    if config.offload_scorers:
+        scorers = [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in scorers]
     # What the report needs is loaded first: it must not be found missing after hours of training.
     features = EfficientNetLite(device) if config.report or config.eval_every else None
     backbone = load_model(config, device, train_prompts + heldout, accelerator.is_fsdp2)

@@ -18,6 +18,7 @@ from huggingface_hub import errors
 
 from tmpo_trainer import __version__, cli
 from tmpo_trainer.config import TrainConfig, preset_names
+from tmpo_trainer.rewards import Parked
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -30,7 +31,8 @@ FLAGS = {
     "--compile", "--guidance", "--help", "--init-lora",
     "--inner-updates", "--kappa", "--kernel", "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha",
     "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",
-    "--method", "--model", "--no-compile", "--no-gradient-checkpointing", "--no-split-guidance",
+    "--method", "--model", "--no-compile", "--no-gradient-checkpointing", "--no-offload-scorers", "--no-split-guidance",
+    "--offload-scorers",
     "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
     "--prompts-per-batch", "--prompts-per-update", "--quantize", "--replay-batch", "--report", "--resolution", "--resume",
     "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--split-guidance",
@@ -50,6 +52,7 @@ MEMORY: dict[str, dict[str, Any]] = {
     "flux-80gb": {"gradient_checkpointing": False, "max_batch": 27, "replay_batch": 4, "decode_batch": 9},
     "flux-24gb": {
         "quantize": "nf4", "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 6, "decode_batch": 4,
+        "offload_scorers": True,
     },
     "sd35m-24gb": {
         "branch_late": [1, 3, 4], "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 12, "decode_batch": 9,
@@ -507,3 +510,28 @@ def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> No
 def test_a_zero_learning_rate_is_reported(place: Path, base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*base, "--learning-rate", "0"]) == 0
     assert "the LoRA is zero" in capsys.readouterr().err
+
+
+def test_a_parked_scorer_is_on_the_device_only_to_score(
+    place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any
+) -> None:
+    from tmpo_trainer import run
+
+    moves: list[str] = []
+
+    class Movable(type(red_scorer)):
+        def to(self, device: torch.device) -> None:
+            moves.append(str(device))
+
+        def score(self, *arguments: Any) -> torch.Tensor:
+            moves.append("score")
+            return super().score(*arguments)
+
+    monkeypatch.setattr(run, "load_scorer", lambda name: Movable())
+    # A device that differs from where it waits, by its name alone.
+    monkeypatch.setattr(run, "Parked", lambda scorer, device: Parked(scorer, torch.device("cpu:0")))
+    assert cli.main([*base, "--offload-scorers"]) == 0
+    assert moves == ["cpu", *["cpu:0", "score", "cpu"] * 2]
+    moves.clear()
+    assert cli.main([*base, "--output-dir", "plain"]) == 0
+    assert moves == ["score"] * 2

@@ -23,6 +23,26 @@ class Scorer(Protocol):
         ...
 
 
+class Parked:
+    """A scorer whose weights are on the device only while it scores.
+
+    Args:
+        scorer: with a method `to(device)`. device: where it scores; in between it is on the CPU.
+    """
+
+    def __init__(self, scorer: Any, device: torch.device):
+        self.name, self._scorer, self._device = scorer.name, scorer, device
+        scorer.to(torch.device("cpu"))
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
+        """As the scorer does."""
+        self._scorer.to(self._device)
+        try:
+            return self._scorer.score(images, prompts, metadata)
+        finally:
+            self._scorer.to(torch.device("cpu"))
+
+
 def load_scorer(name: str) -> Scorer:
     """A scorer by its name. Raises ConfigError that lists the known ones."""
     if name == "shapes":
