@@ -1,4 +1,4 @@
-"""Seconds, network evaluations and memory of a training iteration by phase: `python benchmarks/iteration.py [train flags]`.
+"""Seconds by phase, network evaluations and peak memory of an iteration: `python benchmarks/iteration.py [train flags]`.
 
 Takes the flags of `python -m tmpo_trainer`; `--updates` counts the updates measured, after one that is not. At full size
 without weights: benchmarks/random_model.py.
@@ -31,7 +31,10 @@ def main() -> int:
     backbone = run.load_model(config, device, prompts)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
-        lines = [trainer.update() for _ in range(config.updates + 1)][1:]
+        trainer.update()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        lines = [trainer.update() for _ in range(config.updates)]
     seconds: defaultdict[str, float] = defaultdict(float)
     for line in lines:
         for phase, value in line["seconds"].items():

@@ -39,6 +39,8 @@ class TrainConfig(BaseModel):
     """One or more scorers; several are z-scored per prompt and added."""
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward; all 1 by default."""
+    reward_models: tuple[str, ...] = ()
+    """NAME=PATH: where a scorer's weights are, in place of its hub repository."""
     reward_norm: Literal["zscore", "none"] = "zscore"
     """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw."""
     method: Literal["tmpo"] = "tmpo"
@@ -90,7 +92,7 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = False
     """Keep no activations inside the transformer's blocks: much less memory in the replay, about a third more time."""
     split_guidance: bool = False
-    """Classifier-free guidance in two network calls instead of one of twice the batch: less memory, somewhat slower."""
+    """Classifier-free guidance in two network calls instead of one of twice the batch: less memory at once."""
     decode_batch: int = Field(64, ge=1)
     """Most latents in one VAE decode."""
 
@@ -187,6 +189,12 @@ class TrainConfig(BaseModel):
             )
         if len(set(self.reward)) != len(self.reward):
             raise ValueError(f"reward {' '.join(self.reward)} names one twice")
+        for entry in self.reward_models:
+            name, _, path = entry.partition("=")
+            if not path:
+                raise ValueError(f"reward_models {entry}: write NAME=PATH")
+            if name not in self.reward:
+                raise ValueError(f"reward_models {entry}: {name} is none of the rewards {' '.join(self.reward)}")
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
         if self.kernel == "cps" and self.eta > 1:

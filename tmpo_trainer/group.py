@@ -54,8 +54,11 @@ class Group:
 
         network = trainer.backbone.velocity(self.prompts, config.guidance)
 
+        #: What the network is called for just now: rollout, reference or replay.
+        self.phase = "rollout"
+
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            with clock("replay" if torch.is_grad_enabled() else "rollout"):
+            with clock(self.phase):
                 return network(x, sigma)
 
         self.velocity = velocity
@@ -97,6 +100,7 @@ class Group:
         }
         self.reference: list[Tensor] | None = None
         if config.kl_weight or config.anchor == "ref":
+            self.phase = "reference"
             with trainer.reference():
                 self.reference = tree.parent_means(velocity, self.rollout, trainer.replay_batch)
 
@@ -104,6 +108,7 @@ class Group:
         """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""
         config, run = self.trainer.config, self.rollout
         batch = self.trainer.replay_batch
+        self.phase = "replay"
         if inner == 0:
             means = [branch.mean for branch in run.branches]
             log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,22 @@ class Peak(TorchDispatchMode):
     """Counts the bytes of storages that are made, or met, and are still alive.
 
     Attributes:
-        now, peak: bytes. known: what counts as there already, e.g. weights.
+        now, peak: bytes.
     """
 
-    def __init__(self, known: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = known
+        self.now = self.peak = 0
         self._alive: set[int] = set()
 
     def ignore(self, module: torch.nn.Module) -> None:
-        """A module's weights are not counted: they are known."""
-        self._alive |= {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
+        """A module's weights and gradients are not counted: they are known."""
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        self.ignore_tensors([*module.parameters(), *module.buffers(), *gradients])
+
+    def ignore_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tensors that are known, and stay."""
+        self._alive |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -98,7 +103,9 @@ def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
     for name in TEXT_PARTS:
         config = folder / name / "config.json"
         if name.startswith("text_encoder") and config.is_file():
-            kind = getattr(transformers, index[name][1])
+            kind = getattr(transformers, (index.get(name) or [None, None])[1] or "", None)
+            if kind is None:
+                continue
             with torch.device("meta"):
                 model = kind(kind.config_class.from_pretrained(config.parent, local_files_only=True))
             total += sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -106,13 +113,15 @@ def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 
 def estimate(
-    skeleton: Backbone, config: TrainConfig, plan: tree.TreePlan, tokens: int, text_bytes: int
+    skeleton: Backbone, config: TrainConfig, plans: Sequence[tree.TreePlan], tokens: int, text_bytes: int
 ) -> dict[str, dict[str, int]]:
     """Bytes on one device, `{phase: {part: bytes}}`; a phase needs the sum of its parts.
 
+    For a whole transformer on the device: FSDP2 divides it, the LoRA and the optimiser by the number of devices.
+
     Args:
         skeleton: from `Backbone.skeleton`; it gets the run's adapter and is of no use afterwards.
-        plan: of one prompt. tokens: of text, see `Backbone.text_tokens`.
+        plans: of one prompt, all that the run may meet. tokens: of text, see `Backbone.text_tokens`.
         text_bytes: of the text encoders, see `text_encoder_bytes`; 0 if none is ever loaded.
     """
     transformer, vae = skeleton.transformer, skeleton.pipeline.vae
@@ -126,14 +135,18 @@ def estimate(
     together = min(config.prompts_per_batch, config.prompts_per_update)
     shape = skeleton.latent_shape(*config.resolution)
     latent = 4 * shape[0] * shape[1] * shape[2]
-    index = plan.index()
-    # Leaves, parents with their means, children of every edge.
-    stored = (plan.leaves + 2 * plan.train_evaluations + len(index.edge_parent)) * config.prompts_per_update * latent
-    if config.kl_weight or config.anchor == "ref":
-        stored += plan.train_evaluations * config.prompts_per_update * latent
-    rollout = min(max(plan.widths) * together, config.max_batch or 2**62)
-    replay = min(plan.train_evaluations * together, config.replay_batch or 2**62)
-    decode = min(plan.leaves * together, config.decode_batch)
+
+    def kept(plan: tree.TreePlan) -> int:
+        # Leaves, parents with their means, children of every edge, reference means.
+        means = 3 if config.kl_weight or config.anchor == "ref" else 2
+        return plan.leaves + means * plan.train_evaluations + len(plan.index().edge_parent)
+
+    stored = max(map(kept, plans)) * config.prompts_per_update * latent
+    width = max(max(plan.widths) for plan in plans) * together
+    parents = max(plan.train_evaluations for plan in plans) * together
+    rollout = tree.chunk_size(width, together, config.max_batch)
+    replay = tree.chunk_size(parents, together, config.replay_batch)
+    decode = min(max(plan.leaves for plan in plans) * together, config.decode_batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)
         fake(vae)
@@ -141,20 +154,31 @@ def estimate(
         forward = _peak(transformer, lambda: velocity(rollout, shape), gradient=False)
         backward = _peak(transformer, lambda: velocity(replay, shape).sum().backward(), gradient=True)
         decoding = _peak(vae, lambda: vae.decode(torch.empty(decode, *shape, dtype=vae.dtype)), gradient=False)
-    # AdamW's two moments and the averaged weights.
-    resident = {"transformer": weights, "VAE": decoder, "LoRA, optimiser, average": 4 * lora, "latents kept": stored}
+    resident = {
+        "transformer": weights,
+        "VAE": decoder,
+        # Weights, gradient (which stays until the next replay), two moments, average.
+        "LoRA, optimiser, average": 5 * lora,
+        "latents kept": stored,
+    }
     phases = {
         f"rollout, {rollout} latents a call": resident | {"forward": forward},
         f"decoding, {decode} latents a call": resident | {"decoder": decoding},
-        # The gradient is among what the backward pass leaves alive.
         f"replay, {replay} latents a call": resident | {"forward and backward": backward},
-        "optimiser": resident | {"gradient": lora, "temporaries": lora},
+        "optimiser": resident | {"temporaries": lora},
+        # The trained weights are kept aside while the averaged ones draw.
+        "sample grids, evaluation": resident | {"LoRA kept aside": lora, "forward or decoder": max(forward, decoding)},
     }
     return ({"text encoding": {"text encoders": text_bytes}} if text_bytes else {}) | phases
 
 
 def _peak(module: torch.nn.Module, work: Callable[[], object], gradient: bool) -> int:
-    """Bytes beyond a module's weights while something runs."""
+    """Bytes beyond a module's weights, and their gradients, while something runs."""
+    if gradient:
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # In the second part of a replay it is there from the start.
+                parameter.grad = torch.zeros_like(parameter)
     with Peak() as peak, torch.set_grad_enabled(gradient):
         peak.ignore(module)
         work()

@@ -7,6 +7,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,19 @@ import peft
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from tmpo_trainer import __version__, evaluate, export, lora, memory, reporting, trackers, tree
 from tmpo_trainer.backbones import find_model, is_hub_id, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.backbones.check import check_file, check_weights
+from tmpo_trainer.backbones.check import check_transformer, check_weights
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
 from tmpo_trainer.features import EfficientNetLite
 from tmpo_trainer.prompts import read_prompts
-from tmpo_trainer.rewards import Parked, Scorer, load_scorer
+from tmpo_trainer.rewards import Parked, Scorer, check_name, load_scorer
 from tmpo_trainer.rewards.shapes import ShapesScorer
 from tmpo_trainer.trainer import Interrupted, OtherProcessFailed, Trainer, make_schedule
 
@@ -101,13 +102,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _check(config: TrainConfig, device: torch.device) -> tuple[list[str], list[str], list[Scorer], Backbone]:
+def _check(config: TrainConfig, device: torch.device) -> tuple[list[str], list[str], Backbone]:
     """Everything that can be refused before the model is loaded.
 
     Returns:
-        training and held-out prompts, scorers, and the model's skeleton.
+        training and held-out prompts, and the model's skeleton.
     """
     trackers.check(config.tracker)
+    for name in config.reward:
+        check_name(name)
     train_file, eval_file = prompt_files(config)
     train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
     if "shapes" in config.reward:
@@ -119,17 +122,22 @@ def _check(config: TrainConfig, device: torch.device) -> tuple[list[str], list[s
                     parse(prompt)
                 except ValueError as error:
                     raise ConfigError(f"{file}: {error}") from None
-    scorers = [load_scorer(name) for name in config.reward]
-    return train, heldout, scorers, _skeleton(config, device)
+    return train, heldout, _skeleton(config, device)
+
+
+def _scorers(config: TrainConfig, device: torch.device) -> list[Scorer]:
+    """The scorers of a run. Raises ConfigError for weights that cannot be had."""
+    paths = dict(entry.split("=", 1) for entry in config.reward_models)
+    scorers = [load_scorer(name, device, paths.get(name)) for name in config.reward]
+    if config.offload_scorers:
+        return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in scorers]
+    return scorers
 
 
 def load_model(
     config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
 ) -> Backbone:
     """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
-    if device.type == "cuda":
-        # The LoRA's own products are of float32: TF32 is as precise as the bfloat16 layers that they are added to.
-        torch.set_float32_matmul_precision("high")
     backbone = load_backbone(
         config.model,
         _dtype(config, device),
@@ -157,7 +165,7 @@ def _skeleton(config: TrainConfig, device: torch.device) -> Backbone:
     if config.init_lora:
         lora.check_fits(config.init_lora, skeleton.target_shapes(config.lora_targets), config.lora_rank)
     if config.transformer:
-        check_file(config.transformer, "--transformer ")
+        check_transformer(config.transformer, skeleton, config.quantize == "nf4")
     if config.quantize == "nf4":
         if device.type == "cpu":
             raise ConfigError("--quantize nf4 needs a CUDA GPU: leave it out")
@@ -181,7 +189,7 @@ def dry_run(config: TrainConfig) -> int:
     here = ""
     if config.device == "auto" and config.model != "demo" and device.type == "cpu":
         device, here = torch.device("cuda"), " (none here)"
-    train_prompts, heldout, _, skeleton = _check(config, device)
+    train_prompts, heldout, skeleton = _check(config, device)
     folder = find_model(config.model, weights=False)
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
     schedule = make_schedule(config, sigmas)
@@ -199,13 +207,14 @@ def dry_run(config: TrainConfig) -> int:
             f"update {update + 1}: branch steps {steps}, widths {plan.widths}, {plan.leaves} leaves; per prompt "
             f"{plan.rollout_evaluations} evaluations in the rollout, {plan.train_evaluations} in the replay"
         )
-    plan = tree.TreePlan.tmpo(config.rollout_steps, schedule.steps(0), config.branching)
-    print(f"per update: {config.prompts_per_update * plan.leaves} images; {config.updates} updates in all")
+    every = sorted({schedule.steps(update) for update in range(config.updates)})
+    plans = [tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching) for steps in every]
+    print(f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all")
     tokens = skeleton.text_tokens(folder, config.max_sequence_length)
     # Only models with T5 encode all prompts first.
     alone = (folder / skeleton.t5).is_dir()
     text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
-    phases = memory.estimate(skeleton, config, plan, tokens, text if alone else 0)
+    phases = memory.estimate(skeleton, config, plans, tokens, text if alone else 0)
     kept = {} if alone else {"text encoders": text}
     print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
     for phase, parts in phases.items():
@@ -254,6 +263,24 @@ def _agreed_folder(config: TrainConfig, preset: str, accelerator: Accelerator) -
     return told[0]
 
 
+def _together(
+    accelerator: Accelerator, load: Callable[[], tuple[list[Scorer], Backbone]]
+) -> tuple[list[Scorer], Backbone]:
+    """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
+    if accelerator.num_processes == 1:
+        return load()
+    loaded: list[tuple[list[Scorer], Backbone]] = []
+    own = None
+    try:
+        loaded.append(load())
+    except ConfigError as error:
+        own = f"process {accelerator.process_index}: {error}"
+    for text in gather_object([own]):
+        if text is not None:
+            raise ConfigError(text)
+    return loaded[0]
+
+
 def _sampling(config: TrainConfig) -> evaluate.Sampling:
     # No more at once than the rollout has.
     leaves = config.branching ** len(config.branch_early) * min(config.prompts_per_batch, config.prompts_per_update)
@@ -270,7 +297,7 @@ def _sampling(config: TrainConfig) -> evaluate.Sampling:
 def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     """Trains, exports and reports. Returns the exit code: 0, 1 for a failure (one line says which), 130 if interrupted."""
     _need_gpu(config)
-    train_prompts, heldout, scorers, _ = _check(config, choose_device(config))
+    train_prompts, heldout, _ = _check(config, choose_device(config))
     if config.threads:
         torch.set_num_threads(config.threads)
     _quiet()
@@ -284,11 +311,15 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         if main:
             print(text, file=sys.stderr)
 
-    if config.offload_scorers:
-        scorers = [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in scorers]
-    # What the report needs is loaded first: it must not be found missing after hours of training.
+    # What the rewards and the report need is loaded first: it must not be found missing after hours of training.
     features = EfficientNetLite(device) if config.report or config.eval_every else None
-    backbone = load_model(config, device, train_prompts + heldout, accelerator.is_fsdp2)
+    scorers, backbone = _together(
+        accelerator,
+        lambda: (
+            _scorers(config, device),
+            load_model(config, device, train_prompts + heldout, accelerator.is_fsdp2),
+        ),
+    )
     folder = checkpoint.parent if checkpoint else _agreed_folder(config, preset, accelerator)
     trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator)
     if checkpoint:

@@ -76,6 +76,8 @@ class Trainer:
             for module in backbone.transformer.modules():
                 if type(module).__name__ in backbone.transformer._no_split_modules:
                     module.compile(dynamic=True)
+            # One per kind of block, with and without gradient and adapter: more than torch's default of 8.
+            torch._dynamo.config.recompile_limit = 64
         self.lora = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
         if config.init_lora:
             lora.start(self.lora, config.lora_alpha / config.lora_rank, config.init_lora)
@@ -129,8 +131,13 @@ class Trainer:
         return any(gather_object([value])) if self.accelerator.num_processes > 1 else value
 
     def _full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors from shards, on every process."""
-        return {name: whole(value) for name, value in tensors.items()}
+        """Whole tensors from shards, for the main process to write: on the CPU, one after another. Empty on the others."""
+        found = {}
+        for name, value in tensors.items():
+            full = whole(value)
+            if self.accelerator.is_main_process:
+                found[name] = full.cpu() if self.sharded else full
+        return found
 
     # -- state ---------------------------------------------------------------------------------------------------
 

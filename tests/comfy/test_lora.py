@@ -154,7 +154,7 @@ def compare(comfy_sd: Any, backbone: Backbone, plain: dict[str, Tensor], ours: A
     written = {key: value.contiguous() for key, value in patcher.model.diffusion_model.state_dict().items()}
     save_file(written, single)
     backbone.transformer.save_config(folder / "transformer")
-    read = backbone._transformer(folder, torch.float32, single, False).state_dict()
+    read = backbone._transformer(folder, torch.float32, single, None).state_dict()
     assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in read)
     single.unlink()
     file = load_file(folder / "pytorch_lora_weights.safetensors")

@@ -44,11 +44,12 @@ def test_an_update_takes_what_was_estimated(model: Path, tmp_path: Path, quantiz
     tokens, device = config.max_sequence_length, torch.device("cuda")
     skeleton = load_skeleton(str(model), torch.bfloat16, tokens)
     plan = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
-    phases = memory.estimate(skeleton, config, plan, skeleton.text_tokens(model, tokens), 0)
+    phases = memory.estimate(skeleton, config, [plan], skeleton.text_tokens(model, tokens), 0)
     backbone = load_backbone(str(model), torch.bfloat16, device, tokens, [PROMPT], tmp_path, nf4=quantize == "nf4")
     trainer = Trainer(config, tmp_path, backbone, [ShapesScorer()], [PROMPT])
+    trainer.update()
     torch.cuda.reset_peak_memory_stats()
-    figures = [trainer.update() for _ in range(2)]
-    assert all(line["replay_ratio_error"] < 0.05 for line in figures)
-    most = max(sum(parts.values()) for parts in phases.values())
-    assert torch.cuda.max_memory_allocated() == pytest.approx(most, rel=0.15)
+    assert trainer.update()["replay_ratio_error"] < 0.05
+    during = [parts for title, parts in phases.items() if not title.startswith("sample")]
+    most = max(sum(parts.values()) for parts in during)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(most, rel=0.1)

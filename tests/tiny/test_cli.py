@@ -35,7 +35,8 @@ FLAGS = {
     "--offload-scorers",
     "--no-report", "--output-dir", "--preset", "--print-config", "--prompts",
     "--prompts-per-batch", "--prompts-per-update", "--quantize", "--replay-batch", "--report", "--resolution", "--resume",
-    "--reward", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed", "--split-guidance",
+    "--reward", "--reward-models", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed",
+    "--split-guidance",
     "--text-cache",    "--threads", "--tracker", "--transformer",
     "--updates", "--version", "--weight-decay",
 }  # fmt: skip
@@ -176,6 +177,12 @@ BAD: list[tuple[str, list[str]]] = [
     ("--transformer good.txt", ["--transformer good.txt is damaged"]),
     ("--init-lora good.txt", ["good.txt cannot be read as safetensors"]),
     ("--reward beauty", ["unknown reward beauty"]),
+    ("--reward picscore", ["unknown reward picscore", "did you mean pickscore?"]),
+    ("--reward-models pickscore=x", ["pickscore is none of the rewards shapes"]),
+    ("--reward-models shapes", ["reward_models shapes: write NAME=PATH"]),
+    ("--reward-models shapes=x", ["shapes has no weights"]),
+    ("--reward pickscore --reward-models pickscore=nowhere", ["pickscore=nowhere: nowhere does not exist"]),
+    ("--reward ocr", ["reward ocr is not part of this version yet"]),
     ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
     ("--device cuda:99", ["device cuda:99", "CUDA devices"]),
@@ -255,7 +262,8 @@ def test_a_hub_model_is_taken_from_where_the_hub_put_it(
 ) -> None:
     asked: list[tuple[str, list[str]]] = []
 
-    def download(name: str, allow_patterns: list[str]) -> str:
+    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert ignore_patterns == []
         asked.append((name, allow_patterns))
         return str(tiny_model)
 
@@ -433,7 +441,7 @@ def test_what_a_run_leaves_behind(
     """Settings, environment, figures, sample grids and the report; the settings repeat the run."""
     from tmpo_trainer import run
 
-    monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
+    monkeypatch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
     monkeypatch.setattr(run, "EfficientNetLite", MeanColours)
     more = ["--report", "--sample-every", "2", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2"]
     more += ["--ema-every", "1"]
@@ -472,7 +480,7 @@ def test_evaluation_on_the_way(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
-    monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
+    monkeypatch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
     monkeypatch.setattr(run, "EfficientNetLite", MeanColours)
     more = ["--eval-every", "1", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2", "--updates", "3"]
     more += ["--ema-every", "1"]
@@ -527,7 +535,7 @@ def test_a_parked_scorer_is_on_the_device_only_to_score(
             moves.append("score")
             return super().score(*arguments)
 
-    monkeypatch.setattr(run, "load_scorer", lambda name: Movable())
+    monkeypatch.setattr(run, "load_scorer", lambda name, *more: Movable())
     # A device that differs from where it waits, by its name alone.
     monkeypatch.setattr(run, "Parked", lambda scorer, device: Parked(scorer, torch.device("cpu:0")))
     assert cli.main([*base, "--offload-scorers"]) == 0

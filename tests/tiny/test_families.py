@@ -35,7 +35,7 @@ def flags(model: Path, *more: str) -> list[str]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, red_scorer: Any) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "load_scorer", lambda name: red_scorer)
+    monkeypatch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
     (tmp_path / "good.txt").write_text("\n".join(PROMPTS))
     return tmp_path
 

@@ -117,6 +117,35 @@ def test_a_single_file_takes_the_place_of_the_transformer(tiny_sd35: Path, tmp_p
     assert not torch.allclose(velocity(backbone), velocity(load(tiny_sd35)), atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("names", "options", "blame"),
+    [
+        ({"a.weight": torch.float32, "a.scale_weight": torch.float32}, {}, "has scaled 8-bit weights"),
+        ({"scaled_fp8": torch.float32}, {}, "has scaled 8-bit weights"),
+        ({"a.weight": torch.float8_e4m3fn}, {"nf4": True}, "cannot be made 4-bit ones"),
+        ({"double_blocks.0.x": torch.float32}, {}, "is of FLUX.1-schnell, the model of FLUX.1-dev"),
+    ],
+)
+def test_a_single_file_that_would_load_wrongly_is_refused(
+    tiny_flux: Callable[[bool], Path], tmp_path: Path, names: dict[str, Any], options: dict[str, Any], blame: str
+) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(4).to(dtype) for name, dtype in names.items()}, file)
+    with pytest.raises(ConfigError, match=r"--transformer .*other\.safetensors") as caught:
+        load(tiny_flux(True), transformer=file, **options)
+    assert blame in str(caught.value)
+
+
+def test_a_single_file_that_lacks_something_is_refused(tiny_sd35: Path, tmp_path: Path) -> None:
+    state = load_file(tiny_sd35 / "transformer" / "diffusion_pytorch_model.safetensors")
+    names = original_names(state)
+    del names["joint_blocks.1.x_block.attn.ln_q.weight"]
+    file = tmp_path / "less.safetensors"
+    save_file({key: value.contiguous() for key, value in names.items()}, file)
+    with pytest.raises(ConfigError, match=r"less\.safetensors"):
+        load(tiny_sd35, transformer=file)
+
+
 def test_a_single_file_of_another_model_is_one_line(tiny_sd35: Path, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, file)
@@ -149,7 +178,6 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes quantises on a CPU as well; diffusers asks for a GPU before it tries."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
-    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
 
 
 @pytest.fixture(params=["flux", "sd35"])

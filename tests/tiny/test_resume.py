@@ -54,7 +54,7 @@ def flush(path, flush=checkpoint._flush):
     flush(path)
 
 checkpoint._flush = flush
-run.load_scorer = lambda name: Red()
+run.load_scorer = lambda name, *more: Red()
 sys.exit(cli.main())
 """
 
@@ -91,7 +91,7 @@ class Scorer:
 def scorer(monkeypatch: pytest.MonkeyPatch, red_scorer: Any) -> Scorer:
     """The scorer of runs within this process."""
     scorer = Scorer(red_scorer.score)
-    monkeypatch.setattr(run, "load_scorer", lambda name: scorer)
+    monkeypatch.setattr(run, "load_scorer", lambda name, *more: scorer)
     return scorer
 
 
@@ -100,7 +100,7 @@ def whole(flags: list[str], red_scorer: Any, tmp_path_factory: pytest.TempPathFa
     """The folder of a run in one go. Do not write to it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_scorer", lambda name: red_scorer)
+        patch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
         assert cli.main([*flags, "--output-dir", str(folder)]) == 0
     return folder
 

@@ -29,18 +29,21 @@ def is_hub_id(model: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).expanduser().exists()
 
 
-def find_model(model: str, weights: bool = True) -> Path:
+def find_model(model: str, weights: bool = True, transformer: bool = True) -> Path:
     """The local pipeline folder of a model setting; a hub id is looked up in the cache, or downloaded.
 
     Args:
         weights: without them, only the configs of a hub repository are downloaded: kilobytes.
+        transformer: whether its weights are among them.
 
     Raises:
         ConfigError: before anything heavy is loaded.
     """
     folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
     if is_hub_id(model):
-        folder = _from_hub(model, HUB_FILES if weights else HUB_CONFIGS)
+        folder = _from_hub(
+            model, HUB_FILES if weights else HUB_CONFIGS, () if transformer else ("transformer/*.safetensors",)
+        )
     index = folder / "model_index.json"
     if not index.is_file():
         what = "is a folder without model_index.json" if folder.is_dir() else "is not a folder"
@@ -56,13 +59,13 @@ def find_model(model: str, weights: bool = True) -> Path:
     return folder
 
 
-def _from_hub(model: str, files: Sequence[str]) -> Path:
+def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
     """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(files)))
+        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=list(without)))
     except GatedRepoError:
         raise ConfigError(
             f"model {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`"
@@ -111,11 +114,11 @@ def load_backbone(
 
     from tmpo_trainer.backbones import check
 
-    load_skeleton(model, dtype, max_sequence_length)
-    folder = find_model(model)
-    check.check_weights(model, folder, () if transformer is None else ("transformer",))
+    skeleton = load_skeleton(model, dtype, max_sequence_length)
     if transformer is not None:
-        check.check_file(transformer, "--transformer ")
+        check.check_transformer(transformer, skeleton, nf4)
+    folder = find_model(model, transformer=transformer is None)
+    check.check_weights(model, folder, () if transformer is None else ("transformer",))
     try:
         return _kind(folder).load(
             folder, dtype, device, max_sequence_length, prompts, text_cache, transformer, nf4, sharded

@@ -103,7 +103,7 @@ class Backbone(ABC):
             # Guidance may want the empty prompt.
             features = cls._features([*prompts, ""], cache, folder, dtype, device, max_sequence_length)
             left_out |= dict.fromkeys(encoders)
-        network = cls._transformer(folder, dtype, transformer, nf4)
+        network = cls._transformer(folder, dtype, transformer, device if nf4 else None)
         pipeline: Any = cls.pipeline_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, transformer=network, **left_out
         )
@@ -123,10 +123,12 @@ class Backbone(ABC):
         return backbone
 
     @classmethod
-    def _transformer(cls, folder: Path, dtype: torch.dtype, file: Path | None, nf4: bool) -> Any:
+    def _transformer(cls, folder: Path, dtype: torch.dtype, file: Path | None, nf4: torch.device | None) -> Any:
+        """The transformer on the CPU; with `nf4` in four bits, on that device."""
         kind: Any = cls.transformer_class
         how: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
-        if nf4:
+        if nf4 is not None:
+            how["device_map"] = {"": nf4}
             how["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
@@ -136,12 +138,16 @@ class Backbone(ABC):
         if file is None:
             return kind.from_pretrained(folder, subfolder="transformer", **how)
         try:
-            return kind.from_single_file(str(file), config=str(folder), subfolder="transformer", **how)
+            network = kind.from_single_file(str(file), config=str(folder), subfolder="transformer", **how)
         except LookupError as error:
             # What diffusers' conversion does with names that it does not find.
             raise ValueError(
                 f"--transformer {file} is no {kind.__name__} in ComfyUI's or the original names ({error})"
             ) from None
+        for name, value in network.named_parameters():
+            if value.is_meta:
+                raise ValueError(f"--transformer {file} lacks {name}: it is of another model")
+        return network
 
     @classmethod
     def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:

@@ -16,6 +16,11 @@ from tmpo_trainer.config import ConfigError
 SCALING = {"SD3": 1.5305, "FLUX": 0.3611}
 
 
+def _class_name(entry: Any) -> str | None:
+    """Of a part in model_index.json: [library, class], or [null, null] for none."""
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
 def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype, max_sequence_length: int) -> Backbone:
     """The model's skeleton, after everything that its configs can tell against it.
 
@@ -29,19 +34,20 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
     expected = {"transformer": kind.transformer_class.__name__, "vae": "AutoencoderKL"}
     expected["scheduler"] = "FlowMatchEulerDiscreteScheduler"
     for name, wanted in expected.items():
-        found = (index.get(name) or [None, None])[1]
+        found = _class_name(index.get(name))
         if found != wanted:
             raise ConfigError(
                 f"model {model} names {found} as its {name}: {kind.pipeline_class.__name__} needs {wanted}"
             )
     for name, value in index.items():
-        if not isinstance(value, list) or value[1] is None or (folder / name).is_dir():
+        if _class_name(value) is None or (folder / name).is_dir():
             continue
         if name not in kind.optional_parts:
             raise ConfigError(f"model {model} has no folder {name}/, which its model_index.json names: copy it there")
     try:
         built = kind.skeleton(folder, dtype, max_sequence_length)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        kind.text_tokens(folder, max_sequence_length)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
     _check_vae(model, built)
     return built
@@ -77,7 +83,7 @@ def check_weights(model: str, folder: Path, without: tuple[str, ...] = ()) -> No
     index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
     for name, value in index.items():
         part = folder / name
-        if name in without or not isinstance(value, list) or value[1] is None or not (part / "config.json").is_file():
+        if name in without or _class_name(value) is None or not (part / "config.json").is_file():
             continue
         files = set(part.glob("*.safetensors"))
         for shards in part.glob("*.safetensors.index.json"):
@@ -101,3 +107,25 @@ def check_file(file: Path, where: str = "") -> None:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where}{file} is damaged or cut short ({reason}): download it again") from None
+
+
+def check_transformer(file: Path, skeleton: Backbone, nf4: bool) -> None:
+    """Raises ConfigError for a single-file transformer that would load wrongly, by its names and kinds of numbers."""
+    where = f"--transformer {file}"
+    check_file(file, "--transformer ")
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+        kinds = {opened.get_slice(name).get_dtype() for name in names}
+    if any("scale_weight" in name or "scaled_fp8" in name or name.endswith("weight_scale") for name in names):
+        raise ConfigError(
+            f"{where} has scaled 8-bit weights, which would be read without their scales: take the bf16 file"
+        )
+    if nf4 and any(kind.startswith("F8") for kind in kinds):
+        raise ConfigError(f"{where} has 8-bit weights, which cannot be made 4-bit ones: take the bf16 file")
+    config = skeleton.transformer.config
+    guided = any("guidance_in." in name or "guidance_embedder." in name for name in names)
+    if "guidance_embeds" in config and guided != config.guidance_embeds:
+        kind = {True: "FLUX.1-dev", False: "FLUX.1-schnell"}
+        raise ConfigError(
+            f"{where} is of {kind[guided]}, the model of {kind[not guided]}: give the model that it belongs to"
+        )

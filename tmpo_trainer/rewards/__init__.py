@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tmpo_trainer import objectives
-from tmpo_trainer.config import ConfigError
+from tmpo_trainer.config import ConfigError, suggest
 
 
 class Scorer(Protocol):
@@ -43,15 +44,40 @@ class Parked:
             self._scorer.to(torch.device("cpu"))
 
 
-def load_scorer(name: str) -> Scorer:
-    """A scorer by its name. Raises ConfigError that lists the known ones."""
+#: All scorers, and those of them that need weights from elsewhere.
+NAMES = ("shapes", "pickscore", "hpsv2", "imagereward", "clipscore")
+PLANNED = ("ocr", "geneval", "remote")
+
+
+def check_name(name: str) -> None:
+    """Raises ConfigError for a scorer that is not known."""
+    if name in PLANNED:
+        known = ", ".join(NAMES)
+        raise ConfigError(
+            f"reward {name} is not part of this version yet (there are {known}, and your own from Python)"
+        )
+    if name not in NAMES:
+        raise ConfigError(f"unknown reward {name}{suggest(name, NAMES)} (known: {', '.join(NAMES)})")
+
+
+def load_scorer(name: str, device: torch.device | None = None, path: str | None = None) -> Scorer:
+    """A scorer by its name.
+
+    Args:
+        device: where it runs; by default the CPU. path: of its weights, in place of the hub's.
+
+    Raises:
+        ConfigError: it is not known, or its weights cannot be had.
+    """
+    check_name(name)
     if name == "shapes":
         from tmpo_trainer.rewards.shapes import ShapesScorer
 
+        if path:
+            raise ConfigError("--reward-models shapes=...: shapes has no weights, leave it out")
         return ShapesScorer()
-    if name in ("pickscore", "hpsv2", "imagereward", "clipscore", "ocr", "geneval", "remote"):
-        raise ConfigError(f"reward {name} is not part of this version yet: use shapes, or your own Scorer from Python")
-    raise ConfigError(f"unknown reward {name} (known: shapes)")
+    module = importlib.import_module(f"tmpo_trainer.rewards.{name}")
+    return module.load(device or torch.device("cpu"), path)
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -1,0 +1,143 @@
+"""What the scorers over CLIP share: two towers, with the text features of a prompt computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from tmpo_trainer.rewards.weights import hub_folder
+
+#: The tokenizer of OpenAI's CLIP, which all of them use.
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json")
+#: Images in one call of the vision tower.
+BATCH = 32
+
+Prepare = Callable[[Sequence[Image.Image]], Tensor]
+
+
+def crop(size: int) -> Prepare:
+    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, CLIP's mean and std. `[N, 3, size, size]`."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
+    )
+    return lambda images: processor(list(images), return_tensors="pt")["pixel_values"]
+
+
+def pad(size: int) -> Prepare:
+    """HPS's: longest side to `size` (bicubic), black bars to a square, CLIP's mean and std. `[N, 3, size, size]`."""
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+
+    def square(image: Image.Image) -> Image.Image:
+        scale = size / max(image.size)
+        width, height = (round(side * scale) for side in image.size)
+        whole = Image.new("RGB", (size, size))
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        whole.paste(resized, ((size - width) // 2, (size - height) // 2))
+        return whole
+
+    return lambda images: processor([square(image) for image in images], return_tensors="pt")["pixel_values"]
+
+
+def load_tokenizer(scorer: str, folder: Path) -> CLIPTokenizer:
+    """The tokenizer in a model's folder, or CLIP's from the hub."""
+    if not (folder / "tokenizer_config.json").is_file():
+        folder = hub_folder(scorer, TOKENIZER, TOKENIZER_FILES)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class ClipTowers:
+    """A frozen CLIP model. Features have unit length and are float32, whatever the towers run in.
+
+    Args:
+        prepare: images -> pixel values `[N, 3, H, W]`. clean: what is done to a prompt before the tokenizer.
+        device: where it runs, in float16 on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: Any,
+        prepare: Prepare,
+        device: torch.device,
+        clean: Callable[[str], str] = str,
+        batch: int = BATCH,
+    ):
+        self.model: Any = model.eval().requires_grad_(False)
+        self.tokenizer, self.prepare, self.clean, self.batch = tokenizer, prepare, clean, batch
+        #: exp(logit_scale), float32.
+        self.scale = model.logit_scale.detach().float().exp().cpu()
+        self._dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self._texts: dict[str, Tensor] = {}
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.model.to(device=device, dtype=self._dtype)
+
+    @torch.no_grad()
+    def image_features(self, images: np.ndarray) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> `[N, D]`, on the CPU."""
+        found = []
+        for first in range(0, len(images), self.batch):
+            pixels = self.prepare([Image.fromarray(image) for image in images[first : first + self.batch]])
+            output: Any = self.model.get_image_features(pixels.to(self.device, self._dtype))
+            found.append(_unit(output.pooler_output))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """`[N, D]`, on the CPU. A prompt that was seen before costs nothing."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        for first in range(0, len(missing), self.batch):
+            chosen = missing[first : first + self.batch]
+            tokens = self.tokenizer(
+                [self.clean(prompt) for prompt in chosen],
+                padding="max_length",
+                max_length=self.model.config.text_config.max_position_embeddings,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.device)
+            output: Any = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            self._texts.update(zip(chosen, _unit(output.pooler_output), strict=True))
+        return torch.stack([self._texts[prompt] for prompt in prompts])
+
+    def cosine(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
+        """Cosine of every image with its prompt, float32 `[N]`."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+
+
+class ClipScorer:
+    """exp(logit_scale) * cos of a CLIP model, divided by a constant.
+
+    Args:
+        name: of the scorer. towers: of the model. divisor: see `pickscore` and `clipscore`.
+    """
+
+    def __init__(self, name: str, towers: ClipTowers, divisor: float = 1.0):
+        self.name, self.towers, self.divisor = name, towers, divisor
+
+    def to(self, device: torch.device) -> None:
+        self.towers.to(device)
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` and N prompts -> float32 `[N]`."""
+        return self.towers.scale * self.towers.cosine(images, prompts) / self.divisor
+
+
+def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
+    """The towers of a folder with a transformers CLIPModel, preprocessed as CLIP does."""
+    model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)

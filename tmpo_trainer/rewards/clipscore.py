@@ -1,0 +1,23 @@
+"""CLIP score as Flow-GRPO has it: exp(logit_scale) * cos / 30 with OpenAI's ViT-L/14, about .6 to 1.
+
+Other papers call the plain cosine, or 2.5 max(cos, 0), by the same name.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tmpo_trainer.rewards.clip import ClipScorer, load_clip
+from tmpo_trainer.rewards.weights import existing, hub_folder
+
+REPOSITORY = "openai/clip-vit-large-patch14"
+
+
+def load(device: torch.device, path: str | None = None) -> ClipScorer:
+    """The scorer; `path` is a folder with the model, in place of the hub's. Raises ConfigError without weights."""
+    folder = (
+        existing("clipscore", path)
+        if path
+        else hub_folder("clipscore", REPOSITORY, ("config.json", "model.safetensors"))
+    )
+    return ClipScorer("clipscore", load_clip("clipscore", folder, device), divisor=30)

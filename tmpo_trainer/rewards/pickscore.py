@@ -1,0 +1,27 @@
+"""PickScore: human preference, about 20 to 24. Kirstain et al. 2023, arXiv:2305.01569."""
+
+from __future__ import annotations
+
+import torch
+
+from tmpo_trainer.rewards.clip import ClipScorer, load_clip
+from tmpo_trainer.rewards.weights import existing, hub_folder
+
+REPOSITORY = "yuvalkirstain/PickScore_v1"
+
+
+def load(device: torch.device, path: str | None = None) -> ClipScorer:
+    """exp(logit_scale) * cos of a ViT-H/14 CLIP. Flow-GRPO divides it by 26, which a z-score within the group undoes.
+
+    Args:
+        path: a folder with the model, in place of the hub's.
+
+    Raises:
+        ConfigError: the weights cannot be had.
+    """
+    folder = (
+        existing("pickscore", path)
+        if path
+        else hub_folder("pickscore", REPOSITORY, ("config.json", "model.safetensors"))
+    )
+    return ClipScorer("pickscore", load_clip("pickscore", folder, device))

@@ -1,0 +1,85 @@
+"""Where a scorer's weights are: a path that the user gives, or the hub's cache, filled when there is a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tmpo_trainer.config import ConfigError
+
+
+def hub_file(scorer: str, repository: str, name: str) -> Path:
+    """A file of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count.
+
+    Raises:
+        ConfigError: it is not in the cache and cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except GatedRepoError:
+        raise ConfigError(
+            f"reward {scorer}: {repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
+            "`hf auth login`"
+        ) from None
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).split("\n") or [""])[0]
+        raise ConfigError(
+            f"reward {scorer} needs {name} of https://huggingface.co/{repository}, which is not in the hub's cache and "
+            f"cannot be downloaded ({reason}): on a machine that can, run `hf download {repository} {name}`, then copy it "
+            f"here and give --reward-models {scorer}=PATH"
+        ) from None
+
+
+def hub_folder(scorer: str, repository: str, names: tuple[str, ...]) -> Path:
+    """The folder of some files of a hub repository. Raises ConfigError for the first that cannot be had."""
+    files = [hub_file(scorer, repository, name) for name in names]
+    return files[0].parent
+
+
+def existing(scorer: str, path: str) -> Path:
+    """A path given by the user. Raises ConfigError if nothing is there."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(f"--reward-models {scorer}={path}: {found} does not exist")
+    return found
+
+
+def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file; of the latter only tensors are ever unpickled.
+
+    Args:
+        key: of a dictionary around them, if any.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return dict(found[key] if key is not None and key in found else found)
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, EOFError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"reward {scorer}: {file} cannot be read ({reason}): download it again") from None
+    except Exception as error:
+        # torch's own unpickler error is not public.
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ConfigError(
+            f"reward {scorer}: {file} holds more than tensors, or is damaged: download it again"
+        ) from None
+
+
+def fill(scorer: str, file: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads tensors into a module. Raises ConfigError for a key that is missing, left over or of another shape."""
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys()) or [k for k, v in own.items() if v.shape != tensors[k].shape]
+    if wrong:
+        raise ConfigError(f"reward {scorer}: {file} is not its checkpoint (at {wrong[0]})")
+    module.load_state_dict(dict(tensors))
