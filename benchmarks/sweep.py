@@ -47,7 +47,8 @@ VARIANTS = {
     "middle-no-kl": MIDDLE | {"kl-weight": "0"},
     "middle-kl-0.6": MIDDLE | {"kl-weight": "0.6"},
     "middle-paper": MIDDLE | {"lora-targets": "paper"},
-    "middle-650": MIDDLE | {"updates": "650"},
+    "middle-450": MIDDLE | {"updates": "450", "kl-weight": "0.15"},
+    "middle-moving": MIDDLE | {"updates": "450", "kl-weight": "0.15", "branch-early": "1 3 4", "branch-late": "1 6 7"},
 }
 ROWS = ("shapes strict", "LGMD", "cosine diversity", "latent standard deviation")
 
