@@ -509,7 +509,7 @@ def test_overhead_of_an_update(red_scorer: Any, tmp_path: Path) -> None:
     config = TrainConfig(**config_module.preset("demo"))
     trainer = Trainer(config, tmp_path, backbone, [red_scorer], ["a red circle", "two blue squares"])
     seconds = [trainer.update()["seconds"] for _ in range(3)]
-    assert {"rollout", "replay", "decode", "reward", "other", "total"} == set(seconds[0])
+    assert {"rollout", "reference", "replay", "decode", "reward", "other", "total"} == set(seconds[0])
     assert sum(s["other"] for s in seconds) < 0.1 * sum(s["total"] for s in seconds)
     for s in seconds:
         assert s["total"] == pytest.approx(sum(v for k, v in s.items() if k != "total"))
