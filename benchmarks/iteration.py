@@ -30,7 +30,9 @@ def main() -> int:
     # All prompts at once, as a run does: the text encoders are gone afterwards.
     backbone = run.load_model(config, device, prompts)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
+        trainer = Trainer(
+            config, Path(folder), backbone, [load_scorer(name, device) for name in config.reward], prompts
+        )
         trainer.update()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

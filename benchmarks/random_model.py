@@ -113,7 +113,8 @@ def sd35m(blocks: list[int], heads: int, thin: bool) -> StableDiffusion3Pipeline
         out_channels=16,
         pos_embed_max_size=384,
         qk_norm="rms_norm",
-        dual_attention_layers=tuple(range((blocks[0] + 1) // 2 + (blocks[0] > 2))),
+        # 0 to 12 of the 24.
+        dual_attention_layers=tuple(range(blocks[0] // 2 + 1)),
     )
     encoder, tokenizer = t5(thin)
     small_tokenizer, small = clip(CLIPTextModelWithProjection, 768, 12, thin)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -38,11 +39,9 @@ def test_an_iteration_on_random_weights(
     assert f"per prompt, rollout: {calls}.0" in out and "per prompt, replay: 12.0" in out
 
 
-def test_full_size_is_that_of_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_size_is_that_of_the_models() -> None:
     """Of their published configs: 11.9 G weights, 2.2 G weights and a second attention in blocks 0 to 12."""
     module = runpy.run_path(str(BENCHMARKS / "random_model.py"))
-    import torch
-
     with torch.device("meta"):
         flux = module["flux"](*module["SIZES"]["flux"][1:], True).transformer
         sd35m = module["sd35m"](*module["SIZES"]["sd35m"][1:], True).transformer

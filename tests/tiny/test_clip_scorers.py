@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPCo
 
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.demo.build import make_tokenizer
-from tmpo_trainer.rewards import clip, hpsv2, imagereward, pickscore, weights
+from tmpo_trainer.rewards import clip, clipscore, hpsv2, imagereward, pickscore, weights
 
 CPU = torch.device("cpu")
 WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 50, 12
@@ -360,6 +361,26 @@ def test_a_checkpoint_that_is_none_is_one_line(tmp_path: Path, open_clip: OpenCl
             hpsv2.load(CPU, str(tmp_path / name))
         message = str(caught.value)
         assert name in message and blame in message and "\n" not in message
+
+
+def test_a_folder_that_is_no_clip_is_one_line(tmp_path: Path, clip_folder: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    cut = tmp_path / "cut"
+    shutil.copytree(clip_folder, cut)
+    weights_file = cut / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-10])
+    for folder in (tmp_path / "empty", cut):
+        for load in (pickscore.load, clipscore.load):
+            with pytest.raises(ConfigError, match=folder.name) as caught:
+                load(CPU, str(folder))
+            assert "\n" not in str(caught.value)
+
+
+def test_clipscore_is_a_thirtieth_of_the_formula(clip_folder: Path, images: np.ndarray) -> None:
+    folder = str(clip_folder)
+    torch.testing.assert_close(
+        30 * clipscore.load(CPU, folder).score(images, PROMPTS), pickscore.load(CPU, folder).score(images, PROMPTS)
+    )
 
 
 def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

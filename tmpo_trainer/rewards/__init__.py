@@ -44,8 +44,8 @@ class Parked:
             self._scorer.to(torch.device("cpu"))
 
 
-#: All scorers, and those of them that need weights from elsewhere.
 NAMES = ("shapes", "pickscore", "hpsv2", "imagereward", "clipscore")
+#: Of the presets, but not here yet.
 PLANNED = ("ocr", "geneval", "remote")
 
 

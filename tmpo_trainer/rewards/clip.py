@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tmpo_trainer.rewards.weights import hub_folder
+from tmpo_trainer.rewards.weights import hub_folder, told
 
 #: The tokenizer of OpenAI's CLIP, which all of them use.
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -51,7 +51,8 @@ def load_tokenizer(scorer: str, folder: Path) -> CLIPTokenizer:
     """The tokenizer in a model's folder, or CLIP's from the hub."""
     if not (folder / "tokenizer_config.json").is_file():
         folder = hub_folder(scorer, TOKENIZER, TOKENIZER_FILES)
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    with told(scorer, folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 class ClipTowers:
@@ -138,6 +139,7 @@ class ClipScorer:
 
 
 def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
-    """The towers of a folder with a transformers CLIPModel, preprocessed as CLIP does."""
-    model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    """The towers of a folder with a transformers CLIPModel, preprocessed as CLIP does. Raises ConfigError if it is none."""
+    with told(scorer, folder):
+        model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)

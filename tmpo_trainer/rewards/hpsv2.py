@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from tmpo_trainer.config import ConfigError
 from tmpo_trainer.rewards.clip import ClipTowers, load_tokenizer, pad
 from tmpo_trainer.rewards.weights import existing, fill, hub_file, state
 
@@ -143,8 +144,6 @@ def load(device: torch.device, path: str | None = None) -> HpsScorer:
 
 def build(file: Path, tensors: Mapping[str, Tensor]) -> CLIPModel:
     """A transformers CLIPModel from a checkpoint in open_clip's names. Raises ConfigError if it is none."""
-    from tmpo_trainer.config import ConfigError
-
     try:
         config = config_of(tensors)
     except (KeyError, ValueError) as error:

@@ -18,7 +18,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.rewards.clip import BATCH, crop
-from tmpo_trainer.rewards.weights import existing, fill, hub_file, hub_folder, state
+from tmpo_trainer.rewards.weights import existing, fill, hub_file, hub_folder, state, told
 
 REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
 TOKENIZER, TOKENIZER_FILES = "google-bert/bert-base-uncased", ("tokenizer_config.json", "vocab.txt", "tokenizer.json")
@@ -165,4 +165,6 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
     folder = file.parent
     if not (folder / "tokenizer_config.json").is_file():
         folder = hub_folder("imagereward", TOKENIZER, TOKENIZER_FILES)
-    return ImageRewardScorer(network, BertTokenizer.from_pretrained(folder, local_files_only=True), device)
+    with told("imagereward", folder):
+        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    return ImageRewardScorer(network, tokenizer, device)

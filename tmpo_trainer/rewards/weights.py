@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def existing(scorer: str, path: str) -> Path:
     if not found.exists():
         raise ConfigError(f"--reward-models {scorer}={path}: {found} does not exist")
     return found
+
+
+@contextmanager
+def told(scorer: str, path: Path) -> Iterator[None]:
+    """What a library says against a path, as one line. Raises ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"reward {scorer}: {path} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
