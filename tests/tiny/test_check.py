@@ -100,6 +100,15 @@ def test_a_fault_is_told_before_weights_are_loaded(
     assert not Path("out").exists()
 
 
+def test_positions_without_noise_are_told_before_weights_are_loaded(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--model flux --prompts good.txt --eval-prompts good.txt --no-report --resolution 32 32 --output-dir out"
+    assert cli.main([*flags.split(), "--rollout-steps", "40", "--branch-late", "1", "4", "39"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "branch_late [1, 4, 39]: step 39 of 40" in line
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "blame"),
     [

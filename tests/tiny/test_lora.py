@@ -194,16 +194,18 @@ def test_beside_bfloat16_layers_it_computes_in_bfloat16(
 ) -> None:
     """Nearly the gradient of peft's own float32 path, in float32 weights, and no float32 copies of activations."""
     folder = tiny_flux(True) if kind == "flux" else tiny_sd35
-    gradients, peaks = [], []
+    gradients, peaks, starts = [], [], []
     for ours in (True, False):
         backbone = load_backbone(str(folder), torch.bfloat16, torch.device("cpu"), 12, ["a red circle"], tmp_path)
         config = backbone.adapter("paper", 4, 8)
+        torch.manual_seed(0)
         if ours:
             lora.attach(backbone.transformer, config)
         else:
             backbone.transformer.add_adapter(config)
             cast_training_params(backbone.transformer, dtype=torch.float32)
         parameters = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
+        starts.append({name: value.detach().clone() for name, value in parameters.items()})
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for value in parameters.values():
@@ -217,6 +219,8 @@ def test_beside_bfloat16_layers_it_computes_in_bfloat16(
         peaks.append(memory._peak(backbone.transformer, work, gradient=True))
         assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in parameters.values())
         gradients.append({name: p.grad for name, p in parameters.items()})
+    # peft's random lora_A is kept.
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[1])
     flat = [torch.cat([value.flatten() for value in found.values()]) for found in gradients]
     assert gradients[0].keys() == gradients[1].keys()
     assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.999

@@ -138,16 +138,12 @@ class Backbone(ABC):
         if file is None:
             return kind.from_pretrained(folder, subfolder="transformer", **how)
         try:
-            network = kind.from_single_file(str(file), config=str(folder), subfolder="transformer", **how)
-        except LookupError as error:
-            # What diffusers' conversion does with names that it does not find.
+            return kind.from_single_file(str(file), config=str(folder), subfolder="transformer", **how)
+        except (LookupError, RuntimeError) as error:
+            # What diffusers' conversion does with names that it does not find, and with what stays empty for want of them.
             raise ValueError(
-                f"--transformer {file} is no {kind.__name__} in ComfyUI's or the original names ({error})"
+                f"--transformer {file} is not this model's {kind.__name__} in ComfyUI's or the original names ({error})"
             ) from None
-        for name, value in network.named_parameters():
-            if value.is_meta:
-                raise ValueError(f"--transformer {file} lacks {name}: it is of another model")
-        return network
 
     @classmethod
     def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:

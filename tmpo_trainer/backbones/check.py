@@ -110,18 +110,22 @@ def check_file(file: Path, where: str = "") -> None:
 
 
 def check_transformer(file: Path, skeleton: Backbone, nf4: bool) -> None:
-    """Raises ConfigError for a single-file transformer that would load wrongly, by its names and kinds of numbers."""
+    """Raises ConfigError for a single-file transformer that would load wrongly, by its names."""
     where = f"--transformer {file}"
     check_file(file, "--transformer ")
+    if nf4:
+        # diffusers quantises a single file only if it is quantised already.
+        kind = type(skeleton.transformer).__name__
+        raise ConfigError(
+            f"{where} cannot be quantised as it is read: once save {kind}.from_single_file(...).save_pretrained(DIR) with "
+            "diffusers, put DIR in the place of the model's transformer/, and leave out --transformer"
+        )
     with safe_open(file, "pt") as opened:
         names = list(opened.keys())
-        kinds = {opened.get_slice(name).get_dtype() for name in names}
     if any("scale_weight" in name or "scaled_fp8" in name or name.endswith("weight_scale") for name in names):
         raise ConfigError(
             f"{where} has scaled 8-bit weights, which would be read without their scales: take the bf16 file"
         )
-    if nf4 and any(kind.startswith("F8") for kind in kinds):
-        raise ConfigError(f"{where} has 8-bit weights, which cannot be made 4-bit ones: take the bf16 file")
     config = skeleton.transformer.config
     guided = any("guidance_in." in name or "guidance_embedder." in name for name in names)
     if "guidance_embeds" in config and guided != config.guidance_embeds:
