@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tmpo_trainer import cli, run, tree
-from tmpo_trainer.prompts import read_prompts
+from tmpo_trainer import cli, loading, tree
 from tmpo_trainer.rewards import load_scorer
 from tmpo_trainer.trainer import Trainer
 
@@ -73,8 +72,8 @@ def main() -> int:
     config, preset = cli.configure(actions, flags, None)
     if config.threads:
         torch.set_num_threads(config.threads)
-    backbone = run.load_model(config, run.choose_device(config))
-    prompts = read_prompts(run.prompt_files(config)[0])
+    backbone = loading.load_model(config, loading.choose_device(config.device))
+    prompts = loading.train_prompts(config).texts
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
         parameters = [value for name, value in trainer.lora.items() if ".lora_B." in name]

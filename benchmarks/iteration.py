@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tmpo_trainer import cli, run
-from tmpo_trainer.prompts import read_prompts
+from tmpo_trainer import cli, loading
 from tmpo_trainer.rewards import load_scorer
 from tmpo_trainer.trainer import Trainer
 
@@ -25,10 +24,10 @@ def main() -> int:
     config, preset = cli.configure(actions, flags, None)
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = run.choose_device(config)
-    prompts = read_prompts(run.prompt_files(config)[0])[: (config.updates + 1) * config.prompts_per_update]
+    device = loading.choose_device(config.device)
+    prompts = loading.train_prompts(config).texts[: (config.updates + 1) * config.prompts_per_update]
     # All prompts at once, as a run does: the text encoders are gone afterwards.
-    backbone = run.load_model(config, device, prompts)
+    backbone = loading.load_model(config, device, prompts)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             config, Path(folder), backbone, [load_scorer(name, device) for name in config.reward], prompts

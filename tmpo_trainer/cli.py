@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +19,9 @@ from tmpo_trainer.config import ConfigError, TrainConfig, make_config, preset, p
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
 
@@ -32,13 +33,12 @@ def _is_tuple(annotation: Any) -> bool:
 
 def make_parser() -> argparse.ArgumentParser:
     """One flag per setting, from the config's own names and help texts; values are validated there, not here."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m tmpo_trainer",
         description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
         allow_abbrev=False,
         epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
-        "Other commands: `inspect FILE` prints what a LoRA was trained on and checks it; `launch ddp|fsdp2 [flags]` trains "
-        "on all GPUs of this machine.",
+        "Other commands, each with --help: evaluate, score, serve, fetch, prompts, inspect, launch.",
     )
     parser.add_argument(
         "--preset",
@@ -52,36 +52,51 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
     parser.add_argument("--version", action="version", version=f"tmpo_trainer {__version__}")
-    for name, field in TrainConfig.model_fields.items():
-        flag = "--" + name.replace("_", "-")
+    add_settings(parser, {name.replace("_", "-"): name for name in TrainConfig.model_fields})
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
+    """Adds flags {flag without dashes: setting}, with the settings' own help texts and defaults."""
+    for flag, name in flags.items():
+        field = TrainConfig.model_fields[name]
         text = (field.description or "").replace("%", "%%")
         if not field.is_required():
             default = field.default
             text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
-        kind: dict[str, Any] = {"metavar": name.upper()}
+        kind: dict[str, Any] = {"metavar": flag.replace("-", "_").upper()}
         if field.annotation is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif _is_tuple(field.annotation):
             kind["nargs"] = "+"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **kind)
-    return parser
+        parser.add_argument(f"--{flag}", dest=name, default=argparse.SUPPRESS, help=text, **kind)
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """(actions, settings given as flags). Raises ConfigError."""
-    namespace, unknown = make_parser().parse_known_args(arguments)
+def refuse_unknown(unknown: Sequence[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first word that a parser did not know."""
     if unknown:
         word = unknown[0]
-        known = ["--" + name.replace("_", "-") for name in TrainConfig.model_fields] + [f"--{name}" for name in ACTIONS]
         what = "flag" if word.startswith("-") else "argument"
         raise ConfigError(f"unknown {what} {word}{suggest(word.split('=')[0], known)} (--help lists them)")
-    flags = {key: value for key, value in vars(namespace).items() if key in TrainConfig.model_fields}
+
+
+def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The settings among some names that were given as flags."""
+    flags = {name: getattr(namespace, name) for name in names if name in namespace}
     for key, value in flags.items():
         # Only where a setting may be left out: `--baseline none` is a value.
         optional = type(None) in typing.get_args(TrainConfig.model_fields[key].annotation)
         if optional and isinstance(value, str) and value.lower() == "none":
             flags[key] = None
-    return namespace, flags
+    return flags
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(actions, settings given as flags). Raises ConfigError."""
+    namespace, unknown = make_parser().parse_known_args(arguments)
+    known = [*(name.replace("_", "-") for name in TrainConfig.model_fields), *ACTIONS]
+    refuse_unknown(unknown, [f"--{name}" for name in known])
+    return namespace, given(namespace, TrainConfig.model_fields)
 
 
 def choose_preset(settings: dict[str, Any]) -> str:
@@ -91,6 +106,12 @@ def choose_preset(settings: dict[str, Any]) -> str:
     if not isinstance(names, list | tuple) or "shapes" in names:
         return "demo" if settings.get("model", "demo") == "demo" else "defaults"
     return names[0] if len(names) == 1 and names[0] in preset_names() else "joint"
+
+
+def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The layer of the preset that belongs to the reward and model given, if any."""
+    name = choose_preset(settings)
+    return [] if name == "defaults" else [(f"preset {name}", preset(name))]
 
 
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
@@ -113,56 +134,23 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
     return make_config([*layers, *given]), "-".join(named) or "defaults"
 
 
-def _inspect(arguments: Sequence[str]) -> int:
-    parser = _Parser(
-        prog="python -m tmpo_trainer inspect", description="Prints what a LoRA was trained on and checks it."
-    )
-    parser.add_argument("file", type=Path, help="a LoRA's safetensors file, or a run's folder")
-    file = parser.parse_args(arguments).file
-    from tmpo_trainer import lora
-
-    text, sound = lora.describe(file)
-    print(text)
-    return 0 if sound else 1
-
-
-def launch_configs() -> dict[str, Path]:
-    """The accelerate configs that come with the package, by name."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "accelerate").glob("*.yaml"))}
-
-
-def _launch(arguments: Sequence[str]) -> int:
-    configs = launch_configs()
-    parser = _Parser(
-        prog="python -m tmpo_trainer launch",
-        description="Trains on several GPUs of this machine: accelerate launch with a config of this package.",
-        epilog="All other flags are those of training. On several machines use torchrun, see docs/training.md.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", choices=configs, help="ddp: a whole model per GPU; fsdp2: its weights shared")
-    parser.add_argument("--num-processes", type=int, help="by default one per GPU")
-    namespace, flags = parser.parse_known_args(arguments)
-    actions, settings = parse(flags)
-    if actions.resume is None:
-        configure(actions, settings, None)
-    count = namespace.num_processes
-    if count is None:
-        import torch
-
-        count = torch.cuda.device_count()
-        if count < 2:
-            raise ConfigError(
-                f"launch {namespace.name} is for two GPUs or more, torch sees {count}: leave out `launch`"
-            )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
-    return subprocess.call([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])
+def hush() -> None:
+    """To be called before the libraries are imported."""
+    # Advice of the libraries about optional packages would bury our own lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # peft imports it where it is installed, and without a GPU it complains.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    if arguments and arguments[0] == "launch":
-        return _launch(arguments[1:])
-    if arguments and arguments[0] == "inspect":
-        return _inspect(arguments[1:])
+    if arguments and not arguments[0].startswith("-"):
+        from tmpo_trainer.commands import COMMANDS
+
+        if arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](arguments[1:])
+        if arguments[0].isidentifier():
+            raise ConfigError(f"unknown command {arguments[0]}{suggest(arguments[0], COMMANDS)} (--help lists them)")
     actions, flags = parse(arguments)
     checkpoint = None
     if actions.resume is not None:
@@ -179,15 +167,13 @@ def _run(arguments: Sequence[str]) -> int:
     if actions.print_config:
         print(to_yaml(config), end="")
         return 0
-    # Advice of the libraries about optional packages would bury our own lines.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # peft imports it where it is installed, and without a GPU it complains.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    hush()
+    if actions.dry_run:
+        from tmpo_trainer import dry_run
+
+        return dry_run.dry_run(config)
     from tmpo_trainer import run
 
-    if actions.dry_run:
-        return run.dry_run(config)
     return run.train(config, name, checkpoint)
 
 

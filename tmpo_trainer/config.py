@@ -40,15 +40,19 @@ class TrainConfig(BaseModel):
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward; all 1 by default."""
     reward_models: tuple[str, ...] = ()
-    """NAME=PATH: where a scorer's weights are, in place of its hub repository."""
+    """NAME=PATH: where a scorer's weights are, in place of its hub repository; for `remote` the server's address."""
+    remote_hosts: tuple[str, ...] = ()
+    """Hosts beside this machine that a `remote` reward may be on."""
+    remote_timeout: float = Field(120, gt=0)
+    """Seconds within which a `remote` reward has to answer."""
     reward_norm: Literal["zscore", "none"] = "zscore"
     """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw."""
     method: Literal["tmpo"] = "tmpo"
     """The training method."""
     prompts: Path | None = None
-    """Training prompts, one per line; by default the list that comes with the model or reward."""
+    """Training prompts: one per line, or .jsonl with metadata; by default the list that comes with the reward."""
     eval_prompts: Path | None = None
-    """Held-out prompts for the report, one per line; by default the list that comes with the model or reward."""
+    """Held-out prompts for the report, in such a file; by default the list that comes with the reward."""
 
     # Length, place, repeatability
     updates: int = Field(500, ge=1)
@@ -151,6 +155,9 @@ class TrainConfig(BaseModel):
     """Images per held-out prompt in the report."""
     eval_limit: int | None = Field(None, ge=1)
     """Use only the first so many held-out prompts."""
+    features: str = "efficientnet-lite0"
+    """What cosine diversity is measured on: `efficientnet-lite0` (comes with the package), or a DINOv2 as a hub id or
+    folder (the paper: facebook/dinov2-large)."""
     eval_steps: int = Field(28, ge=1)
     """Denoising steps in the report and the sample grids."""
     eval_every: int = Field(0, ge=0)

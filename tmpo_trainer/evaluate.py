@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from tmpo_trainer import diversity, tree
 from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.rewards import Scorer, check_finite
+from tmpo_trainer.features import Features
+from tmpo_trainer.prompts import PromptList, about, as_list
+from tmpo_trainer.rewards import Scorer, score_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,7 +99,7 @@ class _Measured:
 
 def evaluate(
     backbone: Backbone,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | PromptList,
     scorers: Sequence[tuple[str, Scorer]],
     features: Callable[[np.ndarray], Tensor],
     images: int,
@@ -115,6 +117,7 @@ def evaluate(
         accelerator: of several processes, which then share the prompts and all get the result. A picture is the same
             whichever process draws it.
     """
+    metadata, prompts = as_list(prompts).metadata, as_list(prompts).texts
     shown = sorted(set(np.linspace(0, len(prompts) - 1, min(show, len(prompts))).astype(int).tolist()))
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     # As many for every process, some twice if need be: a sharded transformer wants the same calls everywhere.
@@ -125,10 +128,10 @@ def evaluate(
         chosen = own[len(measured) : len(measured) + len(latents)]
         texts = [prompts[i] for i in chosen for _ in range(images)]
         flat = pictures.reshape(-1, *pictures.shape[2:])
-        scores: dict[str, np.ndarray] = {}
-        for name, scorer in scorers:
-            values = check_finite(name, scorer.score(flat, texts), texts)
-            scores[name] = values.view(len(latents), images).numpy()
+        scores = {
+            name: values.view(len(latents), images).numpy()
+            for name, values in score_all(scorers, flat, texts, about(metadata, texts)).items()
+        }
         vectors = features(flat).unflatten(0, (len(latents), images))
         exact = latents.double().flatten(1)
         for row, i in enumerate(chosen):
@@ -159,16 +162,6 @@ def evaluate(
     )
 
 
-class Features(Protocol):
-    """What cosine diversity is measured on."""
-
-    name: str
-
-    def __call__(self, images: np.ndarray) -> Tensor:
-        """uint8 RGB `[N, H, W, 3]` -> `[N, D]`."""
-        ...
-
-
 class HeldOut:
     """Measures one backbone on the same held-out prompts and noise again and again: the base once, then what it became.
 
@@ -181,7 +174,7 @@ class HeldOut:
         self,
         file: Path | None,
         backbone: Backbone,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | PromptList,
         scorers: Sequence[tuple[str, Scorer]],
         features: Features,
         images: int,
@@ -189,10 +182,11 @@ class HeldOut:
         accelerator: Accelerator | None = None,
     ):
         self.accelerator = accelerator
-        self.file, self.backbone, self.prompts, self.scorers = file, backbone, list(prompts), list(scorers)
+        self.file, self.backbone, self.prompts, self.scorers = file, backbone, as_list(prompts), list(scorers)
         self.features, self.images, self.how = features, images, how
         self._base: Evaluation | None = None
-        settings = [self.prompts, [name for name, _ in scorers], features.name, images, asdict(how)]
+        names = [name for name, _ in scorers]
+        settings = [self.prompts.texts, self.prompts.metadata, names, features.name, images, asdict(how)]
         self._key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def measure(self, progress: Callable[[int], Any] | None = None) -> Evaluation:
@@ -220,7 +214,7 @@ class HeldOut:
                 self._write(self._base)
                 return self._base
         if progress is not None:
-            progress(len(self.prompts))
+            progress(len(self.prompts.texts))
         return self._base
 
     def _read(self) -> Evaluation | None:
@@ -230,7 +224,7 @@ class HeldOut:
             if str(stored["key"]) != self._key:
                 return None
             return Evaluation(
-                prompts=self.prompts,
+                prompts=self.prompts.texts,
                 scores={name: stored[f"score/{name}"] for name, _ in self.scorers},
                 lgmd=stored["lgmd"],
                 cosine=stored["cosine"],

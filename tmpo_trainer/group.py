@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tmpo_trainer import diversity, objectives, tree
-from tmpo_trainer.rewards import check_finite, combine
+from tmpo_trainer.prompts import about
+from tmpo_trainer.rewards import combine, score_all
 
 if TYPE_CHECKING:
     from tmpo_trainer.trainer import Trainer
@@ -81,9 +82,10 @@ class Group:
         texts = self.prompts * leaves
         with clock("reward"):
             # Row l * P + p is leaf l of prompt p.
+            pairs = [(scorer.name, scorer) for scorer in trainer.scorers]
             scores = {
-                scorer.name: check_finite(scorer.name, scorer.score(images, texts), texts).view(leaves, self.count)
-                for scorer in trainer.scorers
+                name: values.view(leaves, self.count)
+                for name, values in score_all(pairs, images, texts, about(trainer.metadata, texts)).items()
             }
         self.rewards = [
             combine({name: s[:, p] for name, s in scores.items()}, config.reward_weights, config.reward_norm)

@@ -1,8 +1,7 @@
-"""A whole run: load, train, export, report. Also `--dry-run`."""
+"""A whole run: load, train, export, report."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import platform
 import sys
@@ -21,70 +20,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from tmpo_trainer import __version__, evaluate, export, lora, memory, reporting, trackers, tree
-from tmpo_trainer.backbones import find_model, is_hub_id, load_backbone, load_skeleton
+from tmpo_trainer import __version__, evaluate, export, loading, reporting, trackers
+from tmpo_trainer.backbones import is_hub_id
 from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.backbones.check import check_transformer, check_weights
 from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
 from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
-from tmpo_trainer.features import EfficientNetLite
-from tmpo_trainer.prompts import read_prompts
-from tmpo_trainer.rewards import Parked, Scorer, check_name, load_scorer
-from tmpo_trainer.rewards.shapes import ShapesScorer
-from tmpo_trainer.trainer import Interrupted, OtherProcessFailed, Trainer, make_schedule
-
-DEMO_PROMPTS = Path(__file__).parent / "demo" / "prompts"
-
-
-def prompt_files(config: TrainConfig) -> tuple[Path, Path]:
-    """Training and held-out prompt files: the configured ones, or those of the demo domain."""
-    files = []
-    for given, name in ((config.prompts, "train.txt"), (config.eval_prompts, "heldout.txt")):
-        if given is None and "shapes" not in config.reward:
-            key = "prompts" if name == "train.txt" else "eval-prompts"
-            raise ConfigError(f"reward {' '.join(config.reward)} has no prompt list of its own yet: give --{key} FILE")
-        files.append(given or DEMO_PROMPTS / name)
-    return files[0], files[1]
-
-
-def evaluation_scorers(scorers: list[Scorer]) -> list[tuple[str, Scorer]]:
-    """What the report measures: the rewards; shapes both strict and partial."""
-    pairs: list[tuple[str, Scorer]] = []
-    for scorer in scorers:
-        if isinstance(scorer, ShapesScorer):
-            pairs += [("shapes strict", ShapesScorer("strict")), ("shapes partial", ShapesScorer("partial"))]
-        else:
-            pairs.append((scorer.name, scorer))
-    return pairs
-
-
-def choose_device(config: TrainConfig) -> torch.device:
-    if config.device != "auto":
-        try:
-            device = torch.device(config.device)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise ConfigError(f"device {config.device}: use auto, cpu, cuda or cuda:N")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"device {config.device}: torch sees {torch.cuda.device_count()} CUDA devices here")
-        return device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def _need_gpu(config: TrainConfig) -> None:
-    """Refuses to download many gigabytes to a machine that cannot train them."""
-    if is_hub_id(config.model) and config.device == "auto" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"model {config.model} needs a CUDA GPU, and none is here (--device cpu to try all the same). To train the "
-            "bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
-        )
+from tmpo_trainer.features import Features
+from tmpo_trainer.rewards import Scorer
+from tmpo_trainer.trainer import Interrupted, OtherProcessFailed, Trainer
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -100,130 +43,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
     }
-
-
-def _check(config: TrainConfig, device: torch.device) -> tuple[list[str], list[str], Backbone]:
-    """Everything that can be refused before the model is loaded.
-
-    Returns:
-        training and held-out prompts, and the model's skeleton.
-    """
-    trackers.check(config.tracker)
-    for name in config.reward:
-        check_name(name)
-    train_file, eval_file = prompt_files(config)
-    train, heldout = read_prompts(train_file), read_prompts(eval_file)[: config.eval_limit]
-    if "shapes" in config.reward:
-        from tmpo_trainer.demo.domain import parse
-
-        for file, prompts in ((train_file, train), (eval_file, heldout)):
-            for prompt in prompts:
-                try:
-                    parse(prompt)
-                except ValueError as error:
-                    raise ConfigError(f"{file}: {error}") from None
-    return train, heldout, _skeleton(config, device)
-
-
-def _scorers(config: TrainConfig, device: torch.device) -> list[Scorer]:
-    """The scorers of a run. Raises ConfigError for weights that cannot be had."""
-    paths = dict(entry.split("=", 1) for entry in config.reward_models)
-    scorers = [load_scorer(name, device, paths.get(name)) for name in config.reward]
-    if config.offload_scorers:
-        return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in scorers]
-    return scorers
-
-
-def load_model(
-    config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
-) -> Backbone:
-    """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
-    backbone = load_backbone(
-        config.model,
-        _dtype(config, device),
-        device,
-        config.max_sequence_length,
-        prompts,
-        config.text_cache,
-        config.transformer,
-        config.quantize == "nf4",
-        sharded,
-    )
-    backbone.split_guidance = config.split_guidance
-    return backbone
-
-
-def _skeleton(config: TrainConfig, device: torch.device) -> Backbone:
-    """The model without its weights, after every check that needs no more. Raises ConfigError."""
-    skeleton = load_skeleton(config.model, _dtype(config, device), config.max_sequence_length)
-    skeleton.split_guidance = config.split_guidance
-    try:
-        skeleton.latent_shape(*config.resolution)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    make_schedule(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
-    if config.init_lora:
-        lora.check_fits(config.init_lora, skeleton.target_shapes(config.lora_targets), config.lora_rank)
-    if config.transformer:
-        check_transformer(config.transformer, skeleton, config.quantize == "nf4")
-    if config.quantize == "nf4":
-        if device.type == "cpu":
-            raise ConfigError("--quantize nf4 needs a CUDA GPU: leave it out")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError('--quantize nf4 needs bitsandbytes: pip install -c constraints.txt -e ".[train,nf4]"')
-    return skeleton
-
-
-def _quiet() -> None:
-    """Libraries' progress bars and advice would tear the run's own bar apart."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def dry_run(config: TrainConfig) -> int:
-    """Prints what a run would do: prompts, tree geometry, network evaluations, memory. Loads no weights."""
-    _quiet()
-    device = choose_device(config)
-    here = ""
-    if config.device == "auto" and config.model != "demo" and device.type == "cpu":
-        device, here = torch.device("cuda"), " (none here)"
-    train_prompts, heldout, skeleton = _check(config, device)
-    folder = find_model(config.model, weights=False)
-    sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-    schedule = make_schedule(config, sigmas)
-    parameters = sum(p.numel() for p in skeleton.transformer.parameters())
-    print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
-    targets = skeleton.target_shapes(config.lora_targets)
-    numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
-    print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
-    print(f"prompts: {len(train_prompts)} for training, {len(heldout)} held out")
-    print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
-    for update in sorted({0, config.updates // 2, config.updates - 1}):
-        steps = schedule.steps(update)
-        plan = tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching)
-        print(
-            f"update {update + 1}: branch steps {steps}, widths {plan.widths}, {plan.leaves} leaves; per prompt "
-            f"{plan.rollout_evaluations} evaluations in the rollout, {plan.train_evaluations} in the replay"
-        )
-    every = sorted({schedule.steps(update) for update in range(config.updates)})
-    plans = [tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching) for steps in every]
-    print(f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all")
-    tokens = skeleton.text_tokens(folder, config.max_sequence_length)
-    # Only models with T5 encode all prompts first.
-    alone = (folder / skeleton.t5).is_dir()
-    text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
-    phases = memory.estimate(skeleton, config, plans, tokens, text if alone else 0)
-    kept = {} if alone else {"text encoders": text}
-    print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
-    for phase, parts in phases.items():
-        parts = kept | parts
-        listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
-        print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
-    if not is_hub_id(config.model):
-        check_weights(config.model, folder, ("transformer",) if config.transformer else ())
-    return 0
 
 
 def _make_folder(config: TrainConfig, preset: str) -> Path:
@@ -263,13 +82,14 @@ def _agreed_folder(config: TrainConfig, preset: str, accelerator: Accelerator) -
     return told[0]
 
 
-def _together(
-    accelerator: Accelerator, load: Callable[[], tuple[list[Scorer], Backbone]]
-) -> tuple[list[Scorer], Backbone]:
+Loaded = tuple[list[Scorer], Features | None, Backbone]
+
+
+def _together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
     """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
     if accelerator.num_processes == 1:
         return load()
-    loaded: list[tuple[list[Scorer], Backbone]] = []
+    loaded: list[Loaded] = []
     own = None
     try:
         loaded.append(load())
@@ -281,28 +101,16 @@ def _together(
     return loaded[0]
 
 
-def _sampling(config: TrainConfig) -> evaluate.Sampling:
-    # No more at once than the rollout has.
-    leaves = config.branching ** len(config.branch_early) * min(config.prompts_per_batch, config.prompts_per_update)
-    return evaluate.Sampling(
-        steps=config.eval_steps,
-        seed=config.seed,
-        guidance=config.guidance,
-        resolution=config.resolution,
-        batch=config.max_batch or min(leaves, 128),
-        decode_batch=config.decode_batch,
-    )
-
-
 def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     """Trains, exports and reports. Returns the exit code: 0, 1 for a failure (one line says which), 130 if interrupted."""
-    _need_gpu(config)
-    train_prompts, heldout, _ = _check(config, choose_device(config))
+    loading.need_gpu(config)
+    chosen = loading.choose_device(config.device)
+    train_prompts, heldout, _ = loading.check(config, chosen)
     if config.threads:
         torch.set_num_threads(config.threads)
-    _quiet()
-    accelerator = Accelerator(cpu=choose_device(config).type == "cpu", **trackers.arguments(config.tracker))
-    device = choose_device(config) if accelerator.num_processes == 1 else accelerator.device
+    loading.quiet()
+    accelerator = Accelerator(cpu=chosen.type == "cpu", **trackers.arguments(config.tracker))
+    device = chosen if accelerator.num_processes == 1 else accelerator.device
     main = accelerator.is_main_process
     if accelerator.is_fsdp2 and config.quantize == "nf4":
         raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
@@ -312,12 +120,13 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             print(text, file=sys.stderr)
 
     # What the rewards and the report need is loaded first: it must not be found missing after hours of training.
-    features = EfficientNetLite(device) if config.report or config.eval_every else None
-    scorers, backbone = _together(
+    texts = train_prompts.texts + heldout.texts
+    scorers, features, backbone = _together(
         accelerator,
         lambda: (
-            _scorers(config, device),
-            load_model(config, device, train_prompts + heldout, accelerator.is_fsdp2),
+            loading.scorers(config, device),
+            loading.features(config, device) if config.report or config.eval_every else None,
+            loading.load_model(config, device, texts, accelerator.is_fsdp2),
         ),
     )
     folder = checkpoint.parent if checkpoint else _agreed_folder(config, preset, accelerator)
@@ -331,10 +140,11 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
     trackers.start(accelerator, config, folder)
     say(f"{'resuming' if checkpoint else 'training'} in {folder}")
-    shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
+    count = len(heldout.texts)
+    shown = [heldout.texts[i] for i in np.linspace(0, count - 1, min(6, count)).astype(int)]
 
     def draw_samples() -> tuple[np.ndarray, list[str]]:
-        parts = [pictures for _, pictures in evaluate.sample(backbone, shown, 8, _sampling(config))]
+        parts = [pictures for _, pictures in evaluate.sample(backbone, shown, 8, loading.sampling(config))]
         return np.concatenate(parts), shown
 
     held_out = None
@@ -343,10 +153,10 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             folder / "base.npz" if config.eval_every else None,
             backbone,
             heldout,
-            evaluation_scorers(scorers),
+            loading.evaluation_scorers(scorers),
             features,
             config.eval_images,
-            _sampling(config),
+            loading.sampling(config),
             accelerator,
         )
 
@@ -407,7 +217,7 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
 
 def _report(config: TrainConfig, trainer: Trainer, held_out: evaluate.HeldOut, rewards: list[str]) -> None:
     """Base and trained (EMA) model on the held-out prompts with the same noise."""
-    count = len(held_out.prompts)
+    count = len(held_out.prompts.texts)
     main = trainer.accelerator.is_main_process
     what = "evaluating base and trained"
     with tqdm(total=2 * count, desc=what, unit="prompt", dynamic_ncols=True, disable=not main) as bar:

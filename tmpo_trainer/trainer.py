@@ -23,7 +23,7 @@ from tmpo_trainer import checkpoint, flow, lora, tree
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.group import Clock, Group
-from tmpo_trainer.prompts import prompt_index
+from tmpo_trainer.prompts import PromptList, as_list, prompt_index
 from tmpo_trainer.reporting import Reporter
 from tmpo_trainer.rewards import Scorer
 from tmpo_trainer.shards import like, whole
@@ -48,7 +48,7 @@ class Trainer:
 
     Args:
         config: settings. run: the run's folder. backbone: the frozen model; the trainer adds an adapter to it.
-        scorers: the rewards, in the order of `config.reward`. prompts: training prompts.
+        scorers: the rewards, in the order of `config.reward`. prompts: for training, texts alone or with metadata.
         accelerator: of this process; by default one for the backbone's device alone.
     """
 
@@ -58,12 +58,13 @@ class Trainer:
         run: Path,
         backbone: Backbone,
         scorers: Sequence[Scorer],
-        prompts: Sequence[str],
+        prompts: Sequence[str] | PromptList,
         accelerator: Accelerator | None = None,
     ):
         self.config, self.run, self.backbone = config, run, backbone
         self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
-        self.scorers, self.prompts = list(scorers), list(prompts)
+        self.scorers, listed = list(scorers), as_list(prompts)
+        self.prompts, self.metadata = listed.texts, listed.metadata
         self.sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
         self.latent_shape = backbone.latent_shape(*config.resolution)
         self.schedule = make_schedule(config, self.sigmas)

@@ -37,7 +37,7 @@ FLAGS = {
     "--prompts-per-batch", "--prompts-per-update", "--quantize", "--replay-batch", "--report", "--resolution", "--resume",
     "--reward", "--reward-models", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed",
     "--split-guidance",
-    "--text-cache",    "--threads", "--tracker", "--transformer",
+    "--remote-hosts", "--remote-timeout", "--features", "--text-cache", "--threads", "--tracker", "--transformer",
     "--updates", "--version", "--weight-decay",
 }  # fmt: skip
 
@@ -76,6 +76,10 @@ def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "good.txt": "a red circle\ntwo blue squares\n",
         "empty.txt": "\n# only a comment\n",
         "foreign.txt": "a red circle\na photo of a cat\n",
+        "signs.jsonl": '{"prompt": "a sign", "target": "open"}\n',
+        "bare.jsonl": '{"prompt": "a red circle"}\n["a red circle"]\n',
+        "text.jsonl": "a red circle\n",
+        "twice.jsonl": '{"prompt": "a red circle", "a": 1}\n\n{"prompt": "a red circle", "a": 2}\n',
         "good.yaml": "learning_rate: 5e-5\nupdates: 70\nguidance: 2\n",
         "unknown.yaml": "learning_rat: 1.0e-4\n",
         "broken.yaml": "updates: [1\nseed: }",
@@ -125,7 +129,7 @@ def files(folder: Path) -> set[Path]:
 BAD: list[tuple[str, list[str]]] = [
     ("--updatez 3", ["unknown flag --updatez", "did you mean --updates?"]),
     ("--update 3", ["unknown flag --update", "did you mean --updates?"]),
-    ("strayword", ["unknown argument strayword"]),
+    ("strayword", ["unknown command strayword"]),
     ("--updates", ["--updates", "expected one argument"]),
     ("--config unknown.yaml", ["unknown.yaml", "learning_rat", "did you mean learning_rate?"]),
     ("--config broken.yaml", ["broken.yaml is not YAML"]),
@@ -182,7 +186,13 @@ BAD: list[tuple[str, list[str]]] = [
     ("--reward-models shapes", ["reward_models shapes: write NAME=PATH"]),
     ("--reward-models shapes=x", ["shapes has no weights"]),
     ("--reward pickscore --reward-models pickscore=nowhere", ["pickscore=nowhere: nowhere does not exist"]),
-    ("--reward ocr", ["reward ocr is not part of this version yet"]),
+    ("--reward ocr", ["good.txt: prompt 'a red circle' has no text to render", "double quotes"]),
+    ("--reward ocr --reward-models ocr=x --prompts signs.jsonl --eval-prompts signs.jsonl", ["ocr has its weights from"]),
+    ("--reward remote", ["reward remote needs its address: --reward-models remote=http"]),
+    ("--prompts bare.jsonl", ["bare.jsonl, line 2: write an object with a \"prompt\""]),
+    ("--prompts text.jsonl", ["text.jsonl, line 1: not JSON"]),
+    ("--prompts twice.jsonl", ["twice.jsonl, line 3: 'a red circle' was there before with other metadata"]),
+    ("--features no-folder --report", ["features no-folder: no such folder"]),
     ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
     ("--device cuda:99", ["device cuda:99", "CUDA devices"]),
@@ -439,10 +449,10 @@ def test_what_a_run_leaves_behind(
     place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Settings, environment, figures, sample grids and the report; the settings repeat the run."""
-    from tmpo_trainer import run
+    from tmpo_trainer import loading
 
-    monkeypatch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
-    monkeypatch.setattr(run, "EfficientNetLite", MeanColours)
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
+    monkeypatch.setattr(loading, "load_features", lambda name, device: MeanColours(device))
     more = ["--report", "--sample-every", "2", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2"]
     more += ["--ema-every", "1"]
     assert cli.main([*base, *more]) == 0
@@ -470,7 +480,7 @@ def test_evaluation_on_the_way(
     place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Base and averaged weights on the same prompts and noise, as the report measures them; resuming keeps the base."""
-    from tmpo_trainer import evaluate, run
+    from tmpo_trainer import evaluate, loading
 
     measured: list[int] = []
     original = evaluate.evaluate
@@ -480,8 +490,8 @@ def test_evaluation_on_the_way(
         return original(*args, **kwargs)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
-    monkeypatch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
-    monkeypatch.setattr(run, "EfficientNetLite", MeanColours)
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
+    monkeypatch.setattr(loading, "load_features", lambda name, device: MeanColours(device))
     more = ["--eval-every", "1", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2", "--updates", "3"]
     more += ["--ema-every", "1"]
     more += ["--checkpoint-every", "1", "--checkpoints-kept", "3"]
@@ -523,7 +533,7 @@ def test_a_zero_learning_rate_is_reported(place: Path, base: list[str], capsys: 
 def test_a_parked_scorer_is_on_the_device_only_to_score(
     place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any
 ) -> None:
-    from tmpo_trainer import run
+    from tmpo_trainer import loading
 
     moves: list[str] = []
 
@@ -535,9 +545,9 @@ def test_a_parked_scorer_is_on_the_device_only_to_score(
             moves.append("score")
             return super().score(*arguments)
 
-    monkeypatch.setattr(run, "load_scorer", lambda name, *more: Movable())
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: Movable())
     # A device that differs from where it waits, by its name alone.
-    monkeypatch.setattr(run, "Parked", lambda scorer, device: Parked(scorer, torch.device("cpu:0")))
+    monkeypatch.setattr(loading, "Parked", lambda scorer, device: Parked(scorer, torch.device("cpu:0")))
     assert cli.main([*base, "--offload-scorers"]) == 0
     assert moves == ["cpu", *["cpu:0", "score", "cpu"] * 2]
     moves.clear()

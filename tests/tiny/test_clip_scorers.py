@@ -211,6 +211,33 @@ def test_padding_keeps_the_whole_picture() -> None:
     assert torch.allclose(pixels[0, 4:20], torch.tensor(full), atol=1e-5)
 
 
+#: Of a picture (width, height) after preprocessing: mean, standard deviation, and three values of the red channel. The
+#: padded ones agree with open_clip's own (test_open_clip.py).
+PINNED: dict[str, dict[tuple[int, int], tuple[float, ...]]] = {
+    "crop": {
+        (224, 224): (0.1625, 1.0751, -0.3908, 0.1785, -1.5003),
+        (300, 200): (0.1732, 0.9796, -0.7704, -0.6682, 1.58),
+        (90, 401): (0.1733, 1.0063, 0.3391, -1.6755, 1.3902),
+    },
+    "pad": {
+        (224, 224): (0.1625, 1.0751, -0.3908, 0.1785, -1.5003),
+        (300, 200): (-0.4538, 1.1487, -0.7266, -1.7923, -1.7923),
+        (90, 401): (-1.2657, 0.8784, 0.4413, -1.7923, 1.3902),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PINNED)
+@pytest.mark.parametrize("size", [(224, 224), (300, 200), (90, 401)])
+def test_preprocessing_is_pinned(kind: str, size: tuple[int, int]) -> None:
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    picture = np.stack([(7 * x + 3 * y) % 256, (x * y) % 251, (5 * x + 11 * y) % 253], -1).astype(np.uint8)
+    pixels = getattr(clip, kind)(224)([Image.fromarray(picture)])[0]
+    assert pixels.shape == (3, 224, 224)
+    found = [pixels.mean(), pixels.std(), pixels[0, 112, 112], pixels[0, 5, 200], pixels[0, 200, 100]]
+    assert [value.item() for value in found] == pytest.approx(PINNED[kind][size], abs=2e-4)
+
+
 @pytest.mark.parametrize(
     ("prompt", "cleaned"),
     [("  A   Red\nCircle ", "a red circle"), ("Tom &amp;amp; Jerry", "tom & jerry"), ("caf\u00e9", "caf\u00e9")],
@@ -387,7 +414,7 @@ def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) ->
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, repo_type: str | None = None) -> str:
         raise LocalEntryNotFoundError("no connection\nmore")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

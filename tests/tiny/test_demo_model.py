@@ -16,7 +16,7 @@ from tmpo_trainer.features import EfficientNetLite
 from tmpo_trainer.prompts import read_prompts
 from tmpo_trainer.rewards.shapes import ShapesScorer
 
-HELDOUT = read_prompts(split.FOLDER / "heldout.txt")
+HELDOUT = read_prompts(split.FOLDER / "heldout.txt").texts
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_weights_and_prompt_lists_are_the_frozen_ones():
 
 def test_prompt_lists_are_what_the_script_writes_and_disjoint():
     lists = split.split()
-    assert {name: read_prompts(split.FOLDER / f"{name}.txt") for name in lists} == lists
+    assert {name: read_prompts(split.FOLDER / f"{name}.txt").texts for name in lists} == lists
     assert {name: len(prompts) for name, prompts in lists.items()} == {"train": 360, "heldout": 60, "validation": 60}
     assert len(set().union(*lists.values())) == 480
 

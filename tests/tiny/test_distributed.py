@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tmpo_trainer import cli
+from tmpo_trainer import cli, commands
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -181,7 +181,7 @@ def test_the_shipped_configs_are_accelerates(monkeypatch: pytest.MonkeyPatch) ->
     """accelerate reads them without complaint, and they say what their names say."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    kinds = {name: load_config_from_file(str(path)) for name, path in cli.launch_configs().items()}
+    kinds = {name: load_config_from_file(str(path)) for name, path in commands.launch_configs().items()}
     assert {name: str(kind.distributed_type).split(".")[-1] for name, kind in kinds.items()} == {
         "ddp": "MULTI_GPU", "fsdp2": "FSDP"
     }  # fmt: skip
@@ -194,7 +194,7 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 0)
     assert cli.main(["launch", "fsdp2", "--num-processes", "4", "--seed", "3"]) == 0
     (command,) = calls
-    config = str(cli.launch_configs()["fsdp2"])
+    config = str(commands.launch_configs()["fsdp2"])
     assert command[1:] == ["-m", "accelerate.commands.launch", "--config_file", config,
                            "--num_processes", "4", "-m", "tmpo_trainer", "--seed", "3"]  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from tmpo_trainer import cli, run, tree
+from tmpo_trainer import cli, loading, tree
 from tmpo_trainer.backbones import load_backbone
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -35,7 +35,7 @@ def flags(model: Path, *more: str) -> list[str]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, red_scorer: Any) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
     (tmp_path / "good.txt").write_text("\n".join(PROMPTS))
     return tmp_path
 

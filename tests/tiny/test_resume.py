@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tmpo_trainer import checkpoint, cli, run
+from tmpo_trainer import checkpoint, cli, loading
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.export import FILE_NAME
 from tmpo_trainer.reporting import Reporter, read_metrics
@@ -31,7 +31,7 @@ UPDATES, CALLS_PER_UPDATE = 20, 2
 RUNNER = """
 import os, signal, sys
 import torch
-from tmpo_trainer import checkpoint, cli, run
+from tmpo_trainer import checkpoint, cli, loading
 
 calls = flushes = 0
 
@@ -54,7 +54,7 @@ def flush(path, flush=checkpoint._flush):
     flush(path)
 
 checkpoint._flush = flush
-run.load_scorer = lambda name, *more: Red()
+loading.load_scorer = lambda name, *more, **rest: Red()
 sys.exit(cli.main())
 """
 
@@ -91,7 +91,7 @@ class Scorer:
 def scorer(monkeypatch: pytest.MonkeyPatch, red_scorer: Any) -> Scorer:
     """The scorer of runs within this process."""
     scorer = Scorer(red_scorer.score)
-    monkeypatch.setattr(run, "load_scorer", lambda name, *more: scorer)
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: scorer)
     return scorer
 
 
@@ -100,7 +100,7 @@ def whole(flags: list[str], red_scorer: Any, tmp_path_factory: pytest.TempPathFa
     """The folder of a run in one go. Do not write to it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_scorer", lambda name, *more: red_scorer)
+        patch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
         assert cli.main([*flags, "--output-dir", str(folder)]) == 0
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tmpo_trainer import objectives
 from tmpo_trainer.config import ConfigError, suggest
+from tmpo_trainer.prompts import PromptList
 
 
 class Scorer(Protocol):
@@ -44,44 +46,78 @@ class Parked:
             self._scorer.to(torch.device("cpu"))
 
 
-NAMES = ("shapes", "pickscore", "hpsv2", "imagereward", "clipscore")
-#: Of the presets, but not here yet.
-PLANNED = ("ocr", "geneval", "remote")
+NAMES = ("shapes", "pickscore", "hpsv2", "imagereward", "clipscore", "geneval", "ocr", "remote")
+#: Those that want more of a prompt than its words.
+PARTICULAR = ("shapes", "geneval", "ocr")
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError for a scorer that is not known."""
-    if name in PLANNED:
-        known = ", ".join(NAMES)
-        raise ConfigError(
-            f"reward {name} is not part of this version yet (there are {known}, and your own from Python)"
-        )
-    if name not in NAMES:
+    """Raises ConfigError for a scorer that is not known. `remote-...` is as good as `remote`: for several of them."""
+    if name not in NAMES and not name.startswith("remote-"):
         raise ConfigError(f"unknown reward {name}{suggest(name, NAMES)} (known: {', '.join(NAMES)})")
 
 
-def load_scorer(name: str, device: torch.device | None = None, path: str | None = None) -> Scorer:
+def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
+    """Raises ConfigError for the first prompt that one of the scorers cannot score."""
+    for name in names:
+        if name in PARTICULAR:
+            check = importlib.import_module(f"tmpo_trainer.rewards.{name}").check
+            for prompt in prompts.texts:
+                try:
+                    check(prompt, prompts.metadata.get(prompt))
+                except ValueError as error:
+                    raise ConfigError(f"{prompts.where}: {error}") from None
+
+
+def load_scorer(
+    name: str,
+    device: torch.device | None = None,
+    path: str | None = None,
+    hosts: Sequence[str] = (),
+    timeout: float = 120,
+) -> Scorer:
     """A scorer by its name.
 
     Args:
-        device: where it runs; by default the CPU. path: of its weights, in place of the hub's.
+        device: where it runs; by default the CPU. path: of its weights, in place of the hub's; the URL of a remote one.
+        hosts: beside this machine, that a remote scorer may be on. timeout: seconds for a reply of it.
 
     Raises:
         ConfigError: it is not known, or its weights cannot be had.
     """
     check_name(name)
-    if name == "shapes":
-        from tmpo_trainer.rewards.shapes import ShapesScorer
+    if name == "remote" or name.startswith("remote-"):
+        from tmpo_trainer.rewards import remote
 
-        if path:
-            raise ConfigError("--reward-models shapes=...: shapes has no weights, leave it out")
-        return ShapesScorer()
-    module = importlib.import_module(f"tmpo_trainer.rewards.{name}")
-    return module.load(device or torch.device("cpu"), path)
+        if path is None:
+            raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
+        return remote.load(path, hosts, timeout, name)
+    return importlib.import_module(f"tmpo_trainer.rewards.{name}").load(device or torch.device("cpu"), path)
+
+
+def score_all(
+    scorers: Sequence[tuple[str, Scorer]], images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None
+) -> dict[str, Tensor]:
+    """Scores by name, float32 `[N]` each. Those that keep no GPU busy (`waits`) go on in threads beside the others.
+
+    Raises:
+        ValueError: a score is not finite, or there are not N. Whatever a scorer raises.
+    """
+    with ThreadPoolExecutor(len(scorers)) as pool:
+        aside = {
+            name: pool.submit(scorer.score, images, prompts, metadata)
+            for name, scorer in scorers
+            if getattr(scorer, "waits", False)
+        }
+        here = {name: scorer.score(images, prompts, metadata) for name, scorer in scorers if name not in aside}
+        found = here | {name: future.result() for name, future in aside.items()}
+    return {name: check_finite(name, found[name], prompts) for name, _ in scorers}
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Raises ValueError, naming the scorer and the first prompt to blame, unless all scores are finite numbers."""
+    """Raises ValueError, naming the scorer and the first prompt to blame, unless there is a finite number for each."""
+    if scores.shape != (len(prompts),):
+        raise ValueError(f"reward {name} gave {tuple(scores.shape)} scores for {len(prompts)} images")
     bad = torch.nonzero(~torch.isfinite(scores)).flatten()
     if len(bad):
         i = int(bad[0])

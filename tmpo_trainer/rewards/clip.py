@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tmpo_trainer.rewards.weights import hub_folder, told
+from tmpo_trainer.rewards.weights import Source, hub_folder, told
 
 #: The tokenizer of OpenAI's CLIP, which all of them use.
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json")
+TOKENIZER: Source = (
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ("tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"),
+)
+#: Words of CLIP's tokenizer.
+VOCABULARY = 49408
 #: Images in one call of the vision tower.
 BATCH = 32
 
@@ -47,11 +54,32 @@ def pad(size: int) -> Prepare:
     return lambda images: processor([square(image) for image in images], return_tensors="pt")["pixel_values"]
 
 
+def open_clip_tokenizer() -> CLIPTokenizer | None:
+    """CLIP's tokenizer from the vocabulary in open_clip's package, if that is installed: no hub is needed then.
+
+    The package itself is not imported: it needs torchvision.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    file = Path(spec.origin or "").with_name("bpe_simple_vocab_16e6.txt.gz") if spec else None
+    if file is None or not file.is_file():
+        return None
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+    # The first line is a title; of what follows CLIP took as many merges as its vocabulary of 49,408 has room for.
+    letters = list(bytes_to_unicode().values())
+    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 * len(letters) - 2 + 1]]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
 def load_tokenizer(scorer: str, folder: Path) -> CLIPTokenizer:
-    """The tokenizer in a model's folder, or CLIP's from the hub."""
+    """The tokenizer in a model's folder, or CLIP's: from open_clip's package, or the hub."""
     if not (folder / "tokenizer_config.json").is_file():
-        folder = hub_folder(scorer, TOKENIZER, TOKENIZER_FILES)
-    with told(scorer, folder):
+        found = open_clip_tokenizer()
+        if found is not None:
+            return found
+        folder = hub_folder(scorer, TOKENIZER)
+    with told(f"reward {scorer}", folder):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -140,6 +168,6 @@ class ClipScorer:
 
 def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
     """The towers of a folder with a transformers CLIPModel, preprocessed as CLIP does. Raises ConfigError if it is none."""
-    with told(scorer, folder):
+    with told(f"reward {scorer}", folder):
         model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from tmpo_trainer.rewards.clip import ClipScorer, load_clip
-from tmpo_trainer.rewards.weights import existing, hub_folder
+from tmpo_trainer.rewards.clip import TOKENIZER, ClipScorer, load_clip
+from tmpo_trainer.rewards.weights import Source, existing, hub_folder
 
-REPOSITORY = "openai/clip-vit-large-patch14"
+SOURCES: tuple[Source, ...] = (("openai/clip-vit-large-patch14", ("config.json", "model.safetensors")), TOKENIZER)
 
 
 def load(device: torch.device, path: str | None = None) -> ClipScorer:
     """The scorer; `path` is a folder with the model, in place of the hub's. Raises ConfigError without weights."""
-    folder = (
-        existing("clipscore", path)
-        if path
-        else hub_folder("clipscore", REPOSITORY, ("config.json", "model.safetensors"))
-    )
+    folder = existing("clipscore", path) if path else hub_folder("clipscore", SOURCES[0])
     return ClipScorer("clipscore", load_clip("clipscore", folder, device), divisor=30)

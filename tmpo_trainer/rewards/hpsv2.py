@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from tmpo_trainer.config import ConfigError
-from tmpo_trainer.rewards.clip import ClipTowers, load_tokenizer, pad
-from tmpo_trainer.rewards.weights import existing, fill, hub_file, state
+from tmpo_trainer.rewards.clip import TOKENIZER, ClipTowers, load_tokenizer, pad
+from tmpo_trainer.rewards.weights import Source, existing, fill, hub_folder, state
 
-REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+SOURCES: tuple[Source, ...] = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), TOKENIZER)
 #: Of a block, from open_clip's names to transformers'. Queries, keys and values are one tensor there.
 BLOCK = {
     "ln_1": "layer_norm1",
@@ -101,14 +102,8 @@ def config_of(tensors: Mapping[str, Tensor], image_size: int = 224) -> CLIPConfi
 
 
 def clean(prompt: str) -> str:
-    """open_clip's cleaning: HTML entities, white space, lower case; broken encodings where ftfy is installed."""
-    try:
-        import ftfy  # type: ignore[import-not-found]
-
-        prompt = ftfy.fix_text(prompt)
-    except ModuleNotFoundError:
-        pass
-    return " ".join(html.unescape(html.unescape(prompt)).split()).lower()
+    """open_clip's cleaning: broken encodings, HTML entities, white space, lower case."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
 
 
 class HpsScorer:
@@ -137,7 +132,7 @@ def load(device: torch.device, path: str | None = None) -> HpsScorer:
     Raises:
         ConfigError: the weights cannot be had or are others.
     """
-    file = existing("hpsv2", path) if path else hub_file("hpsv2", REPOSITORY, FILE)
+    file = existing("hpsv2", path) if path else hub_folder("hpsv2", SOURCES[0]) / SOURCES[0][1][0]
     tensors = state("hpsv2", file, "state_dict")
     return HpsScorer(ClipTowers(build(file, tensors), load_tokenizer("hpsv2", file.parent), pad(224), device, clean))
 

@@ -18,10 +18,12 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.rewards.clip import BATCH, crop
-from tmpo_trainer.rewards.weights import existing, fill, hub_file, hub_folder, state, told
+from tmpo_trainer.rewards.weights import Source, existing, fill, hub_folder, state, told
 
-REPOSITORY, FILE = "zai-org/ImageReward", "ImageReward.pt"
-TOKENIZER, TOKENIZER_FILES = "google-bert/bert-base-uncased", ("tokenizer_config.json", "vocab.txt", "tokenizer.json")
+SOURCES: tuple[Source, ...] = (
+    ("zai-org/ImageReward", ("ImageReward.pt",)),
+    ("google-bert/bert-base-uncased", ("tokenizer_config.json", "vocab.txt", "tokenizer.json")),
+)
 #: Of the raw scores on the authors' data.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
@@ -136,7 +138,7 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
     Raises:
         ConfigError: the weights cannot be had or are others.
     """
-    file = existing("imagereward", path) if path else hub_file("imagereward", REPOSITORY, FILE)
+    file = existing("imagereward", path) if path else hub_folder("imagereward", SOURCES[0]) / SOURCES[0][1][0]
     tensors = {key: value.float() for key, value in from_original(state("imagereward", file)).items()}
     if not tensors:
         raise ConfigError(f"reward imagereward: {file} is not its checkpoint (no blip.* keys)")
@@ -164,7 +166,7 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
     fill("imagereward", file, network, tensors)
     folder = file.parent
     if not (folder / "tokenizer_config.json").is_file():
-        folder = hub_folder("imagereward", TOKENIZER, TOKENIZER_FILES)
-    with told("imagereward", folder):
+        folder = hub_folder("imagereward", SOURCES[1])
+    with told("reward imagereward", folder):
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
     return ImageRewardScorer(network, tokenizer, device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tmpo_trainer.rewards.clip import ClipScorer, load_clip
-from tmpo_trainer.rewards.weights import existing, hub_folder
+from tmpo_trainer.rewards.clip import TOKENIZER, ClipScorer, load_clip
+from tmpo_trainer.rewards.weights import Source, existing, hub_folder
 
-REPOSITORY = "yuvalkirstain/PickScore_v1"
+SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 
 
 def load(device: torch.device, path: str | None = None) -> ClipScorer:
@@ -19,9 +19,5 @@ def load(device: torch.device, path: str | None = None) -> ClipScorer:
     Raises:
         ConfigError: the weights cannot be had.
     """
-    folder = (
-        existing("pickscore", path)
-        if path
-        else hub_folder("pickscore", REPOSITORY, ("config.json", "model.safetensors"))
-    )
+    folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
     return ClipScorer("pickscore", load_clip("pickscore", folder, device))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tmpo_trainer.config import ConfigError
 from tmpo_trainer.demo import domain
 
 if TYPE_CHECKING:
@@ -312,3 +313,15 @@ def _squared_distances(points: np.ndarray, references: np.ndarray) -> np.ndarray
 def _to_array(image: Image.Image | np.ndarray) -> np.ndarray:
     """A picture as an RGB array `[H, W, 3]`."""
     return image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+
+
+def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for a prompt outside the demo domain."""
+    domain.parse(prompt)
+
+
+def load(device: torch.device, path: str | None = None) -> ShapesScorer:
+    """The scorer. Raises ConfigError if a path is given: it has no weights."""
+    if path:
+        raise ConfigError("--reward-models shapes=...: shapes has no weights, leave it out")
+    return ShapesScorer()

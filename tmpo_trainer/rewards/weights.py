@@ -14,9 +14,15 @@ from torch import Tensor
 
 from tmpo_trainer.config import ConfigError
 
+#: A hub repository and the files wanted of it.
+Source = tuple[str, tuple[str, ...]]
 
-def hub_file(scorer: str, repository: str, name: str) -> Path:
+
+def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None = None) -> Path:
     """A file of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count.
+
+    Args:
+        what: needs it, for errors. flag: that takes a path in place of the repository. kind: `dataset`, or a model's.
 
     Raises:
         ConfigError: it is not in the cache and cannot be downloaded.
@@ -25,24 +31,32 @@ def hub_file(scorer: str, repository: str, name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(repository, name, repo_type=kind))
     except GatedRepoError:
         raise ConfigError(
-            f"reward {scorer}: {repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
+            f"{what}: {repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
             "`hf auth login`"
         ) from None
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).split("\n") or [""])[0]
         raise ConfigError(
-            f"reward {scorer} needs {name} of https://huggingface.co/{repository}, which is not in the hub's cache and "
-            f"cannot be downloaded ({reason}): on a machine that can, run `hf download {repository} {name}`, then copy it "
-            f"here and give --reward-models {scorer}=PATH"
+            f"{what} needs {name} of https://huggingface.co/{repository}, which is not in the hub's cache and cannot be "
+            f"downloaded ({reason}): on a machine that can, run `hf download {repository} {name}`, then copy it here and "
+            f"give {flag}, or copy its whole cache to {hub_cache()}"
         ) from None
 
 
-def hub_folder(scorer: str, repository: str, names: tuple[str, ...]) -> Path:
-    """The folder of some files of a hub repository. Raises ConfigError for the first that cannot be had."""
-    files = [hub_file(scorer, repository, name) for name in names]
+def hub_cache() -> Path:
+    """Where the hub's files are kept: under HF_HOME, or HF_HUB_CACHE."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def hub_folder(scorer: str, source: Source) -> Path:
+    """The folder of a scorer's files of a hub repository. Raises ConfigError for the first that cannot be had."""
+    repository, names = source
+    files = [hub_file(f"reward {scorer}", repository, name, f"--reward-models {scorer}=PATH") for name in names]
     return files[0].parent
 
 
@@ -55,12 +69,12 @@ def existing(scorer: str, path: str) -> Path:
 
 
 @contextmanager
-def told(scorer: str, path: Path) -> Iterator[None]:
+def told(what: str, path: Path) -> Iterator[None]:
     """What a library says against a path, as one line. Raises ConfigError."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"reward {scorer}: {path} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what}: {path} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:

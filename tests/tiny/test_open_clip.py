@@ -1,0 +1,119 @@
+"""HPS's key map, tokenizer and preprocessing against the real open_clip, where it is installed.
+
+open_clip needs torchvision, which on a machine without CUDA may be missing or broken: then empty modules stand in for it,
+since neither its model nor its tokenizer uses any of it; its preprocessing does and is compared only with a real one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tmpo_trainer.rewards import clip, hpsv2
+
+if importlib.util.find_spec("open_clip") is None:
+    pytest.skip("open-clip-torch is not installed", allow_module_level=True)
+
+PROMPTS = ["a photo of a cat", "  It's 3 o'clock,\n&amp;quot;NOW&amp;quot; ", "caf\u00e9 \u4f60\u597d \U0001f680", "x" * 400,
+           "schÃ¶n", "a_b-c/d 12345 don't we'll", ""]  # fmt: skip
+SIZES = ((224, 224), (300, 200), (90, 401))
+
+SCRIPT = """
+import importlib.machinery, sys, types
+import numpy as np, torch
+from PIL import Image
+
+try:
+    import torchvision
+    real = True
+except Exception:
+    real = False
+    for name in ("", ".ops", ".ops.misc", ".transforms", ".transforms.functional"):
+        module = types.ModuleType("torchvision" + name)
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        module.__path__ = []
+        module.__getattr__ = lambda attribute: type(attribute, (), {"BICUBIC": 3})
+        sys.modules[module.__name__] = module
+        parent, _, child = module.__name__.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)
+import open_clip
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+torch.manual_seed(0)
+vision = CLIPVisionCfg(layers=2, width=128, head_width=64, image_size=224, patch_size=32)
+model = CLIP(48, vision, CLIPTextCfg(context_length=77, vocab_size=49408, width=128, heads=2, layers=2)).eval()
+for parameter in model.parameters():
+    if parameter.dim():
+        torch.nn.init.normal_(parameter, std=0.1)
+inputs = torch.load(sys.argv[1])
+out = {"state": model.state_dict(), "tokens": open_clip.get_tokenizer("ViT-H-14")(inputs["prompts"])}
+with torch.no_grad():
+    out["text"] = model.encode_text(out["tokens"])
+    out["image"] = model.encode_image(inputs["pixels"])
+if real:
+    transform = open_clip.image_transform(224, is_train=False, resize_mode="longest")
+    out["prepared"] = torch.stack([transform(Image.fromarray(picture.numpy())) for picture in inputs["pictures"]])
+torch.save(out, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What open_clip makes of prompts, pixels and pictures, in a process of its own."""
+    folder = tmp_path_factory.mktemp("open_clip")
+    generator = np.random.default_rng(0)
+    pictures = []
+    for width, height in SIZES:
+        small = Image.fromarray(generator.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        pictures.append(torch.tensor(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))))
+    inputs = {"prompts": PROMPTS, "pixels": torch.randn(3, 3, 224, 224), "pictures": pictures}
+    torch.save(inputs, folder / "in.pt")
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder / "in.pt"), str(folder / "out.pt")],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return {**inputs, **torch.load(folder / "out.pt")}
+
+
+@torch.no_grad()
+def test_features_of_the_mapped_model(theirs: dict) -> None:
+    model = hpsv2.build(Path("hps.pt"), theirs["state"]).eval()
+    image = model.get_image_features(theirs["pixels"]).pooler_output
+    torch.testing.assert_close(image, theirs["image"], atol=1e-6, rtol=1e-6)
+    text = model.get_text_features(theirs["tokens"]).pooler_output
+    torch.testing.assert_close(text, theirs["text"], atol=1e-6, rtol=1e-6)
+
+
+def test_tokens(theirs: dict) -> None:
+    """Up to the end of text; what follows is padding, which open_clip writes as 0."""
+    tokenizer = clip.open_clip_tokenizer()
+    assert tokenizer is not None
+    ours = tokenizer([hpsv2.clean(prompt) for prompt in PROMPTS], max_length=77, truncation=True)["input_ids"]
+    for prompt, mine, row in zip(PROMPTS, ours, theirs["tokens"].tolist(), strict=True):
+        assert mine == row[: len(mine)] and not any(row[len(mine) :]), prompt
+
+
+@torch.no_grad()
+def test_scores_from_prompt_and_picture(theirs: dict) -> None:
+    """The scorer's own path: its tokenizer, its padding, unit features; pictures that need no preprocessing but the mean."""
+    model = hpsv2.build(Path("hps.pt"), theirs["state"])
+    towers = clip.ClipTowers(model, clip.open_clip_tokenizer(), clip.pad(224), torch.device("cpu"), hpsv2.clean)
+    text = torch.nn.functional.normalize(theirs["text"], dim=-1)
+    torch.testing.assert_close(towers.text_features(PROMPTS), text, atol=1e-5, rtol=1e-5)
+
+
+def test_preprocessing(theirs: dict) -> None:
+    if "prepared" not in theirs:
+        pytest.skip("torchvision does not work here")
+    ours = clip.pad(224)([Image.fromarray(picture.numpy()) for picture in theirs["pictures"]])
+    torch.testing.assert_close(ours, theirs["prepared"], atol=1e-5, rtol=1e-5)

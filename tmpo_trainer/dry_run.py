@@ -1,0 +1,56 @@
+"""`--dry-run`: what a run would do, from settings and configs alone."""
+
+from __future__ import annotations
+
+import torch
+
+from tmpo_trainer import memory, tree
+from tmpo_trainer.backbones import find_model, is_hub_id
+from tmpo_trainer.backbones.check import check_weights
+from tmpo_trainer.config import TrainConfig
+from tmpo_trainer.loading import check, choose_device, quiet
+from tmpo_trainer.trainer import make_schedule
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Prints what a run would do: prompts, tree geometry, network evaluations, memory. Loads no weights."""
+    quiet()
+    device = choose_device(config.device)
+    here = ""
+    if config.device == "auto" and config.model != "demo" and device.type == "cpu":
+        device, here = torch.device("cuda"), " (none here)"
+    train_prompts, heldout, skeleton = check(config, device)
+    folder = find_model(config.model, weights=False)
+    sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
+    schedule = make_schedule(config, sigmas)
+    parameters = sum(p.numel() for p in skeleton.transformer.parameters())
+    print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
+    targets = skeleton.target_shapes(config.lora_targets)
+    numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
+    print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
+    print(f"prompts: {len(train_prompts.texts)} for training, {len(heldout.texts)} held out")
+    print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
+    for update in sorted({0, config.updates // 2, config.updates - 1}):
+        steps = schedule.steps(update)
+        plan = tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching)
+        print(
+            f"update {update + 1}: branch steps {steps}, widths {plan.widths}, {plan.leaves} leaves; per prompt "
+            f"{plan.rollout_evaluations} evaluations in the rollout, {plan.train_evaluations} in the replay"
+        )
+    every = sorted({schedule.steps(update) for update in range(config.updates)})
+    plans = [tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching) for steps in every]
+    print(f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all")
+    tokens = skeleton.text_tokens(folder, config.max_sequence_length)
+    # Only models with T5 encode all prompts first.
+    alone = (folder / skeleton.t5).is_dir()
+    text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
+    phases = memory.estimate(skeleton, config, plans, tokens, text if alone else 0)
+    kept = {} if alone else {"text encoders": text}
+    print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
+    for phase, parts in phases.items():
+        parts = kept | parts
+        listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
+        print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
+    if not is_hub_id(config.model):
+        check_weights(config.model, folder, ("transformer",) if config.transformer else ())
+    return 0

@@ -1,0 +1,173 @@
+"""What training and evaluation load, and everything about it that can be refused before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from tmpo_trainer import evaluate, lora, trackers
+from tmpo_trainer.backbones import is_hub_id, load_backbone, load_skeleton
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.check import check_transformer
+from tmpo_trainer.config import ConfigError, TrainConfig
+from tmpo_trainer.features import Features, check_features, load_features
+from tmpo_trainer.prompt_lists import Split
+from tmpo_trainer.prompts import PromptList, default_prompts, read_prompts
+from tmpo_trainer.rewards import Parked, Scorer, check_name, check_prompts, load_scorer
+from tmpo_trainer.rewards.shapes import ShapesScorer
+from tmpo_trainer.trainer import make_schedule
+
+
+def quiet() -> None:
+    """Libraries' progress bars and advice would tear the run's own bar apart."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a `--device` flag; auto is the GPU where there is one. Raises ConfigError."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device {name}: use auto, cpu, cuda or cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        return device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def need_gpu(config: TrainConfig) -> None:
+    """Refuses to download many gigabytes to a machine that cannot use them. Raises ConfigError."""
+    if is_hub_id(config.model) and config.device == "auto" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"model {config.model} needs a CUDA GPU, and none is here (--device cpu to try all the same). To train the "
+            "bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
+        )
+
+
+def _prompts(config: TrainConfig, given: Path | None, split: Split, flag: str) -> PromptList:
+    found = read_prompts(given) if given else default_prompts(config.reward, split)
+    if found is None:
+        raise ConfigError(f"reward {' '.join(config.reward)} has no prompt list of its own: give --{flag} FILE")
+    check_prompts(config.reward, found)
+    return found
+
+
+def train_prompts(config: TrainConfig) -> PromptList:
+    """Training prompts: the configured file, or the list that comes with the rewards. Raises ConfigError."""
+    return _prompts(config, config.prompts, "train", "prompts")
+
+
+def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptList:
+    """Held-out prompts, likewise."""
+    return _prompts(config, config.eval_prompts, "heldout", flag).first(config.eval_limit)
+
+
+def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, PromptList, Backbone]:
+    """Everything that can be refused before the model is loaded.
+
+    Returns:
+        training and held-out prompts, and the model's skeleton.
+    """
+    trackers.check(config.tracker)
+    for name in config.reward:
+        check_name(name)
+    if config.report or config.eval_every:
+        check_features(config.features)
+    train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
+    make_schedule(config, found.sigmas(config.rollout_steps, *config.resolution))
+    if config.init_lora:
+        lora.check_fits(config.init_lora, found.target_shapes(config.lora_targets), config.lora_rank)
+    return train, heldout, found
+
+
+def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
+    """The model without its weights, after the checks of it that need no more. Raises ConfigError."""
+    found = load_skeleton(config.model, _dtype(config, device), config.max_sequence_length)
+    found.split_guidance = config.split_guidance
+    try:
+        found.latent_shape(*config.resolution)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.transformer:
+        check_transformer(config.transformer, found, config.quantize == "nf4")
+    if config.quantize == "nf4":
+        if device.type == "cpu":
+            raise ConfigError("--quantize nf4 needs a CUDA GPU: leave it out")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError('--quantize nf4 needs bitsandbytes: pip install -c constraints.txt -e ".[train,nf4]"')
+    return found
+
+
+def scorers(config: TrainConfig, device: torch.device) -> list[Scorer]:
+    """The scorers of a run. Raises ConfigError for weights that cannot be had."""
+    paths = dict(entry.split("=", 1) for entry in config.reward_models)
+    remote = {"hosts": config.remote_hosts, "timeout": config.remote_timeout}
+    found = [load_scorer(name, device, paths.get(name), **remote) for name in config.reward]
+    if config.offload_scorers:
+        return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
+    return found
+
+
+def evaluation_scorers(found: list[Scorer]) -> list[tuple[str, Scorer]]:
+    """What a report measures: the rewards; those of clauses both strict and partial."""
+    pairs: list[tuple[str, Scorer]] = []
+    for scorer in found:
+        if isinstance(scorer, ShapesScorer):
+            pairs += [("shapes strict", ShapesScorer("strict")), ("shapes partial", ShapesScorer("partial"))]
+        else:
+            pairs.append((scorer.name, scorer))
+    return pairs
+
+
+def features(config: TrainConfig, device: torch.device) -> Features:
+    """What cosine diversity is measured on. Raises ConfigError for weights that cannot be had."""
+    return load_features(config.features, device)
+
+
+def sampling(config: TrainConfig) -> evaluate.Sampling:
+    """How the evaluation of a run draws pictures."""
+    # No more at once than the rollout has.
+    leaves = config.branching ** len(config.branch_early) * min(config.prompts_per_batch, config.prompts_per_update)
+    return evaluate.Sampling(
+        steps=config.eval_steps,
+        seed=config.seed,
+        guidance=config.guidance,
+        resolution=config.resolution,
+        batch=config.max_batch or min(leaves, 128),
+        decode_batch=config.decode_batch,
+    )
+
+
+def load_model(
+    config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
+) -> Backbone:
+    """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
+    backbone = load_backbone(
+        config.model,
+        _dtype(config, device),
+        device,
+        config.max_sequence_length,
+        prompts,
+        config.text_cache,
+        config.transformer,
+        config.quantize == "nf4",
+        sharded,
+    )
+    backbone.split_guidance = config.split_guidance
+    return backbone

@@ -1,0 +1,119 @@
+"""Text rendering: 1 - normalised edit distance between what a picture says and what it should say, 0 to 1.
+
+As in Flow-GRPO (Liu et al. 2025, arXiv:2505.05470), which reads with PaddleOCR. Here rapidocr reads, whose wheel carries
+PP-OCR's weights: no hub is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmpo_trainer.config import ConfigError
+
+QUOTED = re.compile(r'["“]([^"“”]+)["”]')
+#: The longest side for the text detector. Letters of a twentieth of the picture's height are still found.
+DETECTION_SIDE = 320
+#: Engines that read at the same time, one thread each; more gain little.
+MOST_ENGINES = 8
+
+
+def target(prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
+    """The text that a picture should show: `target` of the metadata, or the first text in double quotes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    text = (metadata or {}).get("target")
+    if text is None:
+        quoted = QUOTED.search(prompt)
+        text = quoted.group(1) if quoted else ""
+    if not isinstance(text, str) or not _letters(text):
+        raise ValueError(f'prompt {prompt!r} has no text to render: put it between double quotes, or give "target"')
+    return text
+
+
+def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
+    """Raises ValueError for a prompt that cannot be scored."""
+    target(prompt, metadata)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+def similarity(wanted: str, read: str) -> float:
+    """1 if `wanted` is part of `read`, else 1 - min(distance, n)/n with Levenshtein's distance and n letters of `wanted`.
+
+    Spaces and case do not count.
+    """
+    from rapidfuzz.distance import Levenshtein
+
+    wanted, read = _letters(wanted), _letters(read)
+    if wanted in read:
+        return 1.0
+    return 1 - min(Levenshtein.distance(wanted, read), len(wanted)) / len(wanted)
+
+
+class OcrScorer:
+    """Reads pictures on the CPU. Nothing read scores 0, which is what it deserves.
+
+    Args:
+        engines: that read at the same time; by default one per CPU that this process may use, at most 8.
+    """
+
+    name = "ocr"
+    #: See `rewards.score_all`.
+    waits = True
+
+    def __init__(self, engines: int | None = None):
+        from rapidocr import RapidOCR
+
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        settings = {
+            "Global.log_level": "critical",
+            "Det.limit_type": "max",
+            "Det.limit_side_len": DETECTION_SIDE,
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+        # An engine keeps state while it reads: one per thread.
+        self._engines: list[Any] = [RapidOCR(params=settings) for _ in range(engines or min(available, MOST_ENGINES))]
+
+    def read(self, images: np.ndarray) -> list[str]:
+        """The text of every picture, uint8 RGB `[N, H, W, 3]`, from top to bottom; lines are joined by spaces."""
+        count = len(self._engines)
+
+        def work(first: int) -> list[str]:
+            # It wants BGR. Lines upside down are not turned: a picture that needs it is no good one.
+            engine = self._engines[first]
+            results = [engine(np.ascontiguousarray(image[..., ::-1]), use_cls=False) for image in images[first::count]]
+            return [" ".join(result.txts or ()) for result in results]
+
+        with ThreadPoolExecutor(count) as pool:
+            parts = list(pool.map(work, range(count)))
+        return [parts[i % count][i // count] for i in range(len(images))]
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` and N prompts -> float32 `[N]`. Raises ValueError for a prompt without a target."""
+        wanted = [
+            target(prompt, about) for prompt, about in zip(prompts, metadata or [None] * len(prompts), strict=True)
+        ]
+        return torch.tensor([similarity(*pair) for pair in zip(wanted, self.read(images), strict=True)])
+
+
+def load(device: torch.device, path: str | None = None) -> OcrScorer:
+    """The scorer. Raises ConfigError if rapidocr is not installed."""
+    if path:
+        raise ConfigError("--reward-models ocr=...: ocr has its weights from the rapidocr package, leave it out")
+    try:
+        return OcrScorer()
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'reward ocr needs {error.name}: pip install -c constraints.txt -e ".[train]"') from None

@@ -1,0 +1,293 @@
+"""A scorer behind HTTP, such as `python -m tmpo_trainer serve` offers.
+
+`POST {url}/compute` `{"images": [base64 PNG, ...], "prompts": [...], "metadata": [...]}` -> `{"rewards": [number, ...]}`, and
+`GET {url}/health`. JSON both ways; nothing is ever unpickled. The other side may hang, lie or be somebody else: only hosts
+that were allowed are asked, redirects and proxies are not followed, a reply has a deadline and a largest size, and
+whatever is no finite number per picture is an error, never a score of 0.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import io
+import ipaddress
+import json
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tmpo_trainer.config import ConfigError
+
+#: Seconds to wait before each further try, where the server cannot be reached or says that it is busy.
+PAUSES = (1.0, 3.0, 10.0, 20.0)
+UNAVAILABLE = (502, 503, 504)
+#: Seconds for connecting.
+CONNECT_TIMEOUT = 10.0
+#: Most pictures in one request, and their pixels: 128 MiB of base64 if they do not compress at all.
+MOST_PICTURES, MOST_PIXELS = 32, 2**25
+#: Bytes of the largest reply that is read: these, and some for each picture.
+REPLY_LIMIT, REPLY_LIMIT_EACH = 2**20, 256
+#: Characters shown of what a server wrote.
+SHOWN = 200
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class RemoteError(RuntimeError):
+    """No scores from a remote scorer: one line that names it and says why."""
+
+
+class _Unavailable(Exception):
+    """No reply, or one that says to come back: worth another try."""
+
+
+class Timed(io.RawIOBase):
+    """A connected socket whose reading and writing must be over in some seconds, however the other side spreads its bytes.
+
+    Afterwards every call raises TimeoutError. Closing it leaves the socket open.
+    """
+
+    def __init__(self, connection: socket.socket, seconds: float):
+        self._connection, self._deadline = connection, time.monotonic() + seconds
+
+    def _use(self) -> socket.socket:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._connection.settimeout(left)
+        return self._connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._use().recv_into(buffer)
+
+    def sendall(self, data: bytes) -> None:
+        # With TLS, a timeout is that of one record and not of all the data.
+        for first in range(0, len(data), 2**16):
+            self._use().sendall(data[first : first + 2**16])
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """What http.client reads from."""
+        return io.BufferedReader(self)
+
+
+def one_line(text: str) -> str:
+    """What somebody else wrote, fit to be printed: without line breaks and control characters, at most 200 characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
+
+
+def is_loopback(host: str) -> bool:
+    """Is it this machine, by name or address? Names other than localhost are not looked up."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address in ipaddress.ip_network("127.0.0.0/8" if address.version == 4 else "::1/128")
+
+
+class RemoteScorer:
+    """Scores by asking a server.
+
+    Args:
+        url: of the server, e.g. http://127.0.0.1:18085 or http://127.0.0.1:18085/ocr. hosts: names or addresses that it may
+            have beside those of this machine, as the URL writes them. timeout: seconds from request to the end of a reply.
+        name: of the reward.
+
+    Raises:
+        ConfigError: the URL is not http(s), its host is not allowed, or it has a part that does not belong there.
+    """
+
+    #: See `rewards.score_all`.
+    waits = True
+
+    def __init__(self, url: str, hosts: Sequence[str] = (), timeout: float = 120.0, name: str = "remote"):
+        self.name, self.url, self._timeout = name, url.rstrip("/"), timeout
+        self._what = f"reward {name} at {one_line(self.url)}"
+        if "@" in url:
+            # Not shown: a password may be in it.
+            raise ConfigError(f"reward {name}: its URL has a user name or password, which is not supported")
+        try:
+            parts = urlsplit(self.url)
+            host, port = parts.hostname, parts.port
+            (host or "").encode("idna")
+        except ValueError as error:
+            raise ConfigError(f"{self._what}: no URL ({error})") from None
+        if parts.scheme not in ("http", "https") or not host or not all("!" <= c <= "~" for c in self.url):
+            raise ConfigError(f"{self._what}: give a URL such as http://127.0.0.1:18085")
+        if "?" in self.url or "#" in self.url:
+            raise ConfigError(f"{self._what}: leave out what follows the path")
+        if not is_loopback(host) and host not in [allowed.strip("[]").lower() for allowed in hosts]:
+            raise ConfigError(
+                f"{self._what}: {host} is not this machine; if it may see the pictures: --remote-hosts {host}"
+            )
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        default = 443 if self._tls else 80
+        self._host, self._port, self._path = host, default if port is None else port, parts.path
+
+    def health(self) -> bytes:
+        """What the server says of itself. Raises RemoteError after one try."""
+        return self._ask("GET", "/health", None, REPLY_LIMIT, ())
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
+        """Scores of pictures uint8 RGB `[N, H, W, 3]` for N prompts, float32 `[N]` on the CPU; at most 32 in a request.
+
+        Args:
+            metadata: N values of JSON.
+
+        Raises:
+            ValueError: the arguments do not fit together.
+            RemoteError: there is not a finite number for every picture.
+        """
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"expected uint8 RGB images [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+        about = [None] * len(images) if metadata is None else metadata
+        if not len(images) == len(prompts) == len(about):
+            raise ValueError(f"{len(images)} images, {len(prompts)} prompts and metadata for {len(about)}")
+        count = max(1, min(MOST_PICTURES, MOST_PIXELS // max(1, images.shape[1] * images.shape[2])))
+        found: list[float] = []
+        for first in range(0, len(images), count):
+            part = slice(first, first + count)
+            body = {
+                "images": [_png(image) for image in images[part]],
+                "prompts": list(prompts[part]),
+                "metadata": list(about[part]),
+            }
+            try:
+                data = json.dumps(body, allow_nan=False).encode()
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{self._what}: metadata is not JSON: {error}") from None
+            asked = len(body["images"])
+            reply = self._ask("POST", "/compute", data, REPLY_LIMIT + REPLY_LIMIT_EACH * asked, PAUSES)
+            try:
+                found += _rewards(reply, asked, first)
+            except ValueError as error:
+                raise RemoteError(f"{self._what}: {error}") from None
+        return torch.tensor(found, dtype=torch.float32)
+
+    def _ask(self, method: str, path: str, body: bytes | None, limit: int, pauses: Sequence[float]) -> bytes:
+        """The body of a 200 reply, at most `limit` bytes. Raises RemoteError."""
+        failure = ""
+        for pause in (0.0, *pauses):
+            time.sleep(pause)
+            try:
+                return self._exchange(method, self._path + path, body, limit)
+            except _Unavailable as error:
+                failure = str(error)
+        raise RemoteError(f"{self._what}: {failure}" + (f" ({1 + len(pauses)} tries)" if pauses else ""))
+
+    def _exchange(self, method: str, path: str, body: bytes | None, limit: int) -> bytes:
+        """One request on a connection of its own. Raises _Unavailable where another try may help, else RemoteError."""
+        try:
+            try:
+                connection = self._connect()
+            except TimeoutError:
+                raise _Unavailable(f"cannot connect within {CONNECT_TIMEOUT:g} s") from None
+            with connection:
+                # Where http.client wants a socket, these methods are all that it calls.
+                timed = cast(Any, Timed(connection, self._timeout))
+                request = http.client.HTTPConnection(self._host, self._port)
+                request.sock = timed
+                # Who will not have the request may reply and close before all is sent: that reply says why.
+                with contextlib.suppress(ConnectionError):
+                    request.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
+                response = http.client.HTTPResponse(timed, method=method)
+                response.begin()
+                if response.status != 200:
+                    self._refused(response)
+                if response.length is not None and response.length > limit:
+                    raise RemoteError(f"{self._what}: a reply of {response.length} bytes, more than {limit}")
+                data = response.read(limit + 1)
+                if len(data) > limit:
+                    raise RemoteError(f"{self._what}: a reply of more than {limit} bytes")
+                # http.client takes a head that breaks off for a whole one, and reads a body that does without a word.
+                if response.length or (response.length is None and not data):
+                    raise _Unavailable("the connection closed before the reply's end")
+                return data
+        except TimeoutError:
+            raise RemoteError(f"{self._what}: no whole reply within {self._timeout:g} s") from None
+        except ssl.SSLError as error:
+            raise RemoteError(f"{self._what}: {one_line(str(error))}") from None
+        except http.client.IncompleteRead:
+            raise _Unavailable("the connection closed before the reply's end") from None
+        except OSError as error:
+            raise _Unavailable(one_line(error.strerror or str(error))) from None
+        except http.client.HTTPException as error:
+            raise RemoteError(f"{self._what}: the reply is not HTTP: {one_line(repr(error))}") from None
+
+    def _connect(self) -> socket.socket:
+        plain = socket.create_connection((self._host, self._port), CONNECT_TIMEOUT)
+        return plain if self._tls is None else self._tls.wrap_socket(plain, server_hostname=self._host)
+
+    def _refused(self, response: http.client.HTTPResponse) -> NoReturn:
+        """Raises what another status than 200 means, with the text of its `{"error": ...}`."""
+        text = "redirects are not followed" if 300 <= response.status < 400 else ""
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError):
+            reply = json.loads(response.read(REPLY_LIMIT))
+            if isinstance(reply, dict) and isinstance(reply.get("error"), str):
+                text = one_line(reply["error"])
+        failure = f"replied {response.status}" + (f": {text}" if text else "")
+        if response.status in UNAVAILABLE:
+            raise _Unavailable(failure)
+        raise RemoteError(f"{self._what}: {failure}")
+
+
+def _png(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    # On this way size matters less than time.
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _rewards(reply: bytes, count: int, first: int) -> list[float]:
+    """The numbers in a reply for `count` pictures, of which the first is number `first`. Raises ValueError."""
+    try:
+        content = json.loads(reply)
+    except (ValueError, RecursionError):
+        raise ValueError("the reply is not JSON") from None
+    rewards = content.get("rewards") if isinstance(content, dict) else None
+    if not isinstance(rewards, list):
+        raise ValueError('the reply has no list "rewards"')
+    if len(rewards) != count:
+        raise ValueError(f"{len(rewards)} rewards for {count} images")
+    for i, value in enumerate(rewards):
+        # False for NaN as well; what is finite but no float32 would become infinite.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
+            raise ValueError(f"the reward of image {first + i} is {one_line(json.dumps(value))}, not a finite number")
+    return [float(value) for value in rewards]
+
+
+def load(url: str, hosts: Sequence[str] = (), timeout: float = 120.0, name: str = "remote") -> RemoteScorer:
+    """The scorer, if its server is there; arguments as of `RemoteScorer`.
+
+    Raises:
+        ConfigError: as `RemoteScorer`; the server does not answer, or hosts several rewards and the URL names none.
+    """
+    scorer = RemoteScorer(url, hosts, timeout, name)
+    try:
+        reply = scorer.health()
+    except RemoteError as error:
+        port = urlsplit(url).port or 18085
+        mend = f"`python -m tmpo_trainer serve --reward NAME --port {port}`"
+        raise ConfigError(f"{error}; is it running? To start one: {mend}") from None
+    try:
+        about = json.loads(reply)
+    except (ValueError, RecursionError):
+        # Other people's servers may say anything here.
+        about = None
+    hosted = about.get("rewards") if isinstance(about, dict) else None
+    if isinstance(hosted, list) and len(hosted) > 1:
+        names = [one_line(str(each)) for each in hosted]
+        what = f"reward {name} at {scorer.url}"
+        raise ConfigError(f"{what}: it has {', '.join(names)}; add one to the URL: {scorer.url}/{names[0]}")
+    return scorer

@@ -1,0 +1,183 @@
+"""`evaluate`: base model and LoRA in the columns of the paper's Table 1, with bootstrap intervals over prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft.tuners.lora import LoraLayer
+from tqdm import tqdm
+
+from tmpo_trainer import evaluate, loading, lora, reporting
+from tmpo_trainer.backbones import is_hub_id
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.checkpoint import write_text
+from tmpo_trainer.config import ConfigError, TrainConfig
+from tmpo_trainer.prompts import PromptList, read_prompts
+
+#: Prompts whose pictures are shown.
+SHOWN = 10
+
+
+def check_lora(path: Path, transformer: Any) -> None:
+    """Raises ConfigError for a file that is no LoRA, or one of another model. The transformer may lack its weights."""
+    modules = dict(transformer.named_modules())
+    for name, (down, up) in lora.read(path).layers.items():
+        if name.startswith("transformer."):
+            module: Any = modules.get(name.removeprefix("transformer."))
+            wanted = None if module is None else (module.out_features, module.in_features)
+            if wanted != (len(up), down[0].numel()):
+                raise ConfigError(f"{path}: {name} does not fit {type(transformer).__name__}: of another model")
+
+
+def attach(backbone: Backbone, path: Path) -> None:
+    """Loads a LoRA file as diffusers does. Raises ConfigError if it is none or of another model."""
+    check_lora(path, backbone.transformer)
+    file, layers = path / lora.FILE_NAME if path.is_dir() else path, lora.read(path).layers
+    try:
+        backbone.pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} cannot be loaded by diffusers: {' '.join(str(error).split())}") from None
+    found = sum(isinstance(module, LoraLayer) for module in backbone.transformer.modules())
+    if found != len(layers):
+        raise ConfigError(f"{file}: {found} of its {len(layers)} modules are in {type(backbone.transformer).__name__}")
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over prompts and its 95% bootstrap interval. `[P]` or `[P, n]`."""
+    return evaluate.paired_gain(np.zeros_like(values), values)
+
+
+def _figures(parts: list[evaluate.Evaluation]) -> dict[str, np.ndarray]:
+    """Measures by name. With two lists of prompts the task's scores are on the first, all else on the last."""
+    scores = {name: values for part in parts for name, values in part.scores.items()}
+    return {**scores, "LGMD": parts[-1].lgmd, "cosine diversity": parts[-1].cosine}
+
+
+def rows(models: Mapping[str, list[evaluate.Evaluation]]) -> tuple[str, dict[str, Any]]:
+    """The table in markdown, and the same as an object: per model and measure mean, low and high; gains if there are two.
+
+    Args:
+        models: {label: its evaluations}, the base first.
+    """
+    measured = {label: _figures(parts) for label, parts in models.items()}
+    names = list(next(iter(measured.values())))
+    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    content: dict[str, Any] = {"models": {}}
+    for label, values in measured.items():
+        found = {name: interval(values[name]) for name in names}
+        content["models"][label] = {
+            name: dict(zip(("mean", "low", "high"), numbers, strict=True)) for name, numbers in found.items()
+        }
+        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in found.values()]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    if len(measured) == 2:
+        base, trained = measured.values()
+        gains = {name: evaluate.paired_gain(base[name], trained[name]) for name in names}
+        content["gain"] = {name: dict(zip(("mean", "low", "high"), gain, strict=True)) for name, gain in gains.items()}
+        cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gains.values()]
+        lines.append(f"| change, paired | {' | '.join(cells)} |")
+    return "\n".join(lines), content
+
+
+def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
+    """Evaluates the base model and, if a file is given, the LoRA in it; writes table.md, table.json and pictures.
+
+    Args:
+        config: what to evaluate: model, held-out prompts, scorers (`reward`), images, steps, guidance, features.
+        preference: prompts for all but the first score and for diversity, as in the paper; by default the same prompts.
+
+    Raises:
+        ConfigError: before anything is drawn.
+    """
+    loading.need_gpu(config)
+    chosen = loading.choose_device(config.device)
+    heldout = loading.heldout_prompts(config, "prompts")
+    second = None if preference is None else read_prompts(preference).first(config.eval_limit)
+    if second is not None:
+        loading.check_prompts(config.reward[1:], second)
+    loading.check_features(config.features)
+    skeleton = loading.skeleton(config, chosen)
+    if file is not None:
+        check_lora(file, skeleton.transformer)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loading.quiet()
+    accelerator = Accelerator(cpu=chosen.type == "cpu")
+    device = chosen if accelerator.num_processes == 1 else accelerator.device
+    scorers = loading.scorers(config, device)
+    features = loading.features(config, device)
+    texts = heldout.texts + (second.texts if second else [])
+    backbone = loading.load_model(config, device, texts)
+    if file is not None:
+        attach(backbone, file)
+    folder = config.output_dir or Path("outputs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # The paper measures the task on its own prompts, preference and diversity on others.
+    parts: list[tuple[str, PromptList, list[loading.Scorer]]] = [("base", heldout, scorers)]
+    if second is not None:
+        parts = [("base-task", heldout, scorers[:1]), ("base-preference", second, scorers[1:])]
+    models: dict[str, list[evaluate.Evaluation]] = {"base": []}
+    if file is not None:
+        models["LoRA"] = []
+    total = len(models) * sum(len(prompts.texts) for _, prompts, _ in parts)
+    with tqdm(total=total, unit="prompt", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+        for name, prompts, some in parts:
+            held = evaluate.HeldOut(
+                folder / f"{name}.npz",
+                backbone,
+                prompts,
+                loading.evaluation_scorers(some),
+                features,
+                config.eval_images,
+                loading.sampling(config),
+                accelerator,
+            )
+            if file is not None:
+                backbone.transformer.disable_adapters()
+            models["base"].append(held.base(bar.update))
+            if file is not None:
+                backbone.transformer.enable_adapters()
+                models["LoRA"].append(held.measure(bar.update))
+    if not accelerator.is_main_process:
+        return 0
+    text, content = rows(models)
+    about = (
+        f"{len(heldout.texts)} prompts{f' and {len(second.texts)} for preference and diversity' if second else ''} x "
+        f"{config.eval_images} images, {config.eval_steps} steps, guidance {config.guidance:g}, "
+        f"{config.resolution[0]}x{config.resolution[1]}, seed {config.seed}; the same noise for every model. In brackets 95% "
+        f"bootstrap intervals over prompts. Cosine diversity is on {features.name} features."
+    )
+    pictures = []
+    for i, (_, prompts, _) in enumerate(parts):
+        path = folder / ("samples.png" if i == 0 else "samples-preference.png")
+        base = models["base"][i]
+        if file is not None:
+            reporting.side_by_side(base, models["LoRA"][i], path)
+        else:
+            labels = [prompts.texts[j] for j in base.shown]
+            reporting.grid(list(base.images), labels, reporting.zoom(base.images[0])).save(path)
+        pictures.append(f"![pictures]({path.name})")
+    # No paths of this machine.
+    model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
+    write_text(folder / "table.md", "\n\n".join([f"# {model}", about, text, *pictures]) + "\n")
+    settings = {
+        "model": model,
+        "images": config.eval_images,
+        "steps": config.eval_steps,
+        "guidance": config.guidance,
+        "seed": config.seed,
+        "prompts": len(heldout.texts),
+        "features": features.name,
+    }
+    write_text(folder / "table.json", json.dumps({"settings": settings, **content}, indent=2) + "\n")
+    print(text)
+    print(f"table: {folder / 'table.md'}", file=sys.stderr)
+    return 0
