@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmpo_trainer.config import ConfigError
+from .config import ConfigError
 
 FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
 

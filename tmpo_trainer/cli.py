@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tmpo_trainer import __version__
-from tmpo_trainer.config import ConfigError, TrainConfig, make_config, preset, preset_names, read_yaml, suggest, to_yaml
+from . import __version__
+from .config import ConfigError, TrainConfig, make_config, preset, preset_names, read_yaml, suggest, to_yaml
 
 #: Flags that say where the settings come from, or what to do with them, rather than being settings.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
@@ -145,7 +145,7 @@ def hush() -> None:
 
 def _run(arguments: Sequence[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
-        from tmpo_trainer.commands import COMMANDS
+        from .commands import COMMANDS
 
         if arguments[0] in COMMANDS:
             return COMMANDS[arguments[0]](arguments[1:])
@@ -154,7 +154,7 @@ def _run(arguments: Sequence[str]) -> int:
     actions, flags = parse(arguments)
     checkpoint = None
     if actions.resume is not None:
-        from tmpo_trainer.checkpoint import find
+        from .checkpoint import find
 
         checkpoint = find(actions.resume, Path(flags.get("output_dir") or "outputs"))
         if (
@@ -169,10 +169,10 @@ def _run(arguments: Sequence[str]) -> int:
         return 0
     hush()
     if actions.dry_run:
-        from tmpo_trainer import dry_run
+        from . import dry_run
 
         return dry_run.dry_run(config)
-    from tmpo_trainer import run
+    from . import run
 
     return run.train(config, name, checkpoint)
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tmpo_trainer import cli
-from tmpo_trainer.config import ConfigError, TrainConfig, preset_names, read_yaml
+from . import cli
+from .config import ConfigError, TrainConfig, preset_names, read_yaml
 
 #: Flags of `evaluate` and the settings they are. What only training knows is none of them.
 EVALUATION = {
@@ -74,7 +74,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     if namespace.preference_prompts and len(config.reward) < 2:
         raise ConfigError("--preference-prompts is for the rewards after the first: give two or more")
     cli.hush()
-    from tmpo_trainer import table
+    from . import table
 
     return table.run(config, namespace.lora, namespace.preference_prompts)
 
@@ -109,9 +109,9 @@ def score(arguments: Sequence[str]) -> int:
     rewards = {"reward": namespace.reward} if namespace.reward else {}
     config = cli.make_config([("flags", {**settings, **rewards, "features": namespace.features})])
     cli.hush()
-    from tmpo_trainer import loading
-    from tmpo_trainer import score as scoring
-    from tmpo_trainer.prompts import PromptList, read_prompts
+    from . import loading
+    from . import score as scoring
+    from .prompts import PromptList, read_prompts
 
     device = loading.choose_device(namespace.device)
     listed = read_prompts(namespace.prompts) if namespace.prompts else None
@@ -145,8 +145,8 @@ def serve(arguments: Sequence[str]) -> int:
     namespace = parser.parse_args(arguments)
     config = cli.make_config([("flags", {"reward": namespace.reward, "reward_models": namespace.reward_models})])
     cli.hush()
-    from tmpo_trainer import loading
-    from tmpo_trainer.rewards.serve import serve
+    from . import loading
+    from .rewards.serve import serve
 
     loading.quiet()
     paths = dict(entry.split("=", 1) for entry in config.reward_models)
@@ -154,7 +154,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def fetch(arguments: Sequence[str]) -> int:
-    from tmpo_trainer import fetch as fetching
+    from . import fetch as fetching
 
     parser = _parser(
         "fetch",
@@ -191,9 +191,9 @@ def prompts(arguments: Sequence[str]) -> int:
         help="geneval: leave out the scenes of this .jsonl, e.g. the paper's tests",
     )
     namespace = parser.parse_args(arguments)
-    from tmpo_trainer.prompt_lists import compositional, rendering
-    from tmpo_trainer.prompts import read_prompts
-    from tmpo_trainer.rewards import check_prompts
+    from .prompt_lists import compositional, rendering
+    from .prompts import read_prompts
+    from .rewards import check_prompts
 
     try:
         if namespace.kind == "geneval":
@@ -217,7 +217,7 @@ def inspect(arguments: Sequence[str]) -> int:
     parser = _parser("inspect", "Prints what a LoRA was trained on and checks it.")
     parser.add_argument("file", type=Path, help="a LoRA's safetensors file, or a run's folder")
     file = parser.parse_args(arguments).file
-    from tmpo_trainer import lora
+    from . import lora
 
     text, sound = lora.describe(file)
     print(text)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tmpo_trainer import memory, tree
-from tmpo_trainer.backbones import find_model, is_hub_id
-from tmpo_trainer.backbones.check import check_weights
-from tmpo_trainer.config import TrainConfig
-from tmpo_trainer.loading import check, choose_device, quiet
-from tmpo_trainer.trainer import make_schedule
+from . import memory, tree
+from .backbones import find_model, is_hub_id
+from .backbones.check import check_weights
+from .config import TrainConfig
+from .loading import check, choose_device, quiet
+from .trainer import make_schedule
 
 
 def dry_run(config: TrainConfig) -> int:

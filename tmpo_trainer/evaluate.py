@@ -14,11 +14,11 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from tmpo_trainer import diversity, tree
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.features import Features
-from tmpo_trainer.prompts import PromptList, about, as_list
-from tmpo_trainer.rewards import Scorer, score_all
+from . import diversity, tree
+from .backbones.base import Backbone
+from .features import Features
+from .prompts import PromptList, about, as_list
+from .rewards import Scorer, score_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -10,10 +10,10 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tmpo_trainer import __version__
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.lora import FILE_NAME
-from tmpo_trainer.shards import whole
+from . import __version__
+from .backbones.base import Backbone
+from .lora import FILE_NAME
+from .shards import whole
 
 
 def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: bool = True) -> bool:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tmpo_trainer.config import ConfigError, suggest
+from .config import ConfigError, suggest
 
 #: ImageNet's channel means and standard deviations.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -104,7 +104,7 @@ def check_features(name: str) -> None:
 
 def load_features(name: str, device: torch.device) -> Features:
     """`efficientnet-lite0`, or a DINOv2 from a folder or the hub. Raises ConfigError for weights that cannot be had."""
-    from tmpo_trainer.rewards.weights import hub_file, told
+    from .rewards.weights import hub_file, told
 
     check_features(name)
     if name == EfficientNetLite.name:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tmpo_trainer.config import ConfigError, suggest
+from .config import ConfigError, suggest
 
 RAW = "https://raw.githubusercontent.com"
 HUB_LISTS = "zhwang/HPDv2"
@@ -117,7 +117,7 @@ def _from_github(source: GitFile) -> bytes:
 
 
 def _from_hub(files: Sequence[str]) -> bytes:
-    from tmpo_trainer.rewards.weights import hub_file
+    from .rewards.weights import hub_file
 
     prompts: list[str] = []
     for file in files:
@@ -160,13 +160,13 @@ def verify(path: Path) -> str | None:
 
 def fetch_reward(name: str) -> list[tuple[Path, str | None]]:
     """Downloads a scorer's files into the hub's cache and checks them: (file, what was checked) each. Raises ConfigError."""
-    from tmpo_trainer.rewards import check_name
-    from tmpo_trainer.rewards.weights import hub_file
+    from .rewards import check_name
+    from .rewards.weights import hub_file
 
     check_name(name)
     if name.startswith("remote"):
         raise ConfigError("reward remote has its weights where it runs: `fetch` there")
-    sources = getattr(importlib.import_module(f"tmpo_trainer.rewards.{name}"), "SOURCES", ())
+    sources = getattr(importlib.import_module(f".rewards.{name}", __package__), "SOURCES", ())
     files = [(repository, file) for repository, names in sources for file in names]
     paths = [hub_file(f"reward {name}", repository, file, f"--reward-models {name}=PATH") for repository, file in files]
     return [(path, verify(path)) for path in paths]
@@ -176,7 +176,7 @@ def fetch(
     rewards: Sequence[str], prompts: Sequence[str], models: Sequence[str], features: str | None, folder: Path
 ) -> int:
     """What `python -m tmpo_trainer fetch` does. Raises ConfigError."""
-    from tmpo_trainer.backbones import find_model
+    from .backbones import find_model
 
     for name in prompts:
         for path in fetch_prompts(name, folder):
@@ -191,8 +191,8 @@ def fetch(
     for model in models:
         print(f"model {model}: {find_model(model)}")
     if features is not None:
-        from tmpo_trainer.features import FILES
-        from tmpo_trainer.rewards.weights import hub_file
+        from .features import FILES
+        from .rewards.weights import hub_file
 
         for file in FILES:
             path = hub_file("features", features, file, "--features FOLDER")

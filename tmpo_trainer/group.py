@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tmpo_trainer import diversity, objectives, tree
-from tmpo_trainer.prompts import about
-from tmpo_trainer.rewards import combine, score_all
+from . import diversity, objectives, tree
+from .prompts import about
+from .rewards import combine, score_all
 
 if TYPE_CHECKING:
-    from tmpo_trainer.trainer import Trainer
+    from .trainer import Trainer
 
 
 class Clock:

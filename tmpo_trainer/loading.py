@@ -9,17 +9,18 @@ import diffusers
 import torch
 import transformers
 
-from tmpo_trainer import evaluate, lora, trackers
-from tmpo_trainer.backbones import is_hub_id, load_backbone, load_skeleton
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.backbones.check import check_transformer
-from tmpo_trainer.config import ConfigError, TrainConfig
-from tmpo_trainer.features import Features, check_features, load_features
-from tmpo_trainer.prompt_lists import Split
-from tmpo_trainer.prompts import PromptList, default_prompts, read_prompts
-from tmpo_trainer.rewards import Parked, Scorer, check_name, check_prompts, load_scorer
-from tmpo_trainer.rewards.shapes import ShapesScorer
-from tmpo_trainer.trainer import make_schedule
+from . import evaluate, lora, trackers
+from .backbones import is_hub_id, load_backbone, load_skeleton
+from .backbones.base import Backbone
+from .backbones.check import check_transformer
+from .config import ConfigError, TrainConfig
+from .features import Features, check_features, load_features
+from .prompt_lists import Split
+from .prompts import PromptList, default_prompts, read_prompts
+from .rewards import Parked, Scorer, check_name, check_prompts, load_scorer
+from .rewards.geneval import GenevalScorer
+from .rewards.shapes import ShapesScorer
+from .trainer import make_schedule
 
 
 def quiet() -> None:
@@ -128,8 +129,14 @@ def evaluation_scorers(found: list[Scorer]) -> list[tuple[str, Scorer]]:
     """What a report measures: the rewards; those of clauses both strict and partial."""
     pairs: list[tuple[str, Scorer]] = []
     for scorer in found:
-        if isinstance(scorer, ShapesScorer):
+        inner = scorer.scorer if isinstance(scorer, Parked) else scorer
+        if isinstance(inner, ShapesScorer):
             pairs += [("shapes strict", ShapesScorer("strict")), ("shapes partial", ShapesScorer("partial"))]
+        elif isinstance(inner, GenevalScorer):
+            # They share what the detector finds.
+            partial: Scorer = GenevalScorer(inner.detector, inner.classifier, "partial")
+            partial = Parked(partial, scorer.device) if isinstance(scorer, Parked) else partial
+            pairs += [("geneval strict", scorer), ("geneval partial", partial)]
         else:
             pairs.append((scorer.name, scorer))
     return pairs

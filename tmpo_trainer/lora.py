@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tmpo_trainer.config import ConfigError
+from .config import ConfigError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 #: Endings of the two halves: lora_A and lora_B in diffusers and peft, lora_down and lora_up elsewhere.

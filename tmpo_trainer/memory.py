@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import TEXT_PARTS, Backbone
-from tmpo_trainer.config import TrainConfig
-from tmpo_trainer.lora import attach
+from . import tree
+from .backbones.base import TEXT_PARTS, Backbone
+from .config import TrainConfig
+from .lora import attach
 
 #: Bytes per weight in NF4 with double quantisation: 4 bits, 8 bits per block of 64, 32 bits per 256 of those.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)

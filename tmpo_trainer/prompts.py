@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.prompt_lists import Split
+from .config import ConfigError
+from .prompt_lists import Split
 
 LISTS = Path(__file__).parent / "prompt_lists"
 DEMO_LISTS = Path(__file__).parent / "demo" / "prompts"
@@ -99,9 +99,9 @@ def default_prompts(rewards: Sequence[str], split: Split) -> PromptList | None:
     if not kinds:
         return read_prompts(LISTS / f"preference-{split}.txt")
     if "geneval" in kinds:
-        from tmpo_trainer.prompt_lists.compositional import generate
+        from .prompt_lists.compositional import generate
     else:
-        from tmpo_trainer.prompt_lists.rendering import generate
+        from .prompt_lists.rendering import generate
     return from_entries(f"{kinds.pop()} prompts", generate(split, GENERATED[split]))
 
 

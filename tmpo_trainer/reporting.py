@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from tmpo_trainer import trackers
-from tmpo_trainer.checkpoint import write_text
-from tmpo_trainer.evaluate import Evaluation, paired_gain, verdict
+from . import trackers
+from .checkpoint import write_text
+from .evaluate import Evaluation, paired_gain, verdict
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -20,14 +20,14 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from tmpo_trainer import __version__, evaluate, export, loading, reporting, trackers
-from tmpo_trainer.backbones import is_hub_id
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.checkpoint import checkpoints, drop_later, write_text
-from tmpo_trainer.config import ConfigError, TrainConfig, to_yaml
-from tmpo_trainer.features import Features
-from tmpo_trainer.rewards import Scorer
-from tmpo_trainer.trainer import Interrupted, OtherProcessFailed, Trainer
+from . import __version__, evaluate, export, loading, reporting, trackers
+from .backbones import is_hub_id
+from .backbones.base import Backbone
+from .checkpoint import checkpoints, drop_later, write_text
+from .config import ConfigError, TrainConfig, to_yaml
+from .features import Features
+from .rewards import Scorer
+from .trainer import Interrupted, OtherProcessFailed, Trainer
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from tmpo_trainer import diversity
-from tmpo_trainer.checkpoint import write_text
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.features import Features
-from tmpo_trainer.prompts import PromptList, about
-from tmpo_trainer.rewards import Scorer, score_all
+from . import diversity
+from .checkpoint import write_text
+from .config import ConfigError
+from .features import Features
+from .prompts import PromptList, about
+from .rewards import Scorer, score_all
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 #: Pictures that are in memory at once.

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
-from tmpo_trainer import evaluate, loading, lora, reporting
-from tmpo_trainer.backbones import is_hub_id
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.checkpoint import write_text
-from tmpo_trainer.config import ConfigError, TrainConfig
-from tmpo_trainer.prompts import PromptList, read_prompts
+from . import evaluate, loading, lora, reporting
+from .backbones import is_hub_id
+from .backbones.base import Backbone
+from .checkpoint import write_text
+from .config import ConfigError, TrainConfig
+from .prompts import PromptList, read_prompts
 
 #: Prompts whose pictures are shown.
 SHOWN = 10

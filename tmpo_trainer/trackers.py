@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from PIL import Image
 
-from tmpo_trainer.config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig
 
 PROJECT = "tmpo"
 

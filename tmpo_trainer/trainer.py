@@ -19,14 +19,14 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tmpo_trainer import checkpoint, flow, lora, tree
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.config import ConfigError, TrainConfig
-from tmpo_trainer.group import Clock, Group
-from tmpo_trainer.prompts import PromptList, as_list, prompt_index
-from tmpo_trainer.reporting import Reporter
-from tmpo_trainer.rewards import Scorer
-from tmpo_trainer.shards import like, whole
+from . import checkpoint, flow, lora, tree
+from .backbones.base import Backbone
+from .config import ConfigError, TrainConfig
+from .group import Clock, Group
+from .prompts import PromptList, as_list, prompt_index
+from .reporting import Reporter
+from .rewards import Scorer
+from .shards import like, whole
 
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tmpo_trainer import flow
+from . import flow
 
 #: Predicts noise - data. `x [N, ...latent]`, `sigma [N]` -> `[N, ...latent]`.
 Velocity = Callable[[Tensor, Tensor], Tensor]

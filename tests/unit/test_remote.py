@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from tmpo_trainer.config import ConfigError
-from tmpo_trainer.rewards import load_scorer, remote
+from tmpo_trainer.rewards import load_scorer, remote, score_all
 from tmpo_trainer.rewards.remote import RemoteError, RemoteScorer
 
 #: Bytes to send, or what is done with a connection whose request has been read.
@@ -211,6 +211,18 @@ def test_arguments_that_do_not_fit_are_not_sent(fake, images, prompts, metadata)
     assert server.asked == []
 
 
+def test_two_servers_are_asked_at_the_same_time(fake):
+    both = threading.Barrier(2, timeout=5)
+
+    def reply(connection: socket.socket) -> None:
+        both.wait()
+        connection.sendall(FINE)
+
+    pairs = [(name, RemoteScorer(fake(reply).url, name=name)) for name in ("remote-a", "remote-b")]
+    scores = score_all(pairs, pictures(2), ["a", "b"], None)
+    assert {name: values.tolist() for name, values in scores.items()} == {"remote-a": [0.5, 2], "remote-b": [0.5, 2]}
+
+
 def test_chunked_replies_and_those_that_end_with_the_connection_are_read(fake):
     body = json.dumps({"rewards": [0.5, 2]}).encode()
     assert ask(fake(CHUNKED + chunked(body[:5], body[5:])).url) == [0.5, 2]
@@ -346,6 +358,23 @@ def test_an_error_without_words_is_told_by_its_status(fake, body):
         ask(fake(http(body, "500 Text")).url)
 
 
+def test_a_reply_to_a_request_that_was_not_read_is_heard():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(http({"error": "too large"}, "413 Text"))
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        images = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3), dtype=np.uint8)
+        with pytest.raises(RemoteError, match=r"replied 413: too large$"):
+            RemoteScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=5).score(images, [""] * 4)
+        thread.join()
+
+
 def test_what_is_not_http_is_an_error_after_one_try(fake):
     server = fake(b"220 mail.example.com ESMTP\r\n")
     with pytest.raises(RemoteError, match="the reply is not HTTP"):
@@ -408,15 +437,17 @@ def test_a_server_that_does_not_take_the_connection(monkeypatch):
         for client in (one, two):
             client.setblocking(False)
             client.connect_ex(listener.getsockname())
+        began = time.monotonic()
         with pytest.raises(RemoteError, match=r"cannot connect within 0.2 s \(2 tries\)$"):
             ask(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert time.monotonic() - began < 2
 
 
 # Time
 
 
 def slow(connection: socket.socket) -> None:
-    time.sleep(2)
+    time.sleep(4)
     connection.sendall(FINE)
 
 
@@ -449,7 +480,7 @@ def test_the_whole_reply_has_a_deadline(fake, reply):
     server, began = fake(reply), time.monotonic()
     with pytest.raises(RemoteError, match=r"no whole reply within 0.3 s$|replied 500$"):
         ask(server.url, timeout=0.3)
-    assert time.monotonic() - began < 0.8
+    assert time.monotonic() - began < 2
     assert len(server.asked) == 1
 
 
@@ -561,7 +592,7 @@ def test_proxies_of_the_environment_are_not_used(fake, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
 def test_https_wants_a_certificate_that_is_trusted(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSES", ())
+    monkeypatch.setattr(remote, "PAUSES", (0.0,))
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
     files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", tmp_path / "key", "-out", tmp_path / "certificate"]
     subprocess.run([*command.split(), *files], check=True, capture_output=True)
@@ -570,8 +601,9 @@ def test_https_wants_a_certificate_that_is_trusted(tmp_path, monkeypatch):
     server = Fake([FINE], context)
     try:
         port = server.server.server_address[1]
-        with pytest.raises(RemoteError, match="certificate verify failed"):
+        with pytest.raises(RemoteError, match="certificate verify failed") as caught:
             ask(f"https://localhost:{port}")
+        assert "tries" not in str(caught.value)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
         assert ask(f"https://localhost:{port}") == [0.5, 2]
         with pytest.raises(RemoteError, match=r"certificate verify failed.*127\.0\.0\.1"):
@@ -615,7 +647,7 @@ def test_load_tries_once_and_takes_its_arguments(fake):
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"reward ocr2 at .*: no whole reply within 0.2 s"):
         remote.load(server.url, timeout=0.2, name="ocr2")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2
     for status in ("503 Busy", "500 Error", "404 Not Found"):
         server = fake(http({"error": "loading"}, status))
         with pytest.raises(ConfigError, match=f"replied {status[:3]}: loading; is it running"):

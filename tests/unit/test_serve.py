@@ -228,12 +228,12 @@ def test_a_call_has_a_largest_size_and_nobody_starves(mean, server, monkeypatch)
     with ThreadPoolExecutor(8) as pool:
         pool.submit(compute, server, pictures(100), ["first"])
         assert mean.begun.wait(5)
-        # 3 + 1, then 2, then 5, which is more than are merged.
-        for waits, (prompt, count) in enumerate((("a", 3), ("b", 2), ("c", 5), ("d", 1)), 1):
+        # 3 + 1, then 2 + 1, then 5, which is more than are merged.
+        for waits, (prompt, count) in enumerate((("a", 3), ("b", 2), ("c", 5), ("d", 1), ("e", 1)), 1):
             pool.submit(compute, server, pictures(*range(count)), [prompt] * count)
             until(lambda waits=waits: waiting(server) == waits)
         mean.free.set()
-    assert [prompts for _, prompts, _ in mean.calls] == [["first"], [*"aaad"], [*"bb"], [*"ccccc"]]
+    assert [prompts for _, prompts, _ in mean.calls] == [["first"], [*"aaad"], [*"bbe"], [*"ccccc"]]
 
 
 def test_rewards_do_not_share_calls(mean):
@@ -383,10 +383,15 @@ def test_a_body_that_is_too_large_is_not_read_and_the_client_hears_why(mean, ser
     assert ask(server, "POST", "/compute", b" " * 20_000)[0] == 400
     status, reply = ask(server, "POST", "/compute", b" " * 20_001)
     assert (status, reply["error"]) == (413, "a body of 20001 bytes: at most 20000, send fewer images at a time")
-    # So much that it does not fit into the buffers between the two.
+    # So much that it does not fit into the buffers between the two; the second sends all before it listens.
     noise = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3), dtype=np.uint8)
     with pytest.raises(RemoteError, match=r"replied 413: a body of \d+ bytes: at most 20000"):
         RemoteScorer(server.url).score(noise, ["a"] * 4)
+    with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), 5)) as connection:
+        connection.sendall(b"POST /compute HTTP/1.1\r\nContent-Length: 16777216\r\n\r\n" + b" " * 2**24)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == 413
 
 
 @pytest.mark.parametrize(
@@ -455,7 +460,7 @@ def test_a_request_that_drips_is_cut_off(monkeypatch, server, start):
                 continue
             with contextlib.suppress(OSError):
                 connection.sendall(b" ")
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 3
     assert data.startswith(b"HTTP/1.1 408") or (not data and b"\r\n" not in start)
 
 
@@ -468,7 +473,9 @@ def test_a_client_that_leaves_disturbs_nobody(mean, server, capfd):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     mean.free.set()
     assert compute(server, pictures(3), ["a"]) == (200, {"rewards": [3]})
-    assert "Traceback" not in capfd.readouterr().err
+    heard = [""]
+    until(lambda: heard.append(heard[-1] + capfd.readouterr().err) or "connection lost" in heard[-1])
+    assert "Traceback" not in heard[-1]
 
 
 def test_one_line_is_logged_per_request(server, capfd):
@@ -567,10 +574,10 @@ def test_what_cannot_be_served_is_one_line(arguments, text):
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
 def test_ipv6(mean):
     try:
-        server = RewardServer({"mean": mean}, "::1")
-    except ConfigError:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
         pytest.skip("no ::1 here")
-    with server:
+    with RewardServer({"mean": mean}, "::1") as server:
         assert server.url == f"http://[::1]:{server.port}"
         assert load_scorer("remote", path=server.url).score(pictures(3), ["a"]).tolist() == [3]
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmpo_trainer.config import ConfigError
+from ..config import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from tmpo_trainer.backbones.base import Backbone
+    from .base import Backbone
 
 #: The pipelines that can be trained.
 PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
@@ -83,8 +83,8 @@ def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
 
 
 def _kind(folder: Path) -> type[Backbone]:
-    from tmpo_trainer.backbones.flux import FluxBackbone
-    from tmpo_trainer.backbones.sd3 import SD3Backbone
+    from .flux import FluxBackbone
+    from .sd3 import SD3Backbone
 
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     return FluxBackbone if name == "FluxPipeline" else SD3Backbone
@@ -92,7 +92,7 @@ def _kind(folder: Path) -> type[Backbone]:
 
 def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> Backbone:
     """A model without its weights, see `Backbone.skeleton`. Raises ConfigError for one that cannot be trained."""
-    from tmpo_trainer.backbones import check
+    from . import check
 
     folder = find_model(model, weights=False)
     return check.skeleton(model, folder, _kind(folder), dtype, max_sequence_length)
@@ -112,7 +112,7 @@ def load_backbone(
     """Loads a pipeline folder; see `Backbone.load`. Raises ConfigError for anything that is none."""
     from safetensors import SafetensorError
 
-    from tmpo_trainer.backbones import check
+    from . import check
 
     skeleton = load_skeleton(model, dtype, max_sequence_length)
     if transformer is not None:

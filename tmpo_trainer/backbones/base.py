@@ -16,9 +16,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
 from torch import Tensor
 
-from tmpo_trainer import tree
-from tmpo_trainer.backbones.text import Features, TextCache, default_folder, features_of
-from tmpo_trainer.config import LoraTargets
+from .. import tree
+from ..config import LoraTargets
+from .text import Features, TextCache, default_folder, features_of
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tmpo_trainer.backbones.base import Backbone
-from tmpo_trainer.config import ConfigError
+from ..config import ConfigError
+from .base import Backbone
 
 #: VAE scaling factors tell apart VAEs of the same shape: a wrong one gives grey or garish pictures, not an error.
 SCALING = {"SD3": 1.5305, "FLUX": 0.3611}

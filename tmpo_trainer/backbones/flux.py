@@ -11,8 +11,8 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
+from .. import tree
+from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
 
 
 class FluxBackbone(Backbone):

@@ -11,8 +11,8 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from tmpo_trainer import tree
-from tmpo_trainer.backbones.base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
+from .. import tree
+from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
 
 #: Of the first blocks of SD3.5-Medium.
 SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")

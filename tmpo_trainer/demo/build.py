@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tmpo_trainer.demo import domain
+from . import domain
 
 MAX_TOKENS = 12
 TEXT_WIDTH = 96

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tmpo_trainer import evaluate, reporting
-from tmpo_trainer.backbones import DEMO_MODEL
-from tmpo_trainer.backbones.sd3 import SD3Backbone
-from tmpo_trainer.demo import domain, split
-from tmpo_trainer.features import EfficientNetLite
-from tmpo_trainer.rewards.shapes import ShapesScorer
+from .. import evaluate, reporting
+from ..backbones import DEMO_MODEL
+from ..backbones.sd3 import SD3Backbone
+from ..features import EfficientNetLite
+from ..rewards.shapes import ShapesScorer
+from . import domain, split
 
 TEXT = """---
 license: apache-2.0

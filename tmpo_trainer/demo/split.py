@@ -10,7 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-from tmpo_trainer.demo import domain
+from . import domain
 
 FOLDER = Path(__file__).parent / "prompts"
 TRAIN = {"count": 36, "pair": 108, "relation": 108, "mixed": 108}

@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from tmpo_trainer.prompt_lists import Split, side
-from tmpo_trainer.rewards.geneval import CLASSES, COLORS
+from ..rewards.geneval import CLASSES, COLORS
+from . import Split, side
 
 #: Shares of the tags. In training the hard ones come more often.
 SHARES: dict[Split, dict[str, int]] = {

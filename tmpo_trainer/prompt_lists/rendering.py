@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from tmpo_trainer.prompt_lists import Split, side
+from . import Split, side
 
 CARRIERS = (
     'a wooden shop sign that reads "{}"', 'a chalkboard outside a cafe with "{}" written on it',

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmpo_trainer import objectives
-from tmpo_trainer.config import ConfigError, suggest
-from tmpo_trainer.prompts import PromptList
+from .. import objectives
+from ..config import ConfigError, suggest
+from ..prompts import PromptList
 
 
 class Scorer(Protocol):
@@ -34,16 +34,16 @@ class Parked:
     """
 
     def __init__(self, scorer: Any, device: torch.device):
-        self.name, self._scorer, self._device = scorer.name, scorer, device
+        self.name, self.scorer, self.device = scorer.name, scorer, device
         scorer.to(torch.device("cpu"))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
         """As the scorer does."""
-        self._scorer.to(self._device)
+        self.scorer.to(self.device)
         try:
-            return self._scorer.score(images, prompts, metadata)
+            return self.scorer.score(images, prompts, metadata)
         finally:
-            self._scorer.to(torch.device("cpu"))
+            self.scorer.to(torch.device("cpu"))
 
 
 NAMES = ("shapes", "pickscore", "hpsv2", "imagereward", "clipscore", "geneval", "ocr", "remote")
@@ -61,7 +61,7 @@ def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
     """Raises ConfigError for the first prompt that one of the scorers cannot score."""
     for name in names:
         if name in PARTICULAR:
-            check = importlib.import_module(f"tmpo_trainer.rewards.{name}").check
+            check = importlib.import_module(f".{name}", __name__).check
             for prompt in prompts.texts:
                 try:
                     check(prompt, prompts.metadata.get(prompt))
@@ -87,12 +87,12 @@ def load_scorer(
     """
     check_name(name)
     if name == "remote" or name.startswith("remote-"):
-        from tmpo_trainer.rewards import remote
+        from . import remote
 
         if path is None:
             raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
         return remote.load(path, hosts, timeout, name)
-    return importlib.import_module(f"tmpo_trainer.rewards.{name}").load(device or torch.device("cpu"), path)
+    return importlib.import_module(f".{name}", __name__).load(device or torch.device("cpu"), path)
 
 
 def score_all(

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tmpo_trainer.rewards.weights import Source, hub_folder, told
+from .weights import Source, hub_folder, told
 
 #: The tokenizer of OpenAI's CLIP, which all of them use.
 TOKENIZER: Source = (

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.rewards.clip import TOKENIZER, ClipTowers, load_tokenizer, pad
-from tmpo_trainer.rewards.weights import Source, existing, fill, hub_folder, state
+from ..config import ConfigError
+from .clip import TOKENIZER, ClipTowers, load_tokenizer, pad
+from .weights import Source, existing, fill, hub_folder, state
 
 SOURCES: tuple[Source, ...] = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), TOKENIZER)
 #: Of a block, from open_clip's names to transformers'. Queries, keys and values are one tensor there.

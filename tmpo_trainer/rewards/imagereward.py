@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.rewards.clip import BATCH, crop
-from tmpo_trainer.rewards.weights import Source, existing, fill, hub_folder, state, told
+from ..config import ConfigError
+from .clip import BATCH, crop
+from .weights import Source, existing, fill, hub_folder, state, told
 
 SOURCES: tuple[Source, ...] = (
     ("zai-org/ImageReward", ("ImageReward.pt",)),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tmpo_trainer.rewards.clip import TOKENIZER, ClipScorer, load_clip
-from tmpo_trainer.rewards.weights import Source, existing, hub_folder
+from .clip import TOKENIZER, ClipScorer, load_clip
+from .weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 

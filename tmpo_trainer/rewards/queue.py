@@ -65,7 +65,6 @@ class Queue:
             self._stopping = True
             for job in self._waiting:
                 job.scores.set_exception(Refused(503, "the server is stopping"))
-            self._waiting.clear()
             self._changed.notify()
         self.thread.join()
 

@@ -205,8 +205,6 @@ class RemoteScorer:
                 response.begin()
                 if response.status != 200:
                     self._refused(response)
-                if response.length is not None and response.length > limit:
-                    raise RemoteError(f"{self._what}: a reply of {response.length} bytes, more than {limit}")
                 data = response.read(limit + 1)
                 if len(data) > limit:
                     raise RemoteError(f"{self._what}: a reply of more than {limit} bytes")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.demo import domain
+from ..config import ConfigError
+from ..demo import domain
 
 if TYPE_CHECKING:
     from PIL import Image

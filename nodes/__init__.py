@@ -1,0 +1,17 @@
+"""The ComfyUI face of the trainer: sockets and schemas. What is computed is computed in `tmpo_trainer`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .demo_model import DemoModelLoader
+from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
+
+
+class TmpoExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [DemoModelLoader, TreeSamplerNode, TreeSamplerAdvanced, TreeSamplerObject, BranchScheduleNode]
+
+
+async def comfy_entrypoint() -> TmpoExtension:
+    return TmpoExtension()

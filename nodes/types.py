@@ -1,0 +1,76 @@
+"""What flows between the nodes beside ComfyUI's own types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..tmpo_trainer import tree
+
+CATEGORY = "TMPO"
+
+TreeSocket = io.Custom("TMPO_TREE")
+ScoresSocket = io.Custom("TMPO_SCORES")
+
+
+@dataclass
+class Tree:
+    """What a tree sampler leaves beside its latents; leaf l of prompt p is row l * prompts + p.
+
+    rollout: `tree.Rollout` without latents. sigmas: of all steps. seed: of the noise. previews: {step: x0 of the nodes that
+    are evaluated there, `[width, C, h, w]` as the VAE takes them} at branch steps. latent_format: of the model, for colours.
+    """
+
+    plan: tree.TreePlan
+    kernel: str
+    eta: float
+    sigmas: list[float]
+    log_probs: Tensor
+    seed: int
+    evaluations: int
+    previews: dict[int, Tensor]
+    rgb_factors: Tensor | None
+
+    @property
+    def prompts(self) -> int:
+        return self.plan.trees
+
+    @property
+    def leaves(self) -> int:
+        """Of all prompts."""
+        return self.plan.leaves
+
+    def check(self, count: int, what: str) -> None:
+        """Raises ValueError unless a batch is of this tree."""
+        if count != self.leaves:
+            raise ValueError(
+                f"{what} has {count} entries, the tree {self.leaves} leaves: connect both to the same tree sampler"
+            )
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The path of every leaf: its root, then the child taken at each branch point."""
+        paths = [(root,) for root in range(self.plan.roots)]
+        for children in self.plan.fanout.values():
+            paths = [(*path, child) for child in range(children) for path in paths]
+        return paths
+
+
+@dataclass
+class Scores:
+    """Named scores of a batch, float32 `[N]` each; the first is what nodes sort and colour by unless told otherwise."""
+
+    values: dict[str, Tensor]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    def first(self) -> Tensor:
+        return next(iter(self.values.values()))
+
+    def pick(self, indices: list[int]) -> Scores:
+        chosen = torch.tensor(indices, dtype=torch.long)
+        return Scores({n: v[chosen] for n, v in self.values.items()}, [self.prompts[i] for i in indices])
