@@ -5,12 +5,30 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import DemoModelLoader
+from .lora import Compare, LoadTmpoLora
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
+from .scoring import BoltzmannWeights, CombineScores, DiversityNode, ScoreImages, SelectBranches
+from .training import Train, TrainingMonitor
 
 
 class TmpoExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DemoModelLoader, TreeSamplerNode, TreeSamplerAdvanced, TreeSamplerObject, BranchScheduleNode]
+        return [
+            DemoModelLoader,
+            TreeSamplerNode,
+            TreeSamplerAdvanced,
+            TreeSamplerObject,
+            BranchScheduleNode,
+            ScoreImages,
+            CombineScores,
+            BoltzmannWeights,
+            DiversityNode,
+            SelectBranches,
+            LoadTmpoLora,
+            Compare,
+            Train,
+            TrainingMonitor,
+        ]
 
 
 async def comfy_entrypoint() -> TmpoExtension:

@@ -217,9 +217,9 @@ def inspect(arguments: Sequence[str]) -> int:
     parser = _parser("inspect", "Prints what a LoRA was trained on and checks it.")
     parser.add_argument("file", type=Path, help="a LoRA's safetensors file, or a run's folder")
     file = parser.parse_args(arguments).file
-    from . import lora
+    from . import lora_file
 
-    text, sound = lora.describe(file)
+    text, sound = lora_file.describe(file)
     print(text)
     return 0 if sound else 1
 

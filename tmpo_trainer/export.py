@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from . import __version__
 from .backbones.base import Backbone
-from .lora import FILE_NAME
+from .lora_file import FILE_NAME
 from .shards import whole
 
 

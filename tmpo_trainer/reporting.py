@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from . import trackers
 from .checkpoint import write_text
 from .evaluate import Evaluation, paired_gain, verdict
+from .grids import grid, zoom
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -28,28 +28,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return metrics
-
-
-def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1) -> Image.Image:
-    """Pictures in rows, a label above each row. rows: uint8 `[n, H, W, 3]` each."""
-    height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
-    gap, head = 2, 14 if labels else 0
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap + head) - gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for y, row in enumerate(rows):
-        top = y * (height + gap + head)
-        if labels:
-            draw.text((2, top), labels[y], fill="black", font=font)
-        for x, picture in enumerate(row):
-            tile = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (x * (width + gap), top + head))
-    return sheet
-
-
-def zoom(pictures: np.ndarray) -> int:
-    """How much to enlarge small pictures so that a person can see them."""
-    return max(1, 128 // pictures.shape[-2])
 
 
 class Reporter:

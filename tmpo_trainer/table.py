@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
-from . import evaluate, loading, lora, reporting
+from . import evaluate, loading, lora_file, reporting
 from .backbones import is_hub_id
 from .backbones.base import Backbone
 from .checkpoint import write_text
@@ -29,7 +29,7 @@ SHOWN = 10
 def check_lora(path: Path, transformer: Any) -> None:
     """Raises ConfigError for a file that is no LoRA, or one of another model. The transformer may lack its weights."""
     modules = dict(transformer.named_modules())
-    for name, (down, up) in lora.read(path).layers.items():
+    for name, (down, up) in lora_file.read(path).layers.items():
         if name.startswith("transformer."):
             module: Any = modules.get(name.removeprefix("transformer."))
             wanted = None if module is None else (module.out_features, module.in_features)
@@ -40,7 +40,7 @@ def check_lora(path: Path, transformer: Any) -> None:
 def attach(backbone: Backbone, path: Path) -> None:
     """Loads a LoRA file as diffusers does. Raises ConfigError if it is none or of another model."""
     check_lora(path, backbone.transformer)
-    file, layers = path / lora.FILE_NAME if path.is_dir() else path, lora.read(path).layers
+    file, layers = path / lora_file.FILE_NAME if path.is_dir() else path, lora_file.read(path).layers
     try:
         backbone.pipeline.load_lora_weights(file.parent, weight_name=file.name)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -129,7 +129,7 @@ def files(folder: Path) -> set[Path]:
 BAD: list[tuple[str, list[str]]] = [
     ("--updatez 3", ["unknown flag --updatez", "did you mean --updates?"]),
     ("--update 3", ["unknown flag --update", "did you mean --updates?"]),
-    ("strayword", ["unknown command strayword"]),
+    ("strayword", ["unknown argument strayword"]),
     ("--updates", ["--updates", "expected one argument"]),
     ("--config unknown.yaml", ["unknown.yaml", "learning_rat", "did you mean learning_rate?"]),
     ("--config broken.yaml", ["broken.yaml is not YAML"]),
@@ -523,6 +523,11 @@ def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> No
         assert logged == [(line["update"], pytest.approx(line[name], rel=1e-5)) for line in written]
     assert "seconds/total" in events.Tags()["scalars"]
     assert [event.step for event in events.Images("samples")] == [1, 2]
+
+
+def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evalute", "run"]) == 2
+    assert "unknown command evalute, did you mean evaluate?" in capsys.readouterr().err
 
 
 def test_a_zero_learning_rate_is_reported(place: Path, base: list[str], capsys: pytest.CaptureFixture[str]) -> None:

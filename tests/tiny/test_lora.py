@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmpo_trainer import cli, evaluate, lora, memory
+from tmpo_trainer import cli, evaluate, lora, lora_file, memory
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.export import export_lora
-from tmpo_trainer.lora import FILE_NAME
+from tmpo_trainer.lora_file import FILE_NAME
 from tmpo_trainer.trainer import Trainer
 
 ABOUT = {"method": "tmpo", "step": "1", "rewards": "red", "base_model": "local"}
@@ -168,7 +168,7 @@ def test_inspect_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_change_of_a_module_is_measured() -> None:
     down, up = torch.randn(3, 7), torch.randn(5, 3)
-    assert lora.delta_norm(down, up) == pytest.approx((up @ down).norm().item(), rel=1e-5)
+    assert lora_file.delta_norm(down, up) == pytest.approx((up @ down).norm().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_the_change_of_a_module_is_measured() -> None:
 )
 def test_the_family_is_told_from_names_and_metadata(module: str, metadata: dict[str, str], family: str) -> None:
     state = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
-    assert lora.split(state, metadata).family == family
+    assert lora_file.split(state, metadata).family == family
 
 
 # attach

@@ -17,7 +17,7 @@ from tmpo_trainer import cli, evaluate, loading, table
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.export import export_lora
 from tmpo_trainer.features import EfficientNetLite
-from tmpo_trainer.lora import FILE_NAME
+from tmpo_trainer.lora_file import FILE_NAME
 from tmpo_trainer.trainer import Trainer
 
 

@@ -543,7 +543,7 @@ def test_a_request_that_is_still_arriving_at_the_stop_is_refused(mean):
 
 
 def test_a_port_in_use(mean, server):
-    cause = rf"cannot serve at 127.0.0.1:{server.port}: Address already in use; give another --host, or a --port \(0: "
+    cause = rf"cannot serve at 127.0.0.1:{server.port}: Address already in use; give another --host or --port \(0: "
     with pytest.raises(ConfigError, match=cause):
         RewardServer({}, port=server.port)
     # Before anything is loaded.

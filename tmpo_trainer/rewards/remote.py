@@ -1,9 +1,9 @@
 """A scorer behind HTTP, such as `python -m tmpo_trainer serve` offers.
 
-`POST {url}/compute` `{"images": [base64 PNG, ...], "prompts": [...], "metadata": [...]}` -> `{"rewards": [number, ...]}`, and
-`GET {url}/health`. JSON both ways; nothing is ever unpickled. The other side may hang, lie or be somebody else: only hosts
-that were allowed are asked, redirects and proxies are not followed, a reply has a deadline and a largest size, and
-whatever is no finite number per picture is an error, never a score of 0.
+`POST {url}/compute` `{"images": [base64 PNG, ...], "prompts": [...], "metadata": [...]}` ->
+`{"rewards": [number, ...]}`, and `GET {url}/health`. JSON both ways; nothing is ever unpickled. The other side may
+hang, lie or be somebody else: only hosts that were allowed are asked, redirects and proxies are not followed, a reply
+has a deadline and a largest size, and whatever is no finite number per picture is an error, never a score of 0.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Unavailable(Exception):
 
 
 class Timed(io.RawIOBase):
-    """A connected socket whose reading and writing must be over in some seconds, however the other side spreads its bytes.
+    """A connected socket whose reading and writing must be over in some seconds, however slowly the bytes come.
 
     Afterwards every call raises TimeoutError. Closing it leaves the socket open.
     """
@@ -83,7 +83,7 @@ class Timed(io.RawIOBase):
 
 
 def one_line(text: str) -> str:
-    """What somebody else wrote, fit to be printed: without line breaks and control characters, at most 200 characters."""
+    """What somebody else wrote, fit to be printed: no line breaks, no control characters, at most 200 characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 
@@ -100,9 +100,9 @@ class RemoteScorer:
     """Scores by asking a server.
 
     Args:
-        url: of the server, e.g. http://127.0.0.1:18085 or http://127.0.0.1:18085/ocr. hosts: names or addresses that it may
-            have beside those of this machine, as the URL writes them. timeout: seconds from request to the end of a reply.
-        name: of the reward.
+        url: of the server, e.g. http://127.0.0.1:18085 or http://127.0.0.1:18085/ocr.
+        hosts: names or addresses that it may have beside those of this machine, as the URL writes them.
+        timeout: seconds from request to the end of a reply. name: of the reward.
 
     Raises:
         ConfigError: the URL is not http(s), its host is not allowed, or it has a part that does not belong there.

@@ -279,7 +279,7 @@ class RewardServer:
         except OSError as error:
             self._http.server_close()
             raise ConfigError(
-                f"cannot serve at {host}:{port}: {error.strerror}; give another --host, or a --port (0: any that is free)"
+                f"cannot serve at {host}:{port}: {error.strerror}; give another --host or --port (0: any that is free)"
             ) from None
         self.port: int = self._http.server_address[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"

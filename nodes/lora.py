@@ -1,0 +1,158 @@
+"""LoRAs of the trainer: loading one with what it was trained on, and base beside LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import folder_paths
+import numpy as np
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..tmpo_trainer import diversity, grids, lora_file
+from .scoring import feature_vectors, pixels, to_image
+from .types import CATEGORY, ScoresSocket
+
+
+def apply_lora(model: Any, path: Path, strength: float) -> Any:
+    """A clone of the model with the LoRA. Raises ValueError if any of its layers is none of the model's."""
+    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys, log_missing=False)
+    layers = len(lora_file.read(path).layers)
+    clone = model.clone()
+    placed = len(clone.add_patches(loaded, strength))
+    if placed < layers:
+        raise ValueError(
+            f"{path.name} is a LoRA of another model: {placed} of its {layers} layers are in "
+            f"{type(model.model).__name__}. Choose the model it was trained on: see `about`"
+        )
+    return clone
+
+
+class LoadTmpoLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TMPO_LoadLora",
+            display_name="Load TMPO LoRA",
+            category=CATEGORY,
+            description="Applies a LoRA to a model and shows what it was trained on. Refuses one of another model, which "
+            "ComfyUI would load without effect.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model it was trained on."),
+                io.Combo.Input(
+                    "lora", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="1 as trained; more exaggerates."
+                ),
+                io.String.Input(
+                    "path",
+                    default="",
+                    optional=True,
+                    tooltip="A file or a run's folder, in place of the one chosen above.",
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="about")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora, path="") -> bool | str:
+        # No LoRA in the folder yet: a path is as good.
+        return (
+            True if path or lora in folder_paths.get_filename_list("loras") else f"LoRA {lora} is not in models/loras"
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
+        file = cls._file(lora, path)
+        return (str(file), file.stat().st_mtime_ns if file.exists() else 0, strength)
+
+    @staticmethod
+    def _file(lora: str, path: str) -> Path:
+        if not path:
+            return Path(folder_paths.get_full_path_or_raise("loras", lora))
+        given = Path(path).expanduser()
+        return given / lora_file.FILE_NAME if given.is_dir() else given
+
+    @classmethod
+    def execute(cls, model, lora, strength, path="") -> io.NodeOutput:
+        file = cls._file(lora, path)
+        about, sound = lora_file.describe(file)
+        if not sound:
+            about += "\nNot all checks hold: it may not do what it was trained to."
+        patched = model if strength == 0 else apply_lora(model, file, strength)
+        return io.NodeOutput(patched, about, ui=ui.PreviewText(about))
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TMPO_Compare",
+            display_name="Compare",
+            category=CATEGORY,
+            description="Base beside LoRA, the same seeds: a grid of pairs and a table of scores and diversity.",
+            inputs=[
+                io.Image.Input("base", tooltip="Pictures of the model without the LoRA."),
+                io.Image.Input("lora", tooltip="With it, the same seeds in the same order."),
+                ScoresSocket.Input("base_scores", optional=True, tooltip="Scores of the first batch."),
+                ScoresSocket.Input("lora_scores", optional=True, tooltip="Scores of the second batch."),
+                io.Int.Input("pairs", default=9, min=1, max=64, tooltip="Pairs in the grid, spread over the batch."),
+                io.Boolean.Input("diversity", default=True, tooltip="Cosine diversity on EfficientNet-lite0 features."),
+            ],
+            outputs=[io.Image.Output(display_name="grid"), io.String.Output(display_name="table")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, base, lora, pairs, diversity, base_scores=None, lora_scores=None) -> io.NodeOutput:
+        if base.shape != lora.shape:
+            raise ValueError(
+                f"base is a batch of {len(base)} {base.shape[2]}x{base.shape[1]}, lora of {len(lora)} "
+                f"{lora.shape[2]}x{lora.shape[1]}: sample both with the same seeds and size"
+            )
+        for name, scores in (("base_scores", base_scores), ("lora_scores", lora_scores)):
+            if scores is not None and len(scores) != len(base):
+                raise ValueError(
+                    f"{name} has {len(scores)} entries for {len(base)} images: connect those of these images"
+                )
+        before, after = pixels(base), pixels(lora)
+        chosen = np.unique(np.linspace(0, len(before) - 1, min(pairs, len(before))).round().astype(int))
+        # As near to a square as pairs allow.
+        columns = max(1, round((len(chosen) / 2) ** 0.5))
+        gap = np.full((1, before.shape[1], 4, 3), 255, np.uint8)
+        tiles = [np.concatenate([before[i : i + 1], gap, after[i : i + 1]], 2)[0] for i in chosen]
+        rows = [np.stack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
+        labels = ["base | LoRA, the same seed" if i == 0 else "" for i in range(len(rows))]
+        picture: Image.Image = grids.grid(rows, labels, grids.zoom(before))
+        text = table(cls._lines(base, lora, diversity, base_scores, lora_scores))
+        return io.NodeOutput(to_image(picture), text, ui=ui.PreviewText(text))
+
+    @staticmethod
+    def _lines(base: Any, lora: Any, with_diversity: bool, first: Any, second: Any) -> list[tuple[str, float, float]]:
+        lines = []
+        if first is not None and second is not None:
+            for name in first.values:
+                if name in second.values:
+                    lines.append((name, first.values[name].mean().item(), second.values[name].mean().item()))
+        if with_diversity and len(base) > 1:
+            vectors = [feature_vectors("efficientnet-lite0", images) for images in (base, lora)]
+            for name, measure in (
+                ("cosine diversity", diversity.cosine_diversity),
+                ("Vendi score", diversity.vendi_score),
+            ):
+                lines.append((name, measure(vectors[0]).item(), measure(vectors[1]).item()))
+        return lines
+
+
+def table(lines: list[tuple[str, float, float]]) -> str:
+    """Markdown: measure, base, LoRA, change."""
+    rows = [f"| {name} | {before:.4f} | {after:.4f} | {after - before:+.4f} |" for name, before, after in lines]
+    return "\n".join(["| | base | LoRA | change |", "|---|---|---|---|", *rows])

@@ -1,0 +1,193 @@
+"""Training from within ComfyUI, in a process of its own, and a look at a run's progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+from torch import Tensor
+
+from ..tmpo_trainer.lora_file import FILE_NAME
+from .scoring import to_image
+from .types import CATEGORY
+
+PACK = Path(__file__).parents[1]
+INSTALL = f'pip install -c constraints.txt -e ".[train]" in {PACK}, or name an interpreter that has it in TMPO_PYTHON'
+RUN_TIP = "A run's folder; a bare name lies in ComfyUI's output folder."
+#: Seconds between two looks at a run.
+LOOK = 0.5
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; a last one that is still being written is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def missing_packages(python: str) -> str | None:
+    """What an interpreter says when it imports what training needs; None if all is there. Raises ValueError."""
+    code = "import accelerate, diffusers, peft, matplotlib, pydantic, yaml, cv2, rapidocr"
+    try:
+        tried = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"python {python} cannot be run ({error}): give the path of an interpreter") from None
+    return None if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it failed"])[-1]
+
+
+class Train(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TMPO_Train",
+            display_name="Train TMPO LoRA",
+            category=CATEGORY,
+            description="Runs `python -m tmpo_trainer` in a process of its own and gives the LoRA's path. Cancel saves a "
+            "checkpoint; queueing again continues it.",
+            inputs=[
+                io.String.Input("output_dir", default="tmpo_run", tooltip=RUN_TIP),
+                io.String.Input(
+                    "flags", multiline=True, default="--preset demo",
+                    tooltip="As on the command line, e.g. --model FOLDER --reward pickscore --updates 300. "
+                    "`python -m tmpo_trainer --help` lists them.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="lora_path"), io.String.Output(display_name="report")],
+            is_output_node=True,
+            not_idempotent=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, output_dir, flags) -> io.NodeOutput:
+        # No input of the node: a workflow from elsewhere must not choose a program.
+        python = os.environ.get("TMPO_PYTHON", sys.executable)
+        missing = missing_packages(python)
+        if missing is not None:
+            raise ValueError(f"the trainer cannot run with {Path(python).name}: {missing}. Install it: {INSTALL}")
+        try:
+            words = shlex.split(flags)
+        except ValueError as error:
+            raise ValueError(f"flags: {error}") from None
+        folder = Path(output_dir).expanduser()
+        folder = folder if folder.is_absolute() else Path(folder_paths.get_output_directory()) / folder
+        if folder.exists() and any(folder.glob("checkpoint-*")) and "--resume" not in words:
+            words = ["--resume", str(folder)]
+        else:
+            words += ["--output-dir", str(folder)]
+        run(python, words, folder)
+        report = folder / "report.md"
+        text = report.read_text(encoding="utf-8") if report.exists() else "no report"
+        return io.NodeOutput(str(folder / FILE_NAME), text, ui=ui.PreviewText(text))
+
+
+def run(python: str, words: list[str], folder: Path) -> None:
+    """Trains, with progress and cancel. Raises ValueError with the trainer's last line if it fails."""
+    # Weights that ComfyUI holds would be in the way.
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK), os.environ.get("PYTHONPATH", "")])}
+    bar = comfy.utils.ProgressBar(1)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        # Elsewhere than here: the pack's own `nodes` would be found before others of that name.
+        process = subprocess.Popen(
+            [python, "-m", "tmpo_trainer", *words],
+            cwd=tempfile.gettempdir(),
+            env=environment,
+            stderr=errors,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            while process.poll() is None:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                done = len(read_lines(folder / "metrics.jsonl"))
+                bar.update_absolute(done, max(planned(folder), 1))
+                time.sleep(LOOK)
+        except BaseException:
+            # It saves a checkpoint and ends.
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+        errors.seek(0)
+        told = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
+    if process.returncode:
+        last = next((line for line in reversed(told) if line.startswith("tmpo_trainer:")), (told or ["no message"])[-1])
+        raise ValueError(f"training ended with exit code {process.returncode}: {last.removeprefix('tmpo_trainer: ')}")
+
+
+def planned(folder: Path) -> int:
+    """Updates that a run is to have, from its settings; 0 before they are written."""
+    for line in (folder / "config.yaml").read_text().splitlines() if (folder / "config.yaml").exists() else []:
+        if line.startswith("updates:"):
+            return int(line.split(":")[1])
+    return 0
+
+
+class TrainingMonitor(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TMPO_TrainingMonitor",
+            display_name="Training Monitor",
+            category=CATEGORY,
+            description="Curves and the newest sample grid of a run, also while it trains.",
+            inputs=[io.String.Input("run", default="tmpo_run", tooltip=RUN_TIP)],
+            outputs=[
+                io.Image.Output(display_name="curves"),
+                io.Image.Output(display_name="samples"),
+                io.String.Output(display_name="text"),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, run) -> Any:
+        file = cls._folder(run) / "metrics.jsonl"
+        return file.stat().st_mtime_ns if file.exists() else 0
+
+    @staticmethod
+    def _folder(run: str) -> Path:
+        folder = Path(run).expanduser()
+        return folder if folder.is_absolute() else Path(folder_paths.get_output_directory()) / folder
+
+    @classmethod
+    def execute(cls, run) -> io.NodeOutput:
+        from ..tmpo_trainer import charts
+
+        folder = cls._folder(run)
+        lines = read_lines(folder / "metrics.jsonl")
+        if not lines:
+            raise ValueError(f"{folder} holds no run: metrics.jsonl is missing or empty")
+        rewards = [key for key in lines[-1] if key.startswith("reward/")]
+        series = {key.removeprefix("reward/"): [line[key] for line in lines] for key in rewards}
+        series |= {"LGMD": [line["lgmd"] for line in lines], "gradient norm": [line["grad_norm"] for line in lines]}
+        curves = charts.draw([line["update"] for line in lines], series)
+        grids = sorted((folder / "samples").glob("*.png"))
+        samples = to_image(Image.open(grids[-1])) if grids else blank()
+        text = f"update {lines[-1]['update']} of {planned(folder)}\n" + "\n".join(
+            f"{name}: {values[0]:.4f} -> {np.mean(values[-max(1, len(values) // 10) :]):.4f}"
+            for name, values in series.items()
+        )
+        return io.NodeOutput(to_image(curves), samples, text, ui=ui.PreviewText(text))
+
+
+def blank() -> Tensor:
+    return torch.zeros(1, 64, 64, 3)
