@@ -1,0 +1,265 @@
+"""The tree sampler's numbers, in a ComfyUI within this process: against stock Euler, the trainer's rollout and diffusers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tmpo_trainer import loading, tree
+from tmpo_trainer.config import TrainConfig
+
+COMFYUI = os.environ.get("COMFYUI_PATH")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no checkout of ComfyUI")
+REPOSITORY = Path(__file__).parents[2]
+PROMPTS = ("two red circles", "a blue square left of a green triangle")
+STEPS, BRANCHES, SEED = 10, (1, 4, 5), 5
+SHIFT, SCALE = 0.0609, 1.5305
+
+
+@pytest.fixture(scope="module")
+def pack() -> Iterator[Any]:
+    """The pack as ComfyUI imports it, and what of ComfyUI the tests call."""
+    sys.path.insert(0, str(COMFYUI))
+    from comfy.cli_args import args  # type: ignore[import-not-found]
+
+    args.cpu = True
+    import comfy.sample  # type: ignore[import-not-found]
+    import comfy.samplers  # type: ignore[import-not-found]
+
+    spec = importlib.util.spec_from_file_location(
+        "tmpo_pack", REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tmpo_pack"] = module
+    with torch.inference_mode():
+        spec.loader.exec_module(module)
+        from tmpo_pack.nodes import demo_model, lora, sampling  # type: ignore[import-not-found]
+
+        yield SimpleNamespace(
+            sampling=sampling, lora=lora, comfy=comfy, model=demo_model.load_model(), clip=demo_model.load_clip(),
+            vae=demo_model.load_vae(),
+        )  # fmt: skip
+    sys.path.remove(str(COMFYUI))
+
+
+def encode(pack: Any, prompt: str) -> Any:
+    return pack.clip.encode_from_tokens_scheduled(pack.clip.tokenize(prompt))
+
+
+def batch(pack: Any, prompts: tuple[str, ...]) -> Any:
+    """A conditioning with one row per prompt."""
+    parts = [encode(pack, prompt)[0] for prompt in prompts]
+    pooled = torch.cat([part[1]["pooled_output"] for part in parts])
+    return [[torch.cat([part[0] for part in parts]), {"pooled_output": pooled}]]
+
+
+def empty(count: int = 1) -> dict[str, Tensor]:
+    return {"samples": torch.zeros(count, 16, 8, 8)}
+
+
+def sample(
+    pack: Any, prompts: tuple[str, ...] = PROMPTS[:1], latent: Any = None, cfg: float = 1.0, model: Any = None, **changes: Any
+) -> tuple[Tensor, Any]:
+    settings = {"branch_steps": ", ".join(map(str, BRANCHES)), "branching": 3, "kernel": "cps", "eta": 0.7, "max_batch": 0}
+    settings |= changes
+    found = pack.sampling.TreeSamplerNode.execute(
+        model or pack.model, batch(pack, prompts), batch(pack, ("a green triangle",) * len(prompts)),
+        latent or empty(len(prompts)), SEED, STEPS, cfg, "normal", **settings,
+    ).result  # fmt: skip
+    return found[0]["samples"], found[1]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_without_noise_it_is_stock_euler_to_the_bit(pack: Any, cfg: float) -> None:
+    leaves, _ = sample(pack, branch_steps="2, 8", eta=0.0, cfg=cfg)
+    latent = empty()["samples"]
+    noise = pack.comfy.sample.prepare_noise(latent, SEED)
+    # As many rows at each step: matrix products differ by their sizes.
+    positive, negative = batch(pack, PROMPTS[:1]), batch(pack, ("a green triangle",))
+    stock = pack.comfy.sample.sample(
+        pack.model, noise, STEPS, cfg, "euler", "normal", positive, negative, latent, seed=SEED, disable_pbar=True
+    )
+    one, _ = sample(pack, branch_steps="2", branching=1, eta=0.0, cfg=cfg)
+    assert torch.equal(one, stock)
+    torch.testing.assert_close(leaves, stock.expand(9, -1, -1, -1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["cps", "flow_sde", "dance"])
+def test_leaves_are_those_of_the_trainers_rollout(pack: Any, kernel: str) -> None:
+    """The same weights through diffusers, the same noise: text encoders, network and kernels agree. So does the VAE."""
+    leaves, found = sample(pack, PROMPTS, kernel=kernel)
+    backbone = loading.load_model(TrainConfig(max_sequence_length=0), torch.device("cpu"))
+    start = pack.comfy.sample.prepare_noise(empty(2)["samples"], SEED)
+    sources = [tree.keyed_noise((SEED, p), (16, 8, 8)) for p in range(2)]
+
+    def noise(step: int, path: tree.Path) -> Tensor:
+        root, prompt = divmod(path[0], 2)
+        return start[prompt] if step == 0 and root == 0 else sources[prompt](step, (root, *path[1:]))
+
+    plan = tree.TreePlan.tmpo(STEPS, BRANCHES, 3).forest(2)
+    run = tree.rollout(
+        backbone.velocity(PROMPTS, 1.0), noise, backbone.sigmas(STEPS, 64, 64), plan, kernel=kernel, eta=0.7  # type: ignore[arg-type]
+    )
+    scaled = (leaves - SHIFT) * SCALE
+    torch.testing.assert_close(scaled, run.leaves, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.log_probs, run.log_probs, atol=1e-4, rtol=0)
+    assert found.evaluations == plan.rollout_evaluations and found.plan.widths == plan.widths
+    pictures = (pack.vae.decode(leaves) * 255).round()
+    difference = (pictures - torch.from_numpy(backbone.decode(run.leaves, 64)).float()).abs()
+    assert difference.max() <= 2
+
+
+def test_chunks_and_batches_of_prompts_change_nothing(pack: Any) -> None:
+    whole, _ = sample(pack, PROMPTS)
+    for most in (2, 5, 8):
+        torch.testing.assert_close(sample(pack, PROMPTS, max_batch=most)[0], whole, atol=1e-5, rtol=0)
+    # Prompt p of a batch has row l * 2 + p; alone its noise is another (that of the batch's first row), so start from its own.
+    start = pack.comfy.sample.prepare_noise(empty(2)["samples"], SEED)
+    noise = SimpleNamespace(seed=SEED, generate_noise=lambda latent: start[:1])
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
+    alone = pack.sampling.TreeSamplerAdvanced.execute(noise, guider, sigmas, empty(), "1, 4, 5", 3, "cps", 0.7, 0).result
+    torch.testing.assert_close(whole[0::2], alone[0]["samples"], atol=1e-5, rtol=0)
+    assert (whole[0::2] - whole[1::2]).abs().max() > 0.1
+
+
+def test_a_leaf_alone_is_the_same(pack: Any) -> None:
+    """The path of one leaf run by itself, one node after another."""
+    leaves, found = sample(pack)
+    paths = found.paths()
+    backbone = loading.load_model(TrainConfig(max_sequence_length=0), torch.device("cpu"))
+    velocity = backbone.velocity(PROMPTS[:1], 1.0)
+    start = pack.comfy.sample.prepare_noise(empty()["samples"], SEED)
+    source = tree.keyed_noise((SEED, 0), (16, 8, 8))
+    for leaf in (0, 7, 26):
+        path = paths[leaf]
+
+        def noise(step: int, walked: tree.Path, path: tree.Path = path) -> Tensor:
+            if step == 0:
+                return start[0] if path[0] == 0 else source(0, path[:1])
+            return source(step, path[: len(walked)])
+
+        plan = tree.TreePlan(STEPS, 1, {4: 1, 5: 1})
+        alone = tree.rollout(velocity, noise, found.sigmas, plan, kernel="cps", eta=0.7).leaves
+        torch.testing.assert_close((leaves[leaf] - SHIFT) * SCALE, alone[0], atol=1e-4, rtol=0)
+
+
+def test_masked_regions_stay_and_an_image_can_be_the_start(pack: Any) -> None:
+    """Where the mask is 0, every leaf is the latent given; with eta 0 it is stock Euler with that mask."""
+    given = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    latent = {"samples": given, "noise_mask": mask}
+    leaves, _ = sample(pack, latent=latent)
+    assert leaves.shape == (27, 16, 8, 8)
+    torch.testing.assert_close(leaves[..., :3], given.expand(27, -1, -1, -1)[..., :3], atol=1e-5, rtol=0)
+    assert leaves[..., 5:].std(0).mean() > 0.05
+    one, _ = sample(pack, latent=latent, branch_steps="2", branching=1, eta=0.0)
+    positive, negative = batch(pack, PROMPTS[:1]), batch(pack, ("a green triangle",))
+    noise = pack.comfy.sample.prepare_noise(given, SEED)
+    stock = pack.comfy.sample.sample(
+        pack.model, noise, STEPS, 1.0, "euler", "normal", positive, negative, given, noise_mask=mask, seed=SEED,
+        disable_pbar=True,
+    )  # fmt: skip
+    assert torch.equal(one, stock)
+
+
+def test_partial_sigmas(pack: Any) -> None:
+    """The end of a schedule on a given latent, as after a first sampler."""
+    given = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)[4:]
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    noise = pack.sampling._Seeded(SEED)
+    tree_leaves = pack.sampling.TreeSamplerAdvanced.execute(
+        noise, guider, sigmas, {"samples": given}, "2", 1, "cps", 0.0, 0
+    ).result[0]["samples"]
+    stock = guider.sample(
+        noise.generate_noise({"samples": given}), given, pack.comfy.samplers.sampler_object("euler"), sigmas, seed=SEED,
+        disable_pbar=True,
+    )  # fmt: skip
+    assert torch.equal(tree_leaves, stock)
+
+
+def test_as_a_sampler_object(pack: Any) -> None:
+    """SamplerCustomAdvanced with our SAMPLER gives the same leaves."""
+    leaves, _ = sample(pack)
+    sampler = pack.sampling.TreeSamplerObject.execute("1, 4, 5", 3, "cps", 0.7, 0).result[0]
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
+    latent = empty()["samples"]
+    noise = pack.comfy.sample.prepare_noise(latent, SEED)
+    found = guider.sample(noise, latent, sampler, sigmas, seed=SEED, disable_pbar=True)
+    torch.testing.assert_close(found, leaves, atol=1e-6, rtol=0)
+
+
+def test_interrupted_and_run_again(pack: Any) -> None:
+    import comfy.model_management as management  # type: ignore[import-not-found]
+
+    whole, _ = sample(pack)
+    calls = 0
+    original = management.throw_exception_if_processing_interrupted
+
+    def interrupt() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise management.InterruptProcessingException
+
+    management.throw_exception_if_processing_interrupted = interrupt
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            sample(pack)
+    finally:
+        management.throw_exception_if_processing_interrupted = original
+    assert torch.equal(sample(pack)[0], whole)
+
+
+def test_memory_is_asked_for_the_largest_batch(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    original = type(pack.model.model).memory_required
+
+    def memory_required(self: Any, shape: Any, **more: Any) -> Any:
+        asked.append(shape[0])
+        return original(self, shape, **more)
+
+    monkeypatch.setattr(type(pack.model.model), "memory_required", memory_required)
+    sample(pack)
+    assert max(asked) == 2 * 27
+    asked.clear()
+    sample(pack, max_batch=9)
+    assert max(asked) == 2 * 9
+
+
+def test_a_model_that_is_no_flow_is_refused(pack: Any) -> None:
+    """Stable Diffusion 1 and XL predict noise: their sampling is another class."""
+    import comfy.model_sampling as kinds  # type: ignore[import-not-found]
+
+    other = pack.model.clone()
+
+    class Other(kinds.ModelSamplingDiscrete, kinds.EPS):
+        pass
+
+    other.add_object_patch("model_sampling", Other(pack.model.model.model_config))
+    with pytest.raises(ValueError, match="flow-matching models .* use KSampler"):
+        sample(pack, model=other)
+
+
+def test_branch_schedule_is_the_trainers(pack: Any) -> None:
+    found = pack.sampling.BranchScheduleNode.execute(6, "1, 2, 3", "1, 3, 5", 0.5, 6.0, 3).result[0]
+    schedule = tree.BranchSchedule(6, (1, 2, 3), (1, 3, 5), 6.0, 1000, 3)
+    assert found == ", ".join(map(str, schedule.steps(500)))
+    with pytest.raises(ValueError, match="steps is 6, but these sigmas have 3"):
+        pack.sampling.BranchScheduleNode.execute(6, "1, 2", "1, 3", 0.5, 6.0, 3, torch.linspace(1, 0, 4))
