@@ -9,6 +9,7 @@ from .lora import Compare, LoadTmpoLora
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
 from .scoring import BoltzmannWeights, CombineScores, DiversityNode, ScoreImages, SelectBranches
 from .training import Train, TrainingMonitor
+from .tree_view import TreeView
 
 
 class TmpoExtension(ComfyExtension):
@@ -24,6 +25,7 @@ class TmpoExtension(ComfyExtension):
             BoltzmannWeights,
             DiversityNode,
             SelectBranches,
+            TreeView,
             LoadTmpoLora,
             Compare,
             Train,

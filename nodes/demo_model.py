@@ -12,7 +12,6 @@ import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .types import CATEGORY
 
@@ -23,6 +22,8 @@ class DemoTokenizer:
     """Words of the demo domain; weights such as (word:1.2) are not known to it."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None):
+        from transformers import CLIPTokenizer
+
         self.tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer", local_files_only=True)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -40,6 +41,8 @@ class DemoTextModel(torch.nn.Module):
     """Both text encoders, joined as Stable Diffusion 3 does: last hidden states but one, and pooled vectors, side by side."""
 
     def __init__(self, dtype: Any = None, device: Any = None, model_options: Any = None):
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
         super().__init__()
         self.dtypes = {torch.float32}
         self.encoders = torch.nn.ModuleList()

@@ -14,8 +14,12 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..tmpo_trainer import diversity, grids, lora_file
+from .demo_model import FOLDER
 from .scoring import feature_vectors, pixels, to_image
 from .types import CATEGORY, ScoresSocket
+
+#: The LoRA that comes with the demo model.
+DEMO, DEMO_FILE = "(demo)", FOLDER.parent / "lora" / lora_file.FILE_NAME
 
 
 def apply_lora(model: Any, path: Path, strength: float) -> Any:
@@ -46,7 +50,9 @@ class LoadTmpoLora(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model it was trained on."),
                 io.Combo.Input(
-                    "lora", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                    "lora",
+                    options=[DEMO, *folder_paths.get_filename_list("loras")],
+                    tooltip="A file in models/loras; (demo) is for the demo model.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="1 as trained; more exaggerates."
@@ -64,10 +70,8 @@ class LoadTmpoLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora, path="") -> bool | str:
-        # No LoRA in the folder yet: a path is as good.
-        return (
-            True if path or lora in folder_paths.get_filename_list("loras") else f"LoRA {lora} is not in models/loras"
-        )
+        known = path or lora == DEMO or lora in folder_paths.get_filename_list("loras")
+        return True if known else f"LoRA {lora} is not in models/loras"
 
     @classmethod
     def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
@@ -76,6 +80,8 @@ class LoadTmpoLora(io.ComfyNode):
 
     @staticmethod
     def _file(lora: str, path: str) -> Path:
+        if not path and lora == DEMO:
+            return DEMO_FILE
         if not path:
             return Path(folder_paths.get_full_path_or_raise("loras", lora))
         given = Path(path).expanduser()

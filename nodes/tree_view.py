@@ -76,7 +76,12 @@ def report(
             values = {} if scores is None else {name: _finite(v[node.index]) for name, v in scores.values.items()}
             q = None if weights is None else weights[node.index]
             leaves.append({
-                **common, "index": node.index, "image": leaf_files[node.index], "scores": values, "q": q, "seed": str(tree.seed),
+                **common,
+                "index": node.index,
+                "image": leaf_files[node.index],
+                "scores": values,
+                "q": q,
+                "seed": str(tree.seed),
             })  # fmt: skip
         else:
             shown = files.get(node.step) if node.column and node.step is not None else None

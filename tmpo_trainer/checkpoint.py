@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import ConfigError
+from .errors import ConfigError
 
 FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import ConfigError, TrainConfig, make_config, preset, preset_names, read_yaml, suggest, to_yaml
+from .config import TrainConfig, make_config, preset, preset_names, read_yaml, to_yaml
+from .errors import ConfigError, suggest
 
 #: Flags that say where the settings come from, or what to do with them, rather than being settings.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")

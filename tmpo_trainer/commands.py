@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import cli
-from .config import ConfigError, TrainConfig, preset_names, read_yaml
+from .config import TrainConfig, preset_names, read_yaml
+from .errors import ConfigError
 
 #: Flags of `evaluate` and the settings they are. What only training knows is none of them.
 EVALUATION = {

@@ -6,7 +6,6 @@ validation; an unknown key or a value of the wrong kind is an error that names i
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,15 +13,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .errors import ConfigError, suggest
+
 PRESETS = Path(__file__).parent / "presets"
 
 
 #: Which linear layers of the transformer's blocks get a LoRA. Modulation never: ComfyUI orders its halves differently.
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used: one line that names it and the mend. Exit code 2."""
 
 
 class TrainConfig(BaseModel):
@@ -226,12 +223,6 @@ class TrainConfig(BaseModel):
         """Inverse temperature of an update (0-based)."""
         progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
         return self.beta_start + (self.beta_end - self.beta_start) * progress
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """`, did you mean X?` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def one_line(error: ValidationError, where: str) -> str:

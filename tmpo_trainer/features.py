@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import ConfigError, suggest
+from .errors import ConfigError, suggest
 
 #: ImageNet's channel means and standard deviations.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import ConfigError, suggest
+from .errors import ConfigError, suggest
 
 RAW = "https://raw.githubusercontent.com"
 HUB_LISTS = "zhwang/HPDv2"

@@ -13,7 +13,8 @@ from . import evaluate, lora, trackers
 from .backbones import is_hub_id, load_backbone, load_skeleton
 from .backbones.base import Backbone
 from .backbones.check import check_transformer
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
+from .errors import ConfigError
 from .features import Features, check_features, load_features
 from .prompt_lists import Split
 from .prompts import PromptList, default_prompts, read_prompts

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from .config import ConfigError
+from .errors import ConfigError
 from .lora_file import LoraFile, read
 
 

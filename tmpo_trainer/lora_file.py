@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import ConfigError
+from .errors import ConfigError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 #: Endings of the two halves: lora_A and lora_B in diffusers and peft, lora_down and lora_up elsewhere.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError
+from .errors import ConfigError
 from .prompt_lists import Split
 
 LISTS = Path(__file__).parent / "prompt_lists"

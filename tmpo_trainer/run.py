@@ -24,7 +24,8 @@ from . import __version__, evaluate, export, loading, reporting, trackers
 from .backbones import is_hub_id
 from .backbones.base import Backbone
 from .checkpoint import checkpoints, drop_later, write_text
-from .config import ConfigError, TrainConfig, to_yaml
+from .config import TrainConfig, to_yaml
+from .errors import ConfigError
 from .features import Features
 from .rewards import Scorer
 from .trainer import Interrupted, OtherProcessFailed, Trainer

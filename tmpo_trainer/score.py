@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import diversity
 from .checkpoint import write_text
-from .config import ConfigError
+from .errors import ConfigError
 from .features import Features
 from .prompts import PromptList, about
 from .rewards import Scorer, score_all

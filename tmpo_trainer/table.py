@@ -19,7 +19,8 @@ from . import evaluate, loading, lora_file, reporting
 from .backbones import is_hub_id
 from .backbones.base import Backbone
 from .checkpoint import write_text
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
+from .errors import ConfigError
 from .prompts import PromptList, read_prompts
 
 #: Prompts whose pictures are shown.

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from . import checkpoint, flow, lora, tree
 from .backbones.base import Backbone
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
+from .errors import ConfigError
 from .group import Clock, Group
 from .prompts import PromptList, as_list, prompt_index
 from .reporting import Reporter

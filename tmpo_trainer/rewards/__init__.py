@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..config import ConfigError, suggest
+from ..errors import ConfigError, suggest
 from ..prompts import PromptList
 
 

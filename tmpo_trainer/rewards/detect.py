@@ -20,9 +20,9 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.rewards.clip import ClipTowers
-from tmpo_trainer.rewards.weights import told
+from ..config import ConfigError
+from .clip import ClipTowers
+from .weights import told
 
 #: COCO's classes in the order of the detector's outputs, named as GenEval's prompts name them.
 CLASSES = (
@@ -71,7 +71,7 @@ class Detection:
 class Mask2Former(Mask2FormerPreTrainedModel):
     """transformers' Mask2FormerForUniversalSegmentation without its loss, which wants scipy. The weights fit."""
 
-    _keys_to_ignore_on_load_unexpected = ("criterion.empty_weight",)
+    _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight"]  # noqa: RUF012
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
@@ -211,17 +211,15 @@ class ColorClassifier:
 def load_detector(folder: Path, device: torch.device) -> Detector:
     """The detector of a folder with transformers' Mask2Former for COCO. Raises ConfigError if it is none."""
     with told("reward geneval", folder):
-        config = Mask2FormerConfig.from_pretrained(folder, local_files_only=True)
-    if config.num_labels != len(CLASSES):
-        raise ConfigError(
-            f"reward geneval: {folder} tells {config.num_labels} classes apart, not COCO's {len(CLASSES)}: take "
-            "facebook/mask2former-swin-small-coco-instance"
-        )
-    with told("reward geneval", folder):
         loaded: Any = Mask2Former.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     network, report = loaded
+    if network.config.num_labels != len(CLASSES):
+        raise ConfigError(
+            f"reward geneval: {folder} tells {network.config.num_labels} classes apart, not COCO's {len(CLASSES)}: "
+            "take facebook/mask2former-swin-small-coco-instance"
+        )
     # What is not in the file would be random.
     missing = sorted(report["missing_keys"] & dict(network.named_parameters()).keys())
     if missing:

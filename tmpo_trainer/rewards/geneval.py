@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmpo_trainer.config import ConfigError, suggest
-from tmpo_trainer.rewards import clipscore
-from tmpo_trainer.rewards.clip import TOKENIZER, load_clip
-from tmpo_trainer.rewards.detect import (
+from ..config import ConfigError, suggest
+from . import clipscore
+from .clip import TOKENIZER, load_clip
+from .detect import (
     CLASSES,
     COLORS,
     THRESHOLD,
@@ -34,7 +34,7 @@ from tmpo_trainer.rewards.detect import (
     cut,
     load_detector,
 )
-from tmpo_trainer.rewards.weights import Source, existing, hub_folder
+from .weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (
     ("facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .clip import TOKENIZER, ClipTowers, load_tokenizer, pad
 from .weights import Source, existing, fill, hub_folder, state
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .clip import BATCH, crop
 from .weights import Source, existing, fill, hub_folder, state, told
 

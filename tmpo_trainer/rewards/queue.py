@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tmpo_trainer.rewards import Scorer
+from . import Scorer
 
 #: Most pictures in one call that several requests share. A request alone may have more.
 MOST_MERGED = 64

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from tmpo_trainer import __version__
-from tmpo_trainer.config import ConfigError
-from tmpo_trainer.rewards import Scorer, check_name, load_scorer
-from tmpo_trainer.rewards.queue import Job, Queue, Refused
-from tmpo_trainer.rewards.remote import Timed, is_loopback, one_line
+from .. import __version__
+from ..errors import ConfigError
+from . import Scorer, check_name, load_scorer
+from .queue import Job, Queue, Refused
+from .remote import Timed, is_loopback, one_line
 
 #: Pixels in all pictures of a request: 192 MiB as RGB. PNG packs a thousandfold, so bytes say little.
 MOST_PIXELS = 2**26

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError
 from ..demo import domain
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image

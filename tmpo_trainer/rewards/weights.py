@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import ConfigError
+from ..errors import ConfigError
 
 #: A hub repository and the files wanted of it.
 Source = tuple[str, tuple[str, ...]]

@@ -1,0 +1,16 @@
+"""Errors that a user can mend, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: one line that names it and the mend. Exit code 2."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """`, did you mean X?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f", did you mean {near[0]}?" if near else ""

@@ -1,0 +1,495 @@
+// The view of the "Tree View" node: from the start (left) to the leaves (right), a click chooses a leaf.
+// Places and colours come from the node; here they only become pixels.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const NODE = "TMPO_TreeView";
+const OUTPUT = "tmpo_tree";
+const SIZE = [780, 900];
+// In pixels: height of a leaf's row, space between pictures, the straight piece of an edge that carries its label.
+const ROW = { min: 26, max: 110 };
+const GAP = 6;
+const TRUNK = 52;
+const MIN_FAN = 30;
+const MARGIN = 12;
+const HEAD = 22;
+const CARD = 208;
+
+const CSS = `
+.tmpo-tree { position: relative; display: flex; flex-direction: column; box-sizing: border-box; overflow: hidden;
+  border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-menu-bg); color: var(--fg-color);
+  font: 12px/1.3 system-ui, sans-serif; user-select: none; outline: none; }
+.tmpo-tree:focus-visible { border-color: var(--p-primary-color, var(--fg-color)); }
+.tmpo-tree-bar { display: flex; gap: 8px; align-items: center; padding: 6px 12px; white-space: nowrap;
+  border-bottom: 1px solid var(--border-color); }
+.tmpo-tree-title { flex: 1; overflow: hidden; text-overflow: ellipsis; }
+.tmpo-tree-ramp { width: 90px; height: 10px; border-radius: 2px; flex: none; }
+.tmpo-tree-number, .tmpo-tree-leaf { font-variant-numeric: tabular-nums; }
+.tmpo-tree-scroll { flex: 1; min-height: 0; overflow: auto; position: relative; scrollbar-width: thin;
+  scrollbar-color: var(--descrip-text) transparent; }
+.tmpo-tree-heads { position: sticky; top: 0; z-index: 2; height: ${HEAD}px; background: var(--comfy-menu-bg); }
+.tmpo-tree-head, .tmpo-tree-sigma, .tmpo-tree-prompt { position: absolute; white-space: nowrap; }
+.tmpo-tree-head { top: 3px; overflow: hidden; text-overflow: ellipsis; }
+.tmpo-tree-head, .tmpo-tree-sigma { color: var(--descrip-text); font-size: 11px; }
+.tmpo-tree-sigma { line-height: 14px; pointer-events: none; }
+.tmpo-tree-canvas { position: relative; }
+.tmpo-tree-canvas svg { position: absolute; inset: 0; overflow: visible; pointer-events: none; }
+.tmpo-tree-node { position: absolute; box-sizing: border-box; border: 1px solid; border-radius: 3px; overflow: hidden;
+  background: var(--comfy-input-bg); }
+.tmpo-tree-node img, .tmpo-tree-picture img { width: 100%; height: 100%; object-fit: contain; display: block; }
+.tmpo-tree-leaf { position: absolute; display: flex; align-items: center; cursor: pointer; border-radius: 4px; }
+.tmpo-tree-leaf.active { background: color-mix(in srgb, var(--fg-color) 12%, transparent); }
+.tmpo-tree-picture { flex: none; border-radius: 2px; overflow: hidden; background: var(--comfy-input-bg); }
+.tmpo-tree-leaf.selected { background: color-mix(in srgb, var(--fg-color) 18%, transparent); }
+.tmpo-tree-leaf.selected .tmpo-tree-picture { outline: 2px solid var(--fg-color); outline-offset: 1px; }
+.tmpo-tree-swatch { flex: none; width: 6px; align-self: stretch; margin: 0 0 0 5px; border-radius: 1px; }
+.tmpo-tree-score { flex: none; width: 50px; text-align: right; }
+.tmpo-tree-bar-track { flex: 1; height: 8px; margin: 0 8px 0 10px; }
+.tmpo-tree-bar-fill { height: 100%; border-radius: 1px; }
+.tmpo-tree-q { flex: none; width: 46px; text-align: right; }
+.tmpo-tree-mark { flex: none; width: 34px; text-align: right; padding-right: 4px; box-sizing: border-box; }
+.tmpo-tree-card { position: absolute; z-index: 3; width: ${CARD}px; padding: 8px; box-sizing: border-box; display: none;
+  pointer-events: none; border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-menu-bg);
+  box-shadow: 0 4px 16px rgb(0 0 0 / 40%); }
+.tmpo-tree-card img { width: 100%; height: ${CARD - 18}px; object-fit: contain; display: block; margin-bottom: 6px; }
+.tmpo-tree-card dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 0; }
+.tmpo-tree-card dt { color: var(--descrip-text); }
+.tmpo-tree-card dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.tmpo-tree-empty { margin: auto; padding: 12px; color: var(--descrip-text); text-align: center; }
+`;
+
+let views = 0;
+
+function element(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+function picture(ref, alt) {
+  const made = element("img");
+  made.alt = alt;
+  made.draggable = false;
+  made.src = api.apiURL(`/view?${new URLSearchParams(ref)}`);
+  return made;
+}
+
+function put(target, left, top, width, height) {
+  Object.assign(target.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
+}
+
+function percent(q) {
+  return `${(100 * q).toFixed(1)} %`;
+}
+
+/** Whether ComfyUI's colours are dark, by the brightness of a menu. */
+function isDark(root) {
+  const [r, g, b] = getComputedStyle(root).backgroundColor.match(/[\d.]+/g).map(Number);
+  return 0.3 * r + 0.6 * g + 0.1 * b < 128;
+}
+
+/** One tree in one node. `select(index)` is called with a leaf's place in the batch, -1 for none. */
+class TreeView {
+  constructor(select) {
+    this.select = select;
+    this.tree = null;
+    this.selected = -1;
+    this.active = null;
+    this.options = new Map();
+    this.id = `tmpo-tree-${views++}`;
+    this.root = element("div", "tmpo-tree");
+    this.root.tabIndex = 0;
+    this.root.setAttribute("role", "listbox");
+    this.root.setAttribute("aria-label", "Leaves of the tree");
+    this.bar = element("div", "tmpo-tree-bar");
+    this.scroll = element("div", "tmpo-tree-scroll");
+    this.card = element("div", "tmpo-tree-card");
+    this.empty = element("div", "tmpo-tree-empty", "The tree appears here when the workflow has run.");
+    this.root.append(this.empty);
+    this.root.addEventListener("keydown", (event) => this.key(event));
+    this.root.addEventListener("blur", () => this.hover(null));
+    this.root.addEventListener("pointerleave", () => this.hover(null));
+    this.root.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
+    // The middle button moves ComfyUI's canvas, over this view too.
+    for (const [name, handler] of [["down", "processMouseDown"], ["move", "processMouseMove"], ["up", "processMouseUp"]]) {
+      this.root.addEventListener(`pointer${name}`, (event) => {
+        if (name === "move" ? event.buttons & 4 : event.button === 1) app.canvas[handler](event);
+      });
+    }
+    this.observer = new ResizeObserver(() => this.draw());
+    this.observer.observe(this.root);
+  }
+
+  /** Leaves as they stand, from the top. */
+  get leaves() {
+    return this.tree.leaves;
+  }
+
+  show(tree) {
+    this.tree = tree;
+    this.active = null;
+    this.draw();
+  }
+
+  /** Marks a leaf without telling anyone. */
+  mark(index) {
+    this.selected = index;
+    for (const [leaf, option] of this.options) {
+      const chosen = leaf.index === index;
+      option.classList.toggle("selected", chosen);
+      option.setAttribute("aria-selected", String(chosen));
+      option.querySelector(".tmpo-tree-mark").textContent = this.signs(leaf);
+    }
+  }
+
+  signs(leaf) {
+    return (leaf.index === this.tree.best ? "\u2605" : "") + (leaf.index === this.selected ? " \u2713" : "");
+  }
+
+  colour(node) {
+    return node.colours[this.theme] ?? "var(--descrip-text)";
+  }
+
+  draw() {
+    const tree = this.tree;
+    // Not on the page, or folded.
+    if (!tree || !this.root.clientWidth) return;
+    this.theme = isDark(this.root) ? "dark" : "light";
+    const scrolled = this.scroll.scrollTop;
+    this.hover(null);
+    this.root.replaceChildren(this.bar, this.scroll, this.card);
+    this.drawBar();
+    this.scroll.replaceChildren();
+    const width = this.scroll.clientWidth;
+    const height = this.scroll.clientHeight - HEAD - 2;
+    const row = Math.min(Math.max(Math.floor(height / tree.rows), ROW.min), ROW.max);
+    const thumb = row - GAP;
+    const aspect = Math.min(Math.max(tree.aspect, 0.5), 2);
+    const scored = tree.score !== null;
+    // Score and mark always, bars where there is room.
+    const bars = scored && width > 460;
+    const side = Math.round(thumb * aspect) + (scored ? 61 : 0) + (bars ? 130 : 0) + 34;
+    // Columns share what the leaves leave.
+    const start = MARGIN + 10;
+    const gaps = tree.columns - 1;
+    const scrollbar = row * tree.rows > height ? 12 : 0;
+    const stride = Math.max((width - start - side - scrollbar - 4) / gaps, MIN_FAN + 40);
+    const trunk = stride > 2 * TRUNK + MIN_FAN ? TRUNK : 8;
+    const widest = stride - trunk - MIN_FAN;
+    const boxes = new Map();
+    for (const node of tree.nodes) {
+      const middle = (node.row + 0.5) * row;
+      if (node.column === 0) {
+        boxes.set(node.id, { left: MARGIN, top: middle - 5, width: 10, height: 10, middle });
+        continue;
+      }
+      const room = Math.min(1.6 * thumb, node.leaves * row - GAP, widest / aspect);
+      const left = start + node.column * stride - widest;
+      // Against the fan that comes from the left, so that all columns begin on one line.
+      boxes.set(node.id, { left, top: middle - room / 2, width: room * aspect, height: room, middle });
+    }
+    const leafLeft = start + gaps * stride;
+    for (const leaf of tree.leaves) {
+      const middle = (leaf.row + 0.5) * row;
+      boxes.set(leaf.id, { left: leafLeft, top: middle - thumb / 2, width: side, height: thumb, middle });
+    }
+    const canvas = element("div", "tmpo-tree-canvas");
+    canvas.style.width = `${leafLeft + side}px`;
+    canvas.style.height = `${row * tree.rows}px`;
+    canvas.append(this.edges(boxes, trunk));
+    for (const node of tree.nodes) this.drawNode(canvas, node, boxes.get(node.id), trunk, row);
+    this.options = new Map();
+    const heaviest = Math.max(...tree.leaves.map((leaf) => leaf.q ?? 0)) || 1;
+    for (const leaf of tree.leaves) {
+      this.drawLeaf(canvas, leaf, boxes.get(leaf.id), Math.round(thumb * aspect), scored, bars, heaviest);
+    }
+    this.scroll.append(this.heads(boxes, leafLeft, side, scored, bars, Math.round(thumb * aspect)), canvas);
+    this.scroll.scrollTop = scrolled;
+    this.mark(this.selected);
+  }
+
+  drawBar() {
+    const { tree } = this;
+    const many = tree.prompts > 1 ? `, ${tree.prompts} prompts` : "";
+    const leaves = tree.leaves.length === 1 ? "1 leaf" : `${tree.leaves.length} leaves`;
+    this.bar.replaceChildren(
+      element("span", "tmpo-tree-title", `${leaves}, ${tree.steps} steps, seed ${tree.seed}${many}`),
+    );
+    if (tree.score === null) return;
+    const ramp = element("span", "tmpo-tree-ramp");
+    ramp.style.background = `linear-gradient(to right, ${tree.ramps[this.theme].join(", ")})`;
+    this.bar.append(
+      element("span", "", tree.score),
+      element("span", "tmpo-tree-number", tree.low.toFixed(tree.decimals)),
+      ramp,
+      element("span", "tmpo-tree-number", tree.high.toFixed(tree.decimals)),
+    );
+  }
+
+  heads(boxes, leafLeft, side, scored, bars, thumb) {
+    const heads = element("div", "tmpo-tree-heads");
+    heads.style.width = `${leafLeft + side}px`;
+    const add = (text, left, width, align = "left") => {
+      const head = element("div", "tmpo-tree-head", text);
+      Object.assign(head.style, { left: `${left}px`, width: `${width}px`, textAlign: align });
+      heads.append(head);
+    };
+    const seen = new Set();
+    for (const node of this.tree.nodes) {
+      if (seen.has(node.column)) continue;
+      seen.add(node.column);
+      add(node.step === null ? "start" : `step ${node.step}`, boxes.get(node.id).left, 60);
+    }
+    if (scored) add("score", leafLeft + thumb + 11, 50, "right");
+    if (bars) add("q", leafLeft + thumb + 61 + 84, 46, "right");
+    return heads;
+  }
+
+  /** Each node's trunk in its own colour, then a curve to every child: level at both ends, so none cross. */
+  edges(boxes, trunk) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const line = (d, node) => {
+      const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+      path.setAttribute("d", d);
+      path.style.fill = "none";
+      path.style.stroke = this.colour(node);
+      path.style.strokeWidth = "2";
+      svg.append(path);
+    };
+    for (const node of this.tree.nodes) {
+      const box = boxes.get(node.id);
+      line(`M${box.left + box.width},${box.middle}h${trunk}`, node);
+    }
+    for (const node of [...this.tree.nodes, ...this.tree.leaves]) {
+      if (node.parent === null) continue;
+      const from = boxes.get(node.parent);
+      const to = boxes.get(node.id);
+      const x = from.left + from.width + trunk;
+      const half = (x + to.left) / 2;
+      line(`M${x},${from.middle}C${half},${from.middle} ${half},${to.middle} ${to.left},${to.middle}`, node);
+    }
+    return svg;
+  }
+
+  drawNode(canvas, node, box, trunk, row) {
+    const { tree } = this;
+    if (node.column === 0 && tree.prompts > 1) {
+      const prompt = element("div", "tmpo-tree-prompt", `prompt ${node.prompt + 1}`);
+      prompt.style.left = `${MARGIN}px`;
+      prompt.style.top = `${(node.row - (node.leaves - 1) / 2 - 0.5) * row - 8}px`;
+      canvas.append(prompt);
+    }
+    if (node.step !== null && trunk === TRUNK) {
+      const sigma = element("div", "tmpo-tree-sigma", `\u03c3 ${node.sigma.toFixed(3)}`);
+      sigma.style.left = `${box.left + box.width + 4}px`;
+      sigma.style.top = `${box.middle - 16}px`;
+      canvas.append(sigma);
+    }
+    const made = element("div", "tmpo-tree-node");
+    put(made, box.left, box.top, box.width, box.height);
+    made.style.borderColor = this.colour(node);
+    if (node.column === 0) {
+      made.style.borderRadius = "50%";
+      made.style.background = this.colour(node);
+    }
+    if (node.image) made.append(picture(node.image, `Prediction at step ${node.step}`));
+    made.addEventListener("pointerenter", () => this.hover(node, made));
+    canvas.append(made);
+  }
+
+  drawLeaf(canvas, leaf, box, thumb, scored, bars, heaviest) {
+    const score = scored ? leaf.scores[this.tree.score] : null;
+    const text = score === null ? "n/a" : score.toFixed(this.tree.decimals);
+    const option = element("div", "tmpo-tree-leaf");
+    option.id = `${this.id}-${leaf.index}`;
+    option.setAttribute("role", "option");
+    const parts = [`Leaf ${leaf.index}`];
+    if (scored) parts.push(`${this.tree.score} ${text}`, `weight ${percent(leaf.q)}`);
+    if (leaf.index === this.tree.best) parts.push("best");
+    option.setAttribute("aria-label", parts.join(", "));
+    put(option, box.left, box.top, box.width, box.height);
+    const shown = element("div", "tmpo-tree-picture");
+    shown.style.width = `${thumb}px`;
+    shown.style.height = "100%";
+    shown.append(picture(leaf.image, ""));
+    option.append(shown);
+    if (scored) {
+      const swatch = element("div", "tmpo-tree-swatch");
+      swatch.style.background = this.colour(leaf);
+      option.append(swatch, element("div", "tmpo-tree-score", text));
+    }
+    if (bars) {
+      const track = element("div", "tmpo-tree-bar-track");
+      const fill = element("div", "tmpo-tree-bar-fill");
+      fill.style.width = `${(100 * leaf.q) / heaviest}%`;
+      fill.style.background = this.colour(leaf);
+      track.append(fill);
+      option.append(track, element("div", "tmpo-tree-q", percent(leaf.q)));
+    }
+    option.append(element("div", "tmpo-tree-mark"));
+    option.addEventListener("pointerenter", () => this.hover(leaf, option));
+    option.addEventListener("click", () => this.choose(leaf));
+    this.options.set(leaf, option);
+    canvas.append(option);
+  }
+
+  /** A second click takes the choice back. */
+  choose(leaf) {
+    const index = leaf.index === this.selected ? -1 : leaf.index;
+    this.mark(index);
+    this.select(index);
+  }
+
+  /** Shows a node large, on the side where it does not hide it; null hides the card. */
+  hover(node, target) {
+    for (const option of this.options.values()) option.classList.remove("active");
+    this.card.style.display = "none";
+    this.active = node !== null && this.options.has(node) ? node : null;
+    this.root.removeAttribute("aria-activedescendant");
+    if (node === null) return;
+    if (this.active) {
+      target.classList.add("active");
+      this.root.setAttribute("aria-activedescendant", target.id);
+    }
+    this.card.replaceChildren();
+    if (node.image) this.card.append(picture(node.image, ""));
+    const list = element("dl");
+    for (const [name, value] of this.facts(node)) list.append(element("dt", "", name), element("dd", "", value));
+    this.card.append(list);
+    this.card.style.display = "block";
+    const outer = this.root.getBoundingClientRect();
+    const inner = target.getBoundingClientRect();
+    // ComfyUI scales the view with its canvas; a rectangle on the page is scaled, a style is not.
+    const scale = outer.width / this.root.offsetWidth || 1;
+    const left = (inner.left - outer.left) / scale;
+    const right = (inner.right - outer.left) / scale;
+    const middle = ((inner.top + inner.bottom) / 2 - outer.top) / scale;
+    const fits = right + CARD + GAP < this.root.clientWidth;
+    const top = middle - this.card.offsetHeight / 2;
+    this.card.style.left = `${Math.max(fits ? right + GAP : left - CARD - GAP, GAP)}px`;
+    this.card.style.top = `${Math.max(Math.min(top, this.root.clientHeight - this.card.offsetHeight - GAP), GAP)}px`;
+  }
+
+  facts(node) {
+    const { tree } = this;
+    const number = (value) => (value === null ? "n/a" : value.toFixed(tree.decimals));
+    const facts = [];
+    if (node.scores) {
+      facts.push(["leaf", String(node.index)]);
+      for (const [name, value] of Object.entries(node.scores)) facts.push([name, number(value)]);
+      if (node.q !== null) facts.push(["q", percent(node.q)]);
+    } else {
+      if (node.step !== null) facts.push(["step", String(node.step)], ["\u03c3", node.sigma.toFixed(3)]);
+      facts.push(["leaves", String(node.leaves)]);
+      if (tree.score !== null) facts.push([`mean ${tree.score}`, number(node.mean)]);
+    }
+    if (tree.prompts > 1) facts.push(["prompt", String(node.prompt + 1)]);
+    facts.push(["seed", tree.seed]);
+    if (node.path.length) facts.push(["path", node.path.join(" \u2192 ")]);
+    return facts;
+  }
+
+  key(event) {
+    if (!this.tree || event.ctrlKey || event.metaKey || event.altKey) return;
+    const last = this.leaves.length - 1;
+    const known = this.active ?? this.leaves.find((leaf) => leaf.index === this.selected);
+    const at = known ? this.leaves.indexOf(known) : -1;
+    const moves = {
+      ArrowDown: Math.min(at + 1, last),
+      ArrowRight: Math.min(at + 1, last),
+      ArrowUp: Math.max(at - 1, 0),
+      ArrowLeft: Math.max(at - 1, 0),
+      Home: 0,
+      End: last,
+    };
+    if (event.key in moves) {
+      const leaf = this.leaves[moves[event.key]];
+      const option = this.options.get(leaf);
+      // Not scrollIntoView: that would move ComfyUI's page too.
+      const { offsetTop, offsetHeight } = option;
+      const seen = this.scroll.clientHeight - HEAD;
+      const { scrollTop } = this.scroll;
+      this.scroll.scrollTop = Math.min(Math.max(scrollTop, offsetTop + offsetHeight - seen), offsetTop);
+      this.hover(leaf, option);
+    } else if ((event.key === "Enter" || event.key === " ") && known) {
+      this.choose(known);
+    } else if (event.key === "Escape" && this.active) {
+      this.hover(null);
+    } else {
+      return;
+    }
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  /** Scrolls where there is something to scroll; otherwise, and with Ctrl, the canvas zooms as it does elsewhere. */
+  wheel(event) {
+    const { scrollHeight, clientHeight } = this.scroll;
+    if (!event.ctrlKey && scrollHeight > clientHeight) return event.stopPropagation();
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  }
+}
+
+app.registerExtension({
+  name: "tmpo.tree",
+
+  setup() {
+    const style = element("style", "", CSS);
+    document.head.append(style);
+  },
+
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name !== NODE) return;
+    const { onNodeCreated, onExecuted, onConfigure, onDrawForeground, onRemoved } = nodeType.prototype;
+
+    nodeType.prototype.onNodeCreated = function () {
+      onNodeCreated?.apply(this, arguments);
+      const widget = this.widgets.find((candidate) => candidate.name === "selected");
+      const view = new TreeView((index) => {
+        widget.value = index;
+        widget.callback?.(index);
+        this.graph?.setDirtyCanvas(true, true);
+      });
+      this.tmpoTree = view;
+      const changed = widget.callback;
+      // Typed numbers mark their leaf too.
+      widget.callback = function (value) {
+        changed?.apply(this, arguments);
+        view.mark(value);
+      };
+      this.addDOMWidget("tree_view", "tmpo_tree", view.root, { serialize: false, getMinHeight: () => 220 });
+      this.setSize([Math.max(this.size[0], SIZE[0]), Math.max(this.size[1], SIZE[1])]);
+    };
+
+    nodeType.prototype.onConfigure = function () {
+      onConfigure?.apply(this, arguments);
+      this.tmpoTree.mark(this.widgets.find((widget) => widget.name === "selected").value);
+    };
+
+    nodeType.prototype.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      if (output[OUTPUT]) this.tmpoTree.show((this.tmpoShown = output[OUTPUT][0]));
+    };
+
+    nodeType.prototype.onDrawForeground = function () {
+      onDrawForeground?.apply(this, arguments);
+      // A workflow that comes back (another tab, the history) has its last output here, without an event.
+      const last = app.nodeOutputs?.[this.id]?.[OUTPUT]?.[0];
+      if (last && last !== this.tmpoShown) this.tmpoTree.show((this.tmpoShown = last));
+      // A new theme redraws the canvas as well.
+      const look = document.body.className + document.documentElement.style.cssText;
+      if (look !== this.tmpoLook) {
+        this.tmpoLook = look;
+        this.tmpoTree.draw();
+      }
+    };
+
+    nodeType.prototype.onRemoved = function () {
+      onRemoved?.apply(this, arguments);
+      this.tmpoTree.observer.disconnect();
+    };
+  },
+});
