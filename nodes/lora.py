@@ -69,11 +69,6 @@ class LoadTmpoLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora, path="") -> bool | str:
-        known = path or lora == DEMO or lora in folder_paths.get_filename_list("loras")
-        return True if known else f"LoRA {lora} is not in models/loras"
-
-    @classmethod
     def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
         file = cls._file(lora, path)
         return (str(file), file.stat().st_mtime_ns if file.exists() else 0, strength)

@@ -27,6 +27,12 @@ def preview_images(x0: Tensor, rgb_factors: Tensor) -> Tensor:
     return ((x0.float().movedim(1, -1) @ rgb_factors.float() + 1) / 2).clamp(0, 1)
 
 
+def decoded_images(x0: Tensor, vae: Any) -> Tensor:
+    """The same through a VAE."""
+    images = vae.decode(x0)
+    return images[:, 0] if images.dim() == 5 else images
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """`[n, h, w, 3]` in 0..1 -> pictures of at most `THUMBNAIL` pixels a side."""
     pictures = []
@@ -130,6 +136,10 @@ class TreeView(io.ComfyNode):
                 ScoresSocket.Input(
                     "scores", optional=True, tooltip="Optional: of these images; the first score colours the tree."
                 ),
+                io.Vae.Input(
+                    "vae", optional=True,
+                    tooltip="Optional: decodes the previews where branches part; without it they are a rough guess.",
+                ),
                 io.Combo.Input(
                     "theme", options=list(tree_picture.RAMPS), default="dark",
                     tooltip="Of the picture; the view follows ComfyUI's theme.",
@@ -151,7 +161,9 @@ class TreeView(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None) -> io.NodeOutput:
+    def execute(
+        cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None, vae=None
+    ) -> io.NodeOutput:
         tree.check(len(images), "images")
         if selected >= tree.leaves:
             raise ValueError(f"selected is {selected}, but this tree has {tree.leaves} leaves: -1 takes the best")
@@ -163,7 +175,9 @@ class TreeView(io.ComfyNode):
             best = tree_picture.best_leaf(first)
         pictures = to_pil(images)
         previews = {}
-        if tree.rgb_factors is not None:
+        if vae is not None:
+            previews = {step: to_pil(decoded_images(x0, vae)) for step, x0 in tree.previews.items()}
+        elif tree.rgb_factors is not None:
             previews = {step: to_pil(preview_images(x0, tree.rgb_factors)) for step, x0 in tree.previews.items()}
         picture = tree_picture.draw(
             tree.plan, pictures, tree.sigmas, first, weights, previews, name, f"seed {tree.seed}",

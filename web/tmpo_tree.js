@@ -6,15 +6,20 @@ import { api } from "../../scripts/api.js";
 
 const NODE = "TMPO_TreeView";
 const OUTPUT = "tmpo_tree";
-const SIZE = [780, 900];
+// Of a node that is new, and the most that it grows to with its first tree.
+const SIZE = [520, 460];
+const GROWN = [840, 1240];
 // In pixels: height of a leaf's row, space between pictures, the straight piece of an edge that carries its label.
-const ROW = { min: 26, max: 110 };
+const ROW = { min: 34, max: 110 };
 const GAP = 6;
 const TRUNK = 52;
 const MIN_FAN = 30;
 const MARGIN = 12;
 const HEAD = 22;
 const CARD = 208;
+const PREVIEW = 96;
+const SMALLEST = 40;
+const DOT = 10;
 
 const CSS = `
 .tmpo-tree { position: relative; display: flex; flex-direction: column; box-sizing: border-box; overflow: hidden;
@@ -51,9 +56,9 @@ const CSS = `
 .tmpo-tree-mark { flex: none; width: 34px; text-align: right; padding-right: 4px; box-sizing: border-box; }
 .tmpo-tree-card { position: absolute; z-index: 3; width: ${CARD}px; padding: 8px; box-sizing: border-box; display: none;
   pointer-events: none; border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-menu-bg);
-  box-shadow: 0 4px 16px rgb(0 0 0 / 40%); }
-.tmpo-tree-card img { width: 100%; height: ${CARD - 18}px; object-fit: contain; display: block; margin-bottom: 6px; }
-.tmpo-tree-card dl { display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 0; }
+  box-shadow: 0 4px 16px rgb(0 0 0 / 40%); flex-direction: column; gap: 6px; max-height: calc(100% - ${2 * GAP}px); }
+.tmpo-tree-card img { width: 100%; height: ${CARD - 18}px; min-height: 0; object-fit: contain; }
+.tmpo-tree-card dl { flex: none; display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 0; }
 .tmpo-tree-card dt { color: var(--descrip-text); }
 .tmpo-tree-card dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .tmpo-tree-empty { margin: auto; padding: 12px; color: var(--descrip-text); text-align: center; }
@@ -171,26 +176,16 @@ class TreeView {
     // Score and mark always, bars where there is room.
     const bars = scored && width > 460;
     const side = Math.round(thumb * aspect) + (scored ? 61 : 0) + (bars ? 130 : 0) + 34;
-    // Columns share what the leaves leave.
-    const start = MARGIN + 10;
-    const gaps = tree.columns - 1;
     const scrollbar = row * tree.rows > height ? 12 : 0;
-    const stride = Math.max((width - start - side - scrollbar - 4) / gaps, MIN_FAN + 40);
-    const trunk = stride > 2 * TRUNK + MIN_FAN ? TRUNK : 8;
-    const widest = stride - trunk - MIN_FAN;
+    const { lefts, widths, trunk } = this.columns(width - side - scrollbar - 4, row, aspect);
+    const leafLeft = lefts.at(-1);
     const boxes = new Map();
     for (const node of tree.nodes) {
       const middle = (node.row + 0.5) * row;
-      if (node.column === 0) {
-        boxes.set(node.id, { left: MARGIN, top: middle - 5, width: 10, height: 10, middle });
-        continue;
-      }
-      const room = Math.min(1.6 * thumb, node.leaves * row - GAP, widest / aspect);
-      const left = start + node.column * stride - widest;
-      // Against the fan that comes from the left, so that all columns begin on one line.
-      boxes.set(node.id, { left, top: middle - room / 2, width: room * aspect, height: room, middle });
+      const w = widths[node.column];
+      const h = node.column === 0 ? w : w / aspect;
+      boxes.set(node.id, { left: lefts[node.column], top: middle - h / 2, width: w, height: h, middle });
     }
-    const leafLeft = start + gaps * stride;
     for (const leaf of tree.leaves) {
       const middle = (leaf.row + 0.5) * row;
       boxes.set(leaf.id, { left: leafLeft, top: middle - thumb / 2, width: side, height: thumb, middle });
@@ -208,6 +203,28 @@ class TreeView {
     this.scroll.append(this.heads(boxes, leafLeft, side, scored, bars, Math.round(thumb * aspect)), canvas);
     this.scroll.scrollTop = scrolled;
     this.mark(this.selected);
+  }
+
+  /**
+   * Where columns begin and how wide their pictures are: as large as the rows allow, then as the room allows. Edges share
+   * the rest; their labels are left out before pictures become too small to see.
+   */
+  columns(room, row, aspect) {
+    const { tree } = this;
+    const widths = [DOT];
+    for (const node of tree.nodes) {
+      if (node.column) widths[node.column] = Math.min(PREVIEW, Math.max(node.leaves * row - 2 * GAP, row - GAP)) * aspect;
+    }
+    const inner = widths.length - 1;
+    const edges = widths.length;
+    const left = room - MARGIN - DOT;
+    const allowed = Math.max((left - edges * (TRUNK + MIN_FAN)) / Math.max(inner, 1), SMALLEST * aspect);
+    for (let i = 1; i <= inner; i++) widths[i] = Math.min(widths[i], allowed);
+    const pictures = widths.slice(1).reduce((sum, width) => sum + width, 0);
+    const edge = Math.max((left - pictures) / edges, MIN_FAN + 8);
+    const lefts = [MARGIN];
+    for (const width of widths) lefts.push(lefts.at(-1) + width + edge);
+    return { lefts, widths, trunk: edge < TRUNK + MIN_FAN - 1 ? 8 : TRUNK };
   }
 
   drawBar() {
@@ -358,7 +375,7 @@ class TreeView {
     const list = element("dl");
     for (const [name, value] of this.facts(node)) list.append(element("dt", "", name), element("dd", "", value));
     this.card.append(list);
-    this.card.style.display = "block";
+    this.card.style.display = "flex";
     const outer = this.root.getBoundingClientRect();
     const inner = target.getBoundingClientRect();
     // ComfyUI scales the view with its canvas; a rectangle on the page is scaled, a style is not.
@@ -441,6 +458,17 @@ app.registerExtension({
     document.head.append(style);
   },
 
+  /** A workflow that comes back, from another tab or the history, brings its last outputs without an event. */
+  onNodeOutputsUpdated(outputs) {
+    for (const [place, output] of Object.entries(outputs)) {
+      if (!output?.[OUTPUT]) continue;
+      // `id`, or `subgraph:id`.
+      const at = place.lastIndexOf(":");
+      const graph = at < 0 ? app.graph : app.graph.subgraphs?.get(place.slice(0, at));
+      graph?.getNodeById(place.slice(at + 1))?.tmpoTree?.show(output[OUTPUT][0]);
+    }
+  },
+
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== NODE) return;
     const { onNodeCreated, onExecuted, onConfigure, onDrawForeground, onRemoved } = nodeType.prototype;
@@ -461,24 +489,32 @@ app.registerExtension({
         view.mark(value);
       };
       this.addDOMWidget("tree_view", "tmpo_tree", view.root, { serialize: false, getMinHeight: () => 220 });
-      this.setSize([Math.max(this.size[0], SIZE[0]), Math.max(this.size[1], SIZE[1])]);
+      this.setSize(SIZE);
+      this.tmpoNew = true;
     };
 
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments);
+      this.tmpoNew = false;
       this.tmpoTree.mark(this.widgets.find((widget) => widget.name === "selected").value);
     };
 
     nodeType.prototype.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      if (output[OUTPUT]) this.tmpoTree.show((this.tmpoShown = output[OUTPUT][0]));
+      const tree = output[OUTPUT]?.[0];
+      if (!tree) return;
+      if (this.tmpoNew) {
+        // A size that someone chose, or that a workflow brings, stays.
+        const missing = tree.rows * ROW.min + 2 * HEAD + 16 - this.tmpoTree.root.offsetHeight;
+        const height = Math.min(this.size[1] + Math.max(missing, 0), GROWN[1]);
+        if (this.size[0] === SIZE[0] && this.size[1] === SIZE[1]) this.setSize([GROWN[0], height]);
+        this.tmpoNew = false;
+      }
+      this.tmpoTree.show(tree);
     };
 
     nodeType.prototype.onDrawForeground = function () {
       onDrawForeground?.apply(this, arguments);
-      // A workflow that comes back (another tab, the history) has its last output here, without an event.
-      const last = app.nodeOutputs?.[this.id]?.[OUTPUT]?.[0];
-      if (last && last !== this.tmpoShown) this.tmpoTree.show((this.tmpoShown = last));
       // A new theme redraws the canvas as well.
       const look = document.body.className + document.documentElement.style.cssText;
       if (look !== this.tmpoLook) {

@@ -253,7 +253,7 @@ def test_a_model_that_is_no_flow_is_refused(pack: Any) -> None:
         pass
 
     other.add_object_patch("model_sampling", Other(pack.model.model.model_config))
-    with pytest.raises(ValueError, match="flow-matching models .* use KSampler"):
+    with pytest.raises(ValueError, match=r"flow-matching models .* use KSampler"):
         sample(pack, model=other)
 
 

@@ -1,4 +1,4 @@
-"""The eyes of the geneval reward: the detector and the colour classifier, on tiny random weights and planted outputs."""
+"""The eyes of the geneval reward, detector and colour classifier, on tiny random weights and planted outputs."""
 
 from __future__ import annotations
 
@@ -225,6 +225,9 @@ def test_outlines_come_to_the_size_of_the_picture() -> None:
     # Bilinear, so that an edge is where the logit is 0, 3 : 1 between the centres of cells of 8: 12 + .75 * 8.
     found = instances(logits(dog=0.9)[None], planted([(0, 0, 2, 8)], (8, 8), 6, -2), (64, 64), (64, 64))
     assert [item.box for item in found] == [(0, 0, 18, 64)]
+    # Through what the detector saw, though cells and pixels are the same: an eighth of a cell off the centre.
+    (item,) = instances(logits(dog=0.9)[None], planted([(2, 2, 3, 3)], (8, 8), 5, -5), (32, 32), (8, 8))
+    assert item.box == (2, 2, 3, 3) and item.score == pytest.approx(0.9 * sigmoid(10 * (7 / 8) ** 2 - 5), abs=1e-6)
 
 
 # The detector

@@ -356,8 +356,10 @@ def test_the_names_are_genevals() -> None:
     assert {"computer mouse", "tv remote", "computer keyboard", "hair drier", "potted plant"} < set(CLASSES)
     assert not {"mouse", "remote", "keyboard"} & set(CLASSES)
     # Their places are those of the detector's outputs.
-    places = {"person": 0, "bear": 21, "skis": 30, "tennis racket": 38, "orange": 49, "potted plant": 58}
-    places |= {"computer mouse": 64, "tv remote": 65, "computer keyboard": 66, "toothbrush": 79, "dog": 16, "cat": 15}
+    places = {"person": 0, "truck": 7, "bench": 13, "cat": 15, "dog": 16, "bear": 21, "umbrella": 25, "frisbee": 29}
+    places |= {"skis": 30, "kite": 33, "tennis racket": 38, "cup": 41, "banana": 46, "orange": 49, "pizza": 53}
+    places |= {"chair": 56, "potted plant": 58, "toilet": 61, "tv": 62, "laptop": 63, "computer mouse": 64}
+    places |= {"tv remote": 65, "computer keyboard": 66, "sink": 71, "book": 73, "vase": 75, "toothbrush": 79}
     assert {name: CLASSES.index(name) for name in places} == places
     assert sorted(COLORS) == sorted(
         ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
@@ -482,6 +484,9 @@ def test_scores_are_the_verdicts_in_order() -> None:
     assert strict.tolist() == [1, 0, 0] and partial.tolist() == pytest.approx([1, 2 / 3, 0])
     assert strict.dtype == partial.dtype == torch.float32 and strict.device.type == "cpu"
     assert scorer().score(PICTURES[:0], [], []).shape == (0,)
+    # The tag decides what counts.
+    unsure, three = dogs(3, score=0.8), about("two_object", wanted("dog", 3))
+    assert scorer(unsure, unsure).score(PICTURES[:2], ["a", "b"], [COUNT, three]).tolist() == [0, 1]
 
 
 def test_a_prompt_without_metadata_is_named() -> None:
