@@ -25,6 +25,20 @@ from PIL import Image
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 REPOSITORY = Path(__file__).parents[2]
+#: Hides from the server what the pack must not need; a training process it starts still has them.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in ("diffusers", "peft", "accelerate", "matplotlib")
+        return None if hidden else super().find_spec(name, path, target)
+
+if "main.py" in sys.orig_argv:
+    sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
+"""
 Graph = dict[str, dict[str, Any]]
 
 
@@ -83,13 +97,16 @@ class Comfy:
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
-    """The pack lies in a folder with a hyphen in its name, as ComfyUI-Manager would put it."""
+    """The pack lies in a folder with a hyphen in its name, as ComfyUI-Manager would put it, without the trainer's packages."""
     if not COMFYUI:
         pytest.skip("COMFYUI_PATH names no checkout of ComfyUI")
     base = tmp_path_factory.mktemp("comfy")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "tmpo-trainer").symlink_to(REPOSITORY)
     (base / "models" / "loras").mkdir(parents=True)
+    (base / "hide").mkdir()
+    (base / "hide" / "sitecustomize.py").write_text(HIDE)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(base / "hide")}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -98,7 +115,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
         process = subprocess.Popen(
             [sys.executable, "main.py", "--cpu", "--port", str(port), "--disable-auto-launch", "--base-directory", str(base),
              "--preview-method", "latent2rgb"],
-            cwd=COMFYUI, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=subprocess.STDOUT, text=True,
+            cwd=COMFYUI, env=variables, stdout=output, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     server = Comfy(base, port, process, log)
     deadline = time.monotonic() + 120

@@ -7,13 +7,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 NODES = {
     "TMPO_DemoModelLoader", "TMPO_TreeSampler", "TMPO_TreeSamplerAdvanced", "TMPO_TreeSamplerSelect", "TMPO_BranchSchedule",
     "TMPO_ScoreImages", "TMPO_CombineScores", "TMPO_BoltzmannWeights", "TMPO_Diversity", "TMPO_SelectBranches",
     "TMPO_LoadLora", "TMPO_Compare", "TMPO_Train", "TMPO_TrainingMonitor",
 }  # fmt: skip
-TREE = {"branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps", "eta": 0.7, "max_batch": 0}
+TREE = {
+    "seed": 5, "steps": 10, "cfg": 1.0, "scheduler": "normal", "branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps",
+    "eta": 0.7, "max_batch": 0,
+}  # fmt: skip
+    "seed": 5,
+    "steps": 10,
+    "cfg": 1.0,
+    "scheduler": "normal",
+    "branch_steps": "1, 4, 5",
+    "branching": 3,
+    "kernel": "cps",
+    "eta": 0.7,
+    "max_batch": 0,
+}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -26,8 +40,8 @@ def graph(prompt: str = "two red circles", **changes: Any) -> dict[str, dict[str
         "1": node("TMPO_DemoModelLoader"),
         "2": node("CLIPTextEncode", clip=["1", 1], text=prompt),
         "3": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
-        "4": node("TMPO_TreeSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0], seed=5,
-                  steps=10, cfg=1.0, scheduler="normal", **{**TREE, **changes}),
+        "4": node("TMPO_TreeSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0],
+                  **{**TREE, **changes}),
         "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
     }  # fmt: skip
 
@@ -91,3 +105,128 @@ def test_bad_input_is_told_in_the_node_and_the_queue_goes_on(comfy: Any, changes
     with pytest.raises(Exception, match=said):
         comfy.run({**graph(**changes), "16": node("PreviewImage", images=["5", 0])})
     assert comfy.process.poll() is None
+
+
+def test_the_pack_loads_fast_and_without_the_trainers_packages(comfy: Any) -> None:
+    text = comfy.log.read_text()
+    (line,) = [line for line in text.splitlines() if line.strip().endswith("custom_nodes/tmpo-trainer")]
+    assert float(line.split()[0]) <= 0.5, line
+    assert "Automatically register web folder web for tmpo-trainer" in text
+
+
+def test_interrupt_and_run_again(comfy: Any) -> None:
+    """Cancelled in the middle it says so, and the next run is as ever."""
+    long = {**graph(steps=200, branch_steps="1, 60, 61, 62"), "16": node("PreviewImage", images=["5", 0])}
+    prompt = comfy.queue(long)
+    import time
+
+    time.sleep(1.5)
+    comfy.post("/interrupt", {})
+    with pytest.raises(Exception, match="interrupted"):
+        comfy.wait(prompt)
+    pictures = [
+        comfy.image(comfy.run({**graph(seed=seed), "16": node("PreviewImage", images=["5", 0])})["16"]["images"][3])
+        for seed in (11, 12)
+    ]
+    again = comfy.run({**graph(seed=11, max_batch=26), "16": node("PreviewImage", images=["5", 0])})["16"]["images"][3]
+    assert np.abs(pictures[0].astype(int) - comfy.image(again)).max() <= 1
+    assert (pictures[0] != pictures[1]).any()
+
+
+def lora_file(comfy: Any, name: str, module: str, width: int) -> None:
+    from safetensors.torch import save_file
+
+    state = {
+        f"transformer.{module}.lora_A.weight": torch.full((2, width), 0.05),
+        f"transformer.{module}.lora_B.weight": torch.full((width, 2), 0.5),
+    }
+    save_file(state, comfy.base / "models" / "loras" / name, {"tmpo.method": "tmpo", "tmpo.rewards": "shapes"})
+
+
+def test_a_lora_is_compared_with_its_base(comfy: Any) -> None:
+    lora_file(comfy, "ours.safetensors", "transformer_blocks.0.attn.to_q", 192)
+    both = {
+        **graph(),
+        "20": node("TMPO_LoadLora", model=["1", 0], lora="ours.safetensors", strength=1.0),
+        "21": {**graph()["4"], "inputs": {**graph()["4"]["inputs"], "model": ["20", 0]}},
+        "22": node("VAEDecode", samples=["21", 0], vae=["1", 2]),
+        "23": node("TMPO_ScoreImages", images=["5", 0], prompt="two red circles", reward="shapes", model="(hub)"),
+        "24": node("TMPO_ScoreImages", images=["22", 0], prompt="two red circles", reward="shapes", model="(hub)"),
+        "25": node("TMPO_Compare", base=["5", 0], lora=["22", 0], base_scores=["23", 0], lora_scores=["24", 0], pairs=6,
+                   diversity=True),
+        "26": node("PreviewImage", images=["25", 0]),
+    }  # fmt: skip
+    found = comfy.run(both)
+    assert "shapes" in found["20"]["text"][0] and "rank" in found["20"]["text"][0]
+    text = found["25"]["text"][0]
+    assert "| shapes | 0." in text and "| cosine diversity | 0." in text and "| Vendi score |" in text
+    assert "+0.0000 |\n| Vendi" not in text
+    assert comfy.image(found["26"]["images"][0]).shape[1] > 256
+    # The same at strength 0 is the base itself.
+    both["20"]["inputs"]["strength"] = 0.0
+    lines = comfy.run(both)["25"]["text"][0].splitlines()[2:]
+    assert len(lines) == 3 and all(line.endswith("| +0.0000 |") for line in lines)
+
+
+def test_bad_loras_are_refused(comfy: Any) -> None:
+    lora_file(comfy, "other.safetensors", "transformer_blocks.7.attn.to_q", 192)
+    (comfy.base / "models" / "loras" / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    cases = {"other.safetensors": "LoRA of another model: 0 of its 1 layers", "cut.safetensors": "cannot be read"}
+    for name, said in cases.items():
+        loading = {
+            "1": node("TMPO_DemoModelLoader"),
+            "2": node("TMPO_LoadLora", model=["1", 0], lora=name, strength=1.0),
+        }
+        with pytest.raises(Exception, match=said):
+            comfy.run(loading)
+    with pytest.raises(Exception, match=r"none\.safetensors"):
+        comfy.run({**loading, "2": node("TMPO_LoadLora", model=["1", 0], lora="none.safetensors", strength=1.0)})
+
+
+def test_what_does_not_belong_together_is_told(comfy: Any) -> None:
+    small = {
+        "31": node("EmptyImage", width=64, height=64, batch_size=5, color=0),
+        "32": node("TMPO_ScoreImages", images=["31", 0], prompt="two red circles", reward="shapes", model="(hub)"),
+    }
+    select = node("TMPO_SelectBranches", images=["5", 0], scores=["32", 0], mode="best by score", count=4, min_score=0.0,
+                  beta=2.0, seed=0, index=0)  # fmt: skip
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"40": select, "41": node("PreviewImage", images=["40", 0])}, "5 scores for 27 images"),
+        ({"40": node("TMPO_BoltzmannWeights", scores=["32", 0], tree=["4", 1], beta=1.0),
+          "41": node("PreviewAny", source=["40", 2])}, "scores has 5 entries, the tree 27 leaves"),
+        ({"40": node("TMPO_Compare", base=["5", 0], lora=["31", 0], pairs=3, diversity=False)}, "base is a batch of 27"),
+        ({"40": node("TMPO_TreeView", tree=["4", 1], images=["31", 0], theme="dark", beta=1.0, selected=-1)},
+         "images has 5 entries, the tree 27 leaves"),
+        ({"40": node("TMPO_ScoreImages", images=["5", 0], prompt="a\nb", reward="shapes", model="(hub)"),
+          "41": node("PreviewAny", source=["40", 1])}, "2 prompts for 27 images"),
+        ({"40": node("TMPO_ScoreImages", images=["5", 0], prompt="a dog", reward="shapes", model="(hub)"),
+          "41": node("PreviewAny", source=["40", 1])}, "a dog"),
+        ({"40": node("TMPO_ScoreImages", images=["5", 0], prompt="a", reward="shapes", model="(hub)", metadata="{"),
+          "41": node("PreviewAny", source=["40", 1])}, "metadata is not JSON"),
+    ]  # fmt: skip
+    for more, said in cases:
+        with pytest.raises(Exception, match=said):
+            comfy.run({**graph(), **small, **more})
+
+
+def test_training_from_a_graph(comfy: Any) -> None:
+    """Two updates of the demo model in a process of its own; the LoRA loads, the monitor shows the run."""
+    flags = "--updates 2 --prompts-per-update 1 --prompts-per-batch 1 --no-report --threads 1 --sample-every 1 --ema-every 1"
+    found = comfy.run({
+        "1": node("TMPO_DemoModelLoader"),
+        "2": node("TMPO_Train", output_dir="run one", flags=flags),
+        "3": node("TMPO_LoadLora", model=["1", 0], lora="(demo)", strength=1.0, path=["2", 0]),
+    })  # fmt: skip
+    assert "by tmpo_trainer" in found["3"]["text"][0] and found["2"]["text"][0] == "no report"
+    shown = comfy.run({
+        "1": node("TMPO_TrainingMonitor", run="run one"),
+        "2": node("PreviewImage", images=["1", 0]),
+        "3": node("PreviewImage", images=["1", 1]),
+    })  # fmt: skip
+    assert shown["1"]["text"][0].startswith("update 2 of 2\nshapes: ")
+    assert comfy.image(shown["2"]["images"][0]).shape == (440, 840, 3)
+    assert comfy.image(shown["3"]["images"][0]).shape[1] > 500
+    with pytest.raises(Exception, match="exit code 2: unknown flag --updatez, did you mean --updates"):
+        comfy.run({"2": node("TMPO_Train", output_dir="run two", flags="--updatez 3")})
+    with pytest.raises(Exception, match="holds no run"):
+        comfy.run({"1": node("TMPO_TrainingMonitor", run="nowhere")})

@@ -68,9 +68,20 @@ def empty(count: int = 1) -> dict[str, Tensor]:
 
 
 def sample(
-    pack: Any, prompts: tuple[str, ...] = PROMPTS[:1], latent: Any = None, cfg: float = 1.0, model: Any = None, **changes: Any
+    pack: Any,
+    prompts: tuple[str, ...] = PROMPTS[:1],
+    latent: Any = None,
+    cfg: float = 1.0,
+    model: Any = None,
+    **changes: Any,
 ) -> tuple[Tensor, Any]:
-    settings = {"branch_steps": ", ".join(map(str, BRANCHES)), "branching": 3, "kernel": "cps", "eta": 0.7, "max_batch": 0}
+    settings = {
+        "branch_steps": ", ".join(map(str, BRANCHES)),
+        "branching": 3,
+        "kernel": "cps",
+        "eta": 0.7,
+        "max_batch": 0,
+    }
     settings |= changes
     found = pack.sampling.TreeSamplerNode.execute(
         model or pack.model, batch(pack, prompts), batch(pack, ("a green triangle",) * len(prompts)),
@@ -108,7 +119,12 @@ def test_leaves_are_those_of_the_trainers_rollout(pack: Any, kernel: str) -> Non
 
     plan = tree.TreePlan.tmpo(STEPS, BRANCHES, 3).forest(2)
     run = tree.rollout(
-        backbone.velocity(PROMPTS, 1.0), noise, backbone.sigmas(STEPS, 64, 64), plan, kernel=kernel, eta=0.7  # type: ignore[arg-type]
+        backbone.velocity(PROMPTS, 1.0),
+        noise,
+        backbone.sigmas(STEPS, 64, 64),
+        plan,
+        kernel=kernel,
+        eta=0.7,  # type: ignore[arg-type]
     )
     scaled = (leaves - SHIFT) * SCALE
     torch.testing.assert_close(scaled, run.leaves, atol=1e-4, rtol=0)
@@ -129,7 +145,9 @@ def test_chunks_and_batches_of_prompts_change_nothing(pack: Any) -> None:
     guider = pack.comfy.samplers.CFGGuider(pack.model)
     guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
     sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
-    alone = pack.sampling.TreeSamplerAdvanced.execute(noise, guider, sigmas, empty(), "1, 4, 5", 3, "cps", 0.7, 0).result
+    alone = pack.sampling.TreeSamplerAdvanced.execute(
+        noise, guider, sigmas, empty(), "1, 4, 5", 3, "cps", 0.7, 0
+    ).result
     torch.testing.assert_close(whole[0::2], alone[0]["samples"], atol=1e-5, rtol=0)
     assert (whole[0::2] - whole[1::2]).abs().max() > 0.1
 

@@ -1,0 +1,102 @@
+"""The Tree View over HTTP: what it reports for its view, and its outputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+SAMPLER = {"branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps", "eta": 0.7, "max_batch": 0}
+VIEW = {"theme": "dark", "beta": 2.0, "selected": -1}
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def graph(view: dict[str, Any], prompts: int = 1, **changes: Any) -> dict[str, dict[str, Any]]:
+    """7 is the view, 8 its picture, 9 the picture of the leaf, 10 its index, 11 all leaves."""
+    return {
+        "1": node("TMPO_DemoModelLoader"),
+        "2": node("CLIPTextEncode", clip=["1", 1], text="two red circles and a blue square"),
+        "3": node("EmptySD3LatentImage", width=64, height=64, batch_size=prompts),
+        "4": node("TMPO_TreeSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0],
+                  seed=2**63 + 1, steps=10, cfg=1.0, scheduler="normal", **{**SAMPLER, **changes}),
+        "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
+        "6": node("TMPO_ScoreImages", images=["5", 0], prompt="two red circles and a blue square", reward="shapes",
+                  model="(hub)"),
+        "7": node("TMPO_TreeView", tree=["4", 1], images=["5", 0], **{**VIEW, **view}),
+        "8": node("PreviewImage", images=["7", 0]),
+        "9": node("PreviewImage", images=["7", 2]),
+        "10": node("PreviewAny", source=["7", 1]),
+        "11": node("PreviewImage", images=["5", 0]),
+    }  # fmt: skip
+
+
+def test_the_report_of_a_scored_tree(comfy: Any) -> None:
+    found = comfy.run(graph({"scores": ["6", 0], "vae": ["1", 2]}))
+    (tree,) = found["7"]["tmpo_tree"]
+    assert tree["seed"] == str(2**63 + 1) and tree["steps"] == 10 and tree["prompts"] == 1
+    assert tree["rows"] == 27 and tree["columns"] == 4 and tree["score"] == "shapes"
+    leaves, nodes = tree["leaves"], tree["nodes"]
+    assert len(leaves) == 27 and len(nodes) == 1 + 3 + 9
+    assert [leaf["row"] for leaf in leaves] == list(range(27))
+    assert [leaf["path"] for leaf in leaves] == sorted(leaf["path"] for leaf in leaves)
+    # Tiled: the root is what a row leaves when divided by the roots.
+    assert all(leaf["index"] == leaf["path"][0] + 3 * leaf["path"][1] + 9 * leaf["path"][2] for leaf in leaves)
+    steps = [(entry["step"], entry["image"] is None) for entry in nodes]
+    assert sorted(steps) == [(1, True)] + [(4, False)] * 3 + [(5, False)] * 9
+    sigmas = {entry["step"]: entry["sigma"] for entry in nodes}
+    assert sigmas[1] == pytest.approx(1.0) and 1 > sigmas[4] > sigmas[5] > 0
+    by_id = {entry["id"]: entry for entry in nodes}
+    for entry in [*leaves, *nodes]:
+        if entry["parent"] is not None:
+            assert by_id[entry["parent"]]["path"] == entry["path"][:-1]
+
+    scores = np.array([leaf["scores"]["shapes"] for leaf in leaves])
+    weights = np.exp(2 * (scores - scores.mean()) / scores.std())
+    np.testing.assert_allclose([leaf["q"] for leaf in leaves], weights / weights.sum(), rtol=1e-4)
+    assert tree["low"] == scores.min() and tree["high"] == scores.max()
+    best = leaves[int(scores.argmax())]
+    assert tree["best"] == best["index"] and found["10"]["text"] == [str(best["index"])]
+
+    # The files are the pictures of the same places in the batch; the chosen one comes out.
+    for leaf in leaves:
+        whole = comfy.image(found["11"]["images"][leaf["index"]])
+        assert (np.abs(comfy.image(leaf["image"]).astype(int) - whole) <= 1).all()
+    assert (comfy.image(found["9"]["images"][0]) == comfy.image(found["11"]["images"][best["index"]])).all()
+    previews = [comfy.image(entry["image"]) for entry in nodes if entry["image"]]
+    assert all(preview.shape == (64, 64, 3) for preview in previews)
+    assert len({preview.tobytes() for preview in previews}) == 12
+    picture = comfy.image(found["8"]["images"][0])
+    assert picture.shape[0] > 27 * 28 and picture[-3:].mean() < 60
+
+
+def test_a_choice_and_no_scores(comfy: Any) -> None:
+    found = comfy.run(graph({"selected": 5, "theme": "light"}))
+    (tree,) = found["7"]["tmpo_tree"]
+    assert tree["score"] is None and tree["best"] is None and found["10"]["text"] == ["5"]
+    assert all(leaf["q"] is None and leaf["scores"] == {} for leaf in tree["leaves"])
+    assert (comfy.image(found["9"]["images"][0]) == comfy.image(found["11"]["images"][5])).all()
+    assert comfy.image(found["8"]["images"][0])[-3:].mean() > 200
+    # Without a VAE the previews come from the latents, in their size.
+    assert comfy.image(next(entry["image"] for entry in tree["nodes"] if entry["image"])).shape == (8, 8, 3)
+    assert comfy.run(graph({}))["10"]["text"] == ["0"]
+
+
+def test_prompts_stand_below_one_another(comfy: Any) -> None:
+    (tree,) = comfy.run(graph({"scores": ["6", 0]}, prompts=2, branch_steps="3, 5"))["7"]["tmpo_tree"]
+    assert tree["prompts"] == 2 and tree["rows"] == 20
+    for prompt in range(2):
+        own = [leaf for leaf in tree["leaves"] if leaf["prompt"] == prompt]
+        assert len(own) == 9 and all(leaf["index"] % 2 == prompt and leaf["path"][0] == 0 for leaf in own)
+        assert math.isclose(sum(leaf["q"] for leaf in own), 1, rel_tol=1e-6)
+    start = [entry for entry in tree["nodes"] if entry["parent"] is None]
+    assert [entry["step"] for entry in start] == [None, None]
+
+
+def test_a_choice_beyond_the_tree(comfy: Any) -> None:
+    with pytest.raises(Exception, match="selected is 27, but this tree has 27 leaves"):
+        comfy.run(graph({"selected": 27}))
