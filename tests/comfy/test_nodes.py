@@ -18,16 +18,6 @@ TREE = {
     "seed": 5, "steps": 10, "cfg": 1.0, "scheduler": "normal", "branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps",
     "eta": 0.7, "max_batch": 0,
 }  # fmt: skip
-    "seed": 5,
-    "steps": 10,
-    "cfg": 1.0,
-    "scheduler": "normal",
-    "branch_steps": "1, 4, 5",
-    "branching": 3,
-    "kernel": "cps",
-    "eta": 0.7,
-    "max_batch": 0,
-}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
