@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ HUB = "(hub)"
 REWARDS = ["pickscore", "hpsv2", "imagereward", "clipscore", "ocr", "geneval", "shapes"]
 #: Bytes that the largest scorer needs on a GPU.
 ROOM = 4 * 2**30
+#: What ComfyUI does not bring: the module that a reward needs, and what to install for it.
+PACKAGES = {
+    "shapes": ("cv2", "opencv-python-headless"),
+    "ocr": ("rapidocr", "rapidocr onnxruntime rapidfuzz"),
+    "hpsv2": ("ftfy", "ftfy"),
+}
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
@@ -142,8 +149,11 @@ class ScoreImages(io.ComfyNode):
                 about = [json.loads(metadata)] * len(images)
             except json.JSONDecodeError as error:
                 raise ValueError(f"metadata is not JSON: {error}") from None
-        scorer = _scorer(reward, model_path(model))
         device = comfy.model_management.get_torch_device()
+        module, packages = PACKAGES.get(reward, ("torch", "torch"))
+        if find_spec(module) is None:
+            raise ValueError(f"reward {reward} needs {module}: pip install {packages}, then restart ComfyUI")
+        scorer = _scorer(reward, model_path(model))
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)
         values = check_finite(reward, scorer.score(pixels(images), prompts, about), prompts)

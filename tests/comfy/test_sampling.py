@@ -281,3 +281,28 @@ def test_branch_schedule_is_the_trainers(pack: Any) -> None:
     assert found == ", ".join(map(str, schedule.steps(500)))
     with pytest.raises(ValueError, match="steps is 6, but these sigmas have 3"):
         pack.sampling.BranchScheduleNode.execute(6, "1, 2", "1, 3", 0.5, 6.0, 3, torch.linspace(1, 0, 4))
+
+
+def test_a_missing_package_is_told_with_the_mend(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
+
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="reward shapes needs cv2: pip install opencv-python-headless"):
+        scoring.ScoreImages.execute(torch.zeros(1, 64, 64, 3), "a red circle", "shapes", "(hub)")
+
+
+def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -> None:
+    import subprocess
+
+    from tmpo_pack.nodes import training  # type: ignore[import-not-found]
+
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    assert "No module named 'accelerate'" in training.missing_packages(python)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPO_PYTHON", python)
+        with pytest.raises(ValueError, match="No module named 'accelerate'. Install it: pip install"):
+            training.Train.execute("run", "--preset demo")
+        patch.setenv("TMPO_PYTHON", str(tmp_path / "nowhere"))
+        with pytest.raises(ValueError, match="cannot be run"):
+            training.Train.execute("run", "--preset demo")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_a_parent_stands_in_the_middle_of_its_leaves(plan: TreePlan) -> None:
         assert node.row == (min(below) + max(below)) / 2 and node.leaves == len(below)
     rows = sorted(node.row for node in nodes if node.leaf)
     assert rows[-1] == tree_picture.rows(plan) - 1
-    assert all(after - before >= 1 for before, after in zip(rows, rows[1:], strict=False))
+    assert all(after - before >= 1 for before, after in pairwise(rows))
 
 
 @plans
@@ -104,7 +105,7 @@ def test_labels_have_room_beside_their_nodes() -> None:
         if node.parent is not None:
             assert box.left >= boxes[node.parent].right + tree_picture.TRUNK
     middles = sorted(box.middle for node, box in zip(nodes, boxes, strict=True) if node.column == len(plan.fanout))
-    assert min(after - before for before, after in zip(middles, middles[1:], strict=False)) > 24
+    assert min(after - before for before, after in pairwise(middles)) > 24
 
 
 @pytest.mark.parametrize("theme", tree_picture.RAMPS)
