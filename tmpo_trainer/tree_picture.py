@@ -18,10 +18,10 @@ from .tree import Path, TreePlan
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
-#: Viridis from low to high, less the end that the background would swallow.
+#: From low to high in the manner of viridis, brighter at every step; no end is swallowed by the background.
 RAMPS: dict[str, tuple[str, ...]] = {
-    "dark": ("#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725"),
-    "light": ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#86cf3c"),
+    "dark": ("#5b66b5", "#4585b5", "#2fa0a0", "#3cb588", "#6fc95f", "#b0da3c", "#fde725"),
+    "light": ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#3fb070", "#74bd3c"),
 }
 #: Of the static picture: background, text, faint text and what has no score, marks of the best and the selected leaf.
 THEMES: dict[str, tuple[str, str, str, str]] = {

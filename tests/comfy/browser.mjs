@@ -13,7 +13,7 @@ import { join, resolve } from "node:path";
 
 const [url, folder, modules = "."] = process.argv.slice(2);
 const { chromium } = createRequire(join(resolve(modules), "index.js"))("playwright-core");
-const PROMPT = "two red circles and a blue square";
+const PROMPT = "three green circles";
 
 /** In the page: the graph of a tree of 27 leaves, as a saved workflow. */
 function workflow(prompt) {
@@ -31,7 +31,7 @@ function workflow(prompt) {
   const positive = add("CLIPTextEncode", 300, 0, { text: prompt });
   const negative = add("CLIPTextEncode", 300, 220, { text: "" });
   const latent = add("EmptySD3LatentImage", 0, 200, { width: 64, height: 64 });
-  const sampler = add("TMPO_TreeSampler", 750, 0, { seed: 7, steps: 10, cfg: 1, branch_steps: "1, 4, 5" });
+  const sampler = add("TMPO_TreeSampler", 750, 0, { seed: 4, steps: 10, cfg: 1, branch_steps: "1, 4, 5" });
   const decode = add("VAEDecode", 750, 450);
   const score = add("TMPO_ScoreImages", 750, 550, { prompt, reward: "shapes" });
   const view = add("TMPO_TreeView", 1200, 0);

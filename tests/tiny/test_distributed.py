@@ -9,14 +9,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tmpo_trainer import cli, commands
+from tmpo_trainer import cli, commands, loading, run
+from tmpo_trainer.config import ConfigError, TrainConfig
 
 REPOSITORY = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -210,3 +211,31 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (line,) = capsys.readouterr().err.splitlines()
         assert blame in line
     assert len(calls) == 2
+
+
+def test_a_process_that_cannot_load_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have loaded; all end with its line, and the first prints it."""
+    told = ["process 1: reward ocr needs rapidocr"]
+    monkeypatch.setattr(run, "gather_object", lambda own: [*own, *told])
+    accelerator: Any = SimpleNamespace(num_processes=2, process_index=0)
+    with pytest.raises(ConfigError, match="process 1: reward ocr needs rapidocr"):
+        run._together(accelerator, lambda: ([], None, "backbone"))  # type: ignore[arg-type,return-value]
+    told.clear()
+    told.append(None)  # type: ignore[arg-type]
+    assert run._together(accelerator, lambda: ([], None, "backbone"))[2] == "backbone"  # type: ignore[arg-type,return-value]
+
+    def fail() -> Any:
+        raise ConfigError("no weights")
+
+    with pytest.raises(ConfigError, match="process 0: no weights"):
+        run._together(accelerator, fail)
+
+
+def test_nf4_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' four-bit weights are no tensors that FSDP2 could share out."""
+    monkeypatch.setattr(loading, "check", lambda config, device: (None, None, None))
+    monkeypatch.setattr(run, "Accelerator", lambda **more: SimpleNamespace(
+        num_processes=1, is_main_process=True, is_fsdp2=True, device="cpu"
+    ))  # fmt: skip
+    with pytest.raises(ConfigError, match="--quantize nf4 cannot be sharded: use `launch ddp`"):
+        run.train(TrainConfig(quantize="nf4"), "demo", None)

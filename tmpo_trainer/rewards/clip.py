@@ -66,7 +66,7 @@ def open_clip_tokenizer() -> CLIPTokenizer | None:
     lines = gzip.decompress(file.read_bytes()).decode().split("\n")
     # The first line is a title; of what follows CLIP took as many merges as its vocabulary of 49,408 has room for.
     letters = list(bytes_to_unicode().values())
-    merges = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 * len(letters) - 2 + 1]]
+    merges: list[Any] = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 * len(letters) - 2 + 1]]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
