@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -61,6 +62,10 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
             "tmpo.version": __version__,
         }
         save_file(load_file(written), written, metadata)
+        # safetensors makes files that nobody else may read.
+        umask = os.umask(0)
+        os.umask(umask)
+        written.chmod(0o666 & ~umask)
         written.replace(folder / FILE_NAME)
     reloaded = load_file(folder / FILE_NAME)
     expected = {f"transformer.{name}": value for name, value in layers.items()}

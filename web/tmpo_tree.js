@@ -477,8 +477,11 @@ app.registerExtension({
       onNodeCreated?.apply(this, arguments);
       const widget = this.widgets.find((candidate) => candidate.name === "selected");
       const view = new TreeView((index) => {
+        // So that the choice can be undone and is kept with the workflow.
+        app.canvas.emitBeforeChange();
         widget.value = index;
         widget.callback?.(index);
+        app.canvas.emitAfterChange();
         this.graph?.setDirtyCanvas(true, true);
       });
       this.tmpoTree = view;
@@ -496,6 +499,10 @@ app.registerExtension({
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments);
       this.tmpoNew = false;
+      // An undo makes all nodes anew.
+      const place = this.graph === app.graph ? this.id : `${this.graph?.id}:${this.id}`;
+      const last = app.nodeOutputs[place]?.[OUTPUT]?.[0];
+      if (last) this.tmpoTree.show(last);
       this.tmpoTree.mark(this.widgets.find((widget) => widget.name === "selected").value);
     };
 

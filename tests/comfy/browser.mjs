@@ -140,6 +140,16 @@ assert.equal(await selected(), index);
 assert.equal(await page.locator(".tmpo-tree-leaf[aria-selected=true]").count(), 1);
 await leaf.click();
 assert.equal(await selected(), -1);
+
+// Undo is ComfyUI's: the first takes the last click back, the tree stays.
+await page.locator(".tmpo-tree").press("Control+z");
+await page.waitForTimeout(600);
+assert.equal(await selected(), index);
+assert.equal(await page.locator(".tmpo-tree-leaf").count(), 27);
+assert.equal(await page.locator(".tmpo-tree-leaf[aria-selected=true]").count(), 1);
+await page.locator(".tmpo-tree").press("Control+z");
+await page.waitForTimeout(600);
+assert.equal(await selected(), -1);
 await page.locator(".tmpo-tree-node img").nth(2).hover();
 await shoot("hover-node");
 

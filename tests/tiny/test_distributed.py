@@ -192,7 +192,7 @@ def test_the_shipped_configs_are_accelerates(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(cli.subprocess, "call", lambda command: calls.append(command) or 0)
+    monkeypatch.setattr(commands.subprocess, "call", lambda command: calls.append(command) or 0)
     assert cli.main(["launch", "fsdp2", "--num-processes", "4", "--seed", "3"]) == 0
     (command,) = calls
     config = str(commands.launch_configs()["fsdp2"])
