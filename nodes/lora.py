@@ -128,11 +128,11 @@ class Compare(io.ComfyNode):
         chosen = np.unique(np.linspace(0, len(before) - 1, min(pairs, len(before))).round().astype(int))
         # As near to a square as pairs allow.
         columns = max(1, round((len(chosen) / 2) ** 0.5))
-        gap = np.full((1, before.shape[1], 4, 3), 255, np.uint8)
-        tiles = [np.concatenate([before[i : i + 1], gap, after[i : i + 1]], 2)[0] for i in chosen]
+        # Pairs stand closer together than their neighbours.
+        thin, wide = (np.full((before.shape[1], width, 3), 255, np.uint8) for width in (1, 8))
+        tiles = [np.concatenate([before[i], thin, after[i], wide], 1) for i in chosen]
         rows = [np.stack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
-        labels = ["base | LoRA, the same seed" if i == 0 else "" for i in range(len(rows))]
-        picture: Image.Image = grids.grid(rows, labels, grids.zoom(before))
+        picture: Image.Image = grids.grid(rows, (), grids.zoom(before))
         text = table(cls._lines(base, lora, diversity, base_scores, lora_scores))
         return io.NodeOutput(to_image(picture), text, ui=ui.PreviewText(text))
 

@@ -21,7 +21,7 @@ THUMBNAIL = 256
 
 
 def preview_images(x0: Tensor, rgb_factors: Tensor) -> Tensor:
-    """Latents `[n, C, h, w]` (or `[n, C, frames, h, w]`: the first frame) -> `[n, h, w, 3]` in 0..1, by a linear map."""
+    """Latents `[n, C, h, w]` (or `[n, C, frames, h, w]`: the first frame) -> `[n, h, w, 3]` in 0..1, linearly."""
     if x0.dim() == 5:
         x0 = x0[:, :, 0]
     return ((x0.float().movedim(1, -1) @ rgb_factors.float() + 1) / 2).clamp(0, 1)
@@ -59,7 +59,7 @@ def report(
     weights: list[float] | None,
     best: int | None,
 ) -> dict[str, Any]:
-    """What the view draws, as JSON: scores that are not finite become null, the seed a string (it has up to 64 bits)."""
+    """What the view draws, as JSON: scores that are not finite are null, the seed (up to 64 bits) is a string."""
     nodes = tree_picture.layout(tree.plan)
     first = scores.first().tolist() if scores is not None else []
     low, high = tree_picture.limits(first)

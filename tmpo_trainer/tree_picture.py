@@ -1,4 +1,4 @@
-"""A tree of pictures: the place of every node, colours by score, and a static picture from the seed (left) to the leaves.
+"""A tree of pictures: the place of every node, colours by score, and a static picture from seed (left) to leaves.
 
 Needs no model: thumbnails, previews and scores come as they are. The interactive view uses the same places and colours.
 """
@@ -44,10 +44,10 @@ TARGET, SMALLEST, LARGEST = 1800, 28, 96
 class Node:
     """A node of the tree, in depth-first order, so that no edges cross.
 
-    parent: its position in the list, None for the start of a prompt's tree. column: 0 for that start, then one for each
-    branch step, then the leaves. row: in leaves from the top. leaves: below it, itself included. path: from the root, ()
-    for the start. index: row of the batch that is evaluated at `step`, for a leaf row of the batch of leaves, for a start
-    the prompt. step: 1-based, where its children part; None for leaves and for a start that has one root.
+    parent: its position in the list, None for the start of a prompt's tree. column: 0 for that start, then one for
+    each branch step, then the leaves. row: in leaves from the top. leaves: below it, itself included. path: from the
+    root, () for the start. index: row of the batch that is evaluated at `step`, for a leaf row of the batch of leaves,
+    for a start the prompt. step: 1-based, where its children part; None for leaves and for a start that has one root.
     """
 
     parent: int | None

@@ -118,9 +118,9 @@ class TreeView {
     this.root.addEventListener("pointerleave", () => this.hover(null));
     this.root.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     // The middle button moves ComfyUI's canvas, over this view too.
-    for (const [name, handler] of [["down", "processMouseDown"], ["move", "processMouseMove"], ["up", "processMouseUp"]]) {
-      this.root.addEventListener(`pointer${name}`, (event) => {
-        if (name === "move" ? event.buttons & 4 : event.button === 1) app.canvas[handler](event);
+    for (const name of ["Down", "Move", "Up"]) {
+      this.root.addEventListener(`pointer${name.toLowerCase()}`, (event) => {
+        if (name === "Move" ? event.buttons & 4 : event.button === 1) app.canvas[`processMouse${name}`](event);
       });
     }
     this.observer = new ResizeObserver(() => this.draw());
@@ -206,14 +206,15 @@ class TreeView {
   }
 
   /**
-   * Where columns begin and how wide their pictures are: as large as the rows allow, then as the room allows. Edges share
-   * the rest; their labels are left out before pictures become too small to see.
+   * Where columns begin and how wide their pictures are: as large as the rows allow, then as the room allows. Edges
+   * share the rest; their labels are left out before pictures become too small to see.
    */
   columns(room, row, aspect) {
     const { tree } = this;
     const widths = [DOT];
     for (const node of tree.nodes) {
-      if (node.column) widths[node.column] = Math.min(PREVIEW, Math.max(node.leaves * row - 2 * GAP, row - GAP)) * aspect;
+      const height = Math.min(PREVIEW, Math.max(node.leaves * row - 2 * GAP, row - GAP));
+      if (node.column) widths[node.column] = height * aspect;
     }
     const inner = widths.length - 1;
     const edges = widths.length;

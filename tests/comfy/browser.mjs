@@ -54,7 +54,10 @@ function workflow(prompt) {
 const view = () => window.app.graph.nodes.find((node) => node.type === "TMPO_TreeView");
 
 mkdirSync(folder, { recursive: true });
-const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
+const browser = await chromium.launch({
+  executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox"],
+});
 const page = await browser.newPage({ viewport: { width: 1100, height: 1450 } });
 const problems = [];
 page.on("pageerror", (error) => error.stack.includes("tmpo") && problems.push(error.stack));
@@ -62,9 +65,12 @@ await page.addInitScript(`window.view = ${view}; window.workflow = ${workflow};`
 
 async function open() {
   // Or templates and the map would cover the page.
-  await page.request.post(`${url}/settings`, { data: { "Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false } });
+  const settings = { "Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false };
+  await page.request.post(`${url}/settings`, { data: settings });
   await page.goto(url);
-  await page.waitForFunction(() => window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 100);
+  await page.waitForFunction(
+    () => window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 100,
+  );
 }
 
 /** The node alone, at its own size. */
@@ -81,8 +87,9 @@ async function frame(size) {
 
 async function run() {
   await page.evaluate(() => new Promise((done, fail) => {
+    const failed = ({ detail }) => fail(new Error(detail.exception_message));
     window.app.api.addEventListener("execution_success", done, { once: true });
-    window.app.api.addEventListener("execution_error", ({ detail }) => fail(new Error(detail.exception_message)), { once: true });
+    window.app.api.addEventListener("execution_error", failed, { once: true });
     window.app.queuePrompt(0, 1);
   }));
   await page.waitForSelector(".tmpo-tree-leaf");
@@ -106,8 +113,9 @@ const faults = () => page.evaluate(() => {
   const boxes = [...document.querySelectorAll(".tmpo-tree-node, .tmpo-tree-leaf, .tmpo-tree-sigma, .tmpo-tree-prompt")];
   const rects = boxes.map((box) => box.getBoundingClientRect());
   rects.forEach((a, i) => rects.forEach((b, j) => {
-    const apart = a.right <= b.left + 0.5 || b.right <= a.left + 0.5 || a.bottom <= b.top + 0.5 || b.bottom <= a.top + 0.5;
-    if (i < j && !apart) found.push(`${boxes[i].className} overlaps ${boxes[j].className}`);
+    const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (i < j && across > 0.5 && down > 0.5) found.push(`${boxes[i].className} overlaps ${boxes[j].className}`);
   }));
   for (const text of document.querySelectorAll(".tmpo-tree-head, .tmpo-tree-score, .tmpo-tree-q, .tmpo-tree-mark")) {
     if (text.scrollWidth > text.clientWidth) found.push(`${text.className} is cut: ${text.textContent}`);
