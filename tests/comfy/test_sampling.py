@@ -301,7 +301,7 @@ def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -
     assert "No module named 'accelerate'" in training.missing_packages(python)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPO_PYTHON", python)
-        with pytest.raises(ValueError, match="No module named 'accelerate'. Install it: pip install"):
+        with pytest.raises(ValueError, match=r"No module named 'accelerate'. Install it: pip install"):
             training.Train.execute("run", "--preset demo")
         patch.setenv("TMPO_PYTHON", str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="cannot be run"):
