@@ -119,6 +119,7 @@ class TreeSampler(comfy.samplers.Sampler):
             return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
 
         previews: dict[int, list[Tensor]] = {}
+        colours: dict[int, list[Tensor]] = {}
         bounds = [sum(plan.widths[:step]) for step in range(1, plan.num_steps + 1)]
 
         def called(done: int, total: int, x0: Tensor) -> None:
@@ -126,6 +127,9 @@ class TreeSampler(comfy.samplers.Sampler):
             step = next(i for i, bound in enumerate(bounds, 1) if done <= bound)
             if step in plan.fanout:
                 previews.setdefault(step, []).append(model_wrap.inner_model.process_latent_out(x0).float().cpu())
+                picture = in_colour(x0, model_wrap.inner_model.latent_format)
+                if picture is not None:
+                    colours.setdefault(step, []).append(picture)
             if done in bounds:
                 asked = 0
             if self.progress is not None:
@@ -142,7 +146,6 @@ class TreeSampler(comfy.samplers.Sampler):
             max_batch=self.largest(plan),
             callback=called,
         )
-        factors = model_wrap.inner_model.latent_format.latent_rgb_factors
         self.tree = Tree(
             plan,
             self.kernel,
@@ -152,13 +155,23 @@ class TreeSampler(comfy.samplers.Sampler):
             seed,
             plan.rollout_evaluations,
             {step: torch.cat(parts) for step, parts in previews.items()},
-            None if factors is None else torch.tensor(factors),
+            {step: torch.cat(parts) for step, parts in colours.items()},
         )
         return sampling.inverse_noise_scaling(sigmas[-1], run.leaves)
 
     @staticmethod
     def _roots(sources: list[tree.Noise], root: int) -> Tensor:
         return torch.stack([source(0, (root,)) for source in sources])
+
+
+def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
+    """Latents as the network has them, `[n, C, h, w]` (or with frames), as `[n, h, w, 3]` in 0..1: ComfyUI's latent2rgb."""
+    if latent_format.latent_rgb_factors is None:
+        return None
+    x0 = x0[:, :, 0] if x0.dim() == 5 else x0
+    factors = torch.tensor(latent_format.latent_rgb_factors)
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
+    return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
 
 
 def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:

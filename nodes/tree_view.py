@@ -20,15 +20,8 @@ from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 THUMBNAIL = 256
 
 
-def preview_images(x0: Tensor, rgb_factors: Tensor) -> Tensor:
-    """Latents `[n, C, h, w]` (or `[n, C, frames, h, w]`: the first frame) -> `[n, h, w, 3]` in 0..1, linearly."""
-    if x0.dim() == 5:
-        x0 = x0[:, :, 0]
-    return ((x0.float().movedim(1, -1) @ rgb_factors.float() + 1) / 2).clamp(0, 1)
-
-
 def decoded_images(x0: Tensor, vae: Any) -> Tensor:
-    """The same through a VAE."""
+    """Latents `[n, C, h, w]` (or with frames: the first) through a VAE: `[n, h, w, 3]` in 0..1."""
     images = vae.decode(x0)
     return images[:, 0] if images.dim() == 5 else images
 
@@ -174,11 +167,10 @@ class TreeView(io.ComfyNode):
             weights = tree_picture.leaf_weights(scores.first(), beta, tree.prompts).tolist()
             best = tree_picture.best_leaf(first)
         pictures = to_pil(images)
-        previews = {}
         if vae is not None:
             previews = {step: to_pil(decoded_images(x0, vae)) for step, x0 in tree.previews.items()}
-        elif tree.rgb_factors is not None:
-            previews = {step: to_pil(preview_images(x0, tree.rgb_factors)) for step, x0 in tree.previews.items()}
+        else:
+            previews = {step: to_pil(colours) for step, colours in tree.colours.items()}
         picture = tree_picture.draw(
             tree.plan, pictures, tree.sigmas, first, weights, previews, name, f"seed {tree.seed}",
             selected if selected >= 0 else None, theme,

@@ -20,8 +20,9 @@ ScoresSocket = io.Custom("TMPO_SCORES")
 class Tree:
     """What a tree sampler leaves beside its latents; leaf l of prompt p is row l * prompts + p.
 
-    rollout: `tree.Rollout` without latents. sigmas: of all steps. seed: of the noise. previews: {step: x0 of the nodes that
-    are evaluated there, `[width, C, h, w]` as the VAE takes them} at branch steps. latent_format: of the model, for colours.
+    sigmas: of all steps. log_probs: of the edges. seed: of the noise. previews: {step: x0 of the nodes that are evaluated
+    there, `[width, C, h, w]` as the VAE takes them} at branch steps. colours: the same as small pictures
+    `[width, h, w, 3]` in 0..1, by the latent format's linear map; empty where it has none.
     """
 
     plan: tree.TreePlan
@@ -32,7 +33,7 @@ class Tree:
     seed: int
     evaluations: int
     previews: dict[int, Tensor]
-    rgb_factors: Tensor | None
+    colours: dict[int, Tensor]
 
     @property
     def prompts(self) -> int:

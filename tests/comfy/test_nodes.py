@@ -12,7 +12,7 @@ import torch
 NODES = {
     "TMPO_DemoModelLoader", "TMPO_TreeSampler", "TMPO_TreeSamplerAdvanced", "TMPO_TreeSamplerSelect", "TMPO_BranchSchedule",
     "TMPO_ScoreImages", "TMPO_CombineScores", "TMPO_BoltzmannWeights", "TMPO_Diversity", "TMPO_SelectBranches",
-    "TMPO_LoadLora", "TMPO_Compare", "TMPO_Train", "TMPO_TrainingMonitor",
+    "TMPO_TreeView", "TMPO_LoadLora", "TMPO_Compare", "TMPO_Train", "TMPO_TrainingMonitor",
 }  # fmt: skip
 TREE = {
     "seed": 5, "steps": 10, "cfg": 1.0, "scheduler": "normal", "branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps",

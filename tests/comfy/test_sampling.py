@@ -306,3 +306,20 @@ def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -
         patch.setenv("TMPO_PYTHON", str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="cannot be run"):
             training.Train.execute("run", "--preset demo")
+
+
+def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
+    """x0 of the branch points: in colour as ComfyUI's own previewer has them, and as the VAE takes them."""
+    import latent_preview  # type: ignore[import-not-found]
+
+    _, found = sample(pack)
+    kind = pack.model.model.latent_format
+    assert sorted(found.previews) == sorted(found.colours) == [4, 5]
+    assert len(found.previews[4]) == 3 and len(found.previews[5]) == 9
+    previewer = latent_preview.Latent2RGBPreviewer(kind.latent_rgb_factors, kind.latent_rgb_factors_bias)
+    stock = previewer.decode_latent_to_preview((found.previews[5][2:3] - SHIFT) * SCALE)
+    mine = (found.colours[5][2] * 255).to(torch.uint8)
+    assert (torch.tensor(list(stock.getdata())).view(8, 8, 3) - mine.int()).abs().max() <= 1
+    # They resemble what comes of them: the leaf pictures of the same branch, blurred.
+    last = pack.vae.decode(found.previews[5])
+    assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
