@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tmpo_trainer import loading, tree
+from tmpo_trainer import loading, table, tree
 from tmpo_trainer.config import TrainConfig
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -323,3 +323,22 @@ def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
     # They resemble what comes of them: the leaf pictures of the same branch, blurred.
     last = pack.vae.decode(found.previews[5])
     assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
+
+
+def test_a_trained_lora_changes_the_pictures_as_in_diffusers(pack: Any) -> None:
+    """The LoRA that comes with the pack, 450 updates of training: through ComfyUI's patches and through diffusers."""
+    base, _ = sample(pack)
+    leaves, _ = sample(pack, model=pack.lora.apply_lora(pack.model, pack.lora.DEMO_FILE, 1.0))
+    backbone = loading.load_model(TrainConfig(max_sequence_length=0), torch.device("cpu"))
+    with torch.inference_mode(False):
+        table.attach(backbone, REPOSITORY / "tmpo_trainer" / "demo" / "lora")
+    start = pack.comfy.sample.prepare_noise(empty()["samples"], SEED)
+    source = tree.keyed_noise((SEED, 0), (16, 8, 8))
+
+    def noise(step: int, path: tree.Path) -> Tensor:
+        return start[0] if step == 0 and path[0] == 0 else source(step, path)
+
+    plan = tree.TreePlan.tmpo(STEPS, BRANCHES, 3)
+    run = tree.rollout(backbone.velocity(PROMPTS[:1], 1.0), noise, backbone.sigmas(STEPS, 64, 64), plan, eta=0.7)
+    torch.testing.assert_close((leaves - SHIFT) * SCALE, run.leaves, atol=1e-3, rtol=0)
+    assert (leaves - base).abs().max() > 0.1
