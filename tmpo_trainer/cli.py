@@ -192,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f'tmpo_trainer: {error}: pip install -c constraints.txt -e ".[train]"', file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who reads has had enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("tmpo_trainer: interrupted", file=sys.stderr)
         return 130

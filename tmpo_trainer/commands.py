@@ -24,6 +24,8 @@ EVALUATION = {
     "decode-batch": "decode_batch", "device": "device", "dtype": "dtype", "quantize": "quantize",
     "offload-scorers": "offload_scorers", "threads": "threads",
 }  # fmt: skip
+#: Pictures per prompt where neither a run nor a preset says more.
+IMAGES = 10
 #: Measured beside a run's own rewards, as in the paper's tables, unless the model is the demo's.
 PREFERENCE = ("hpsv2", "imagereward", "pickscore")
 
@@ -39,6 +41,17 @@ def _add_scorer_flags(parser: argparse.ArgumentParser, default: Sequence[str] | 
         "--reward-models", nargs="+", default=[], metavar="NAME=PATH", help="where a scorer's weights are"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def _told(work: Callable[[], int]) -> int:
+    """What fails on the way is one line and exit code 1; what a user can mend stays a ConfigError."""
+    try:
+        return work()
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"tmpo_trainer: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -60,24 +73,25 @@ def evaluate(arguments: Sequence[str]) -> int:
     cli.refuse_unknown(unknown, [f"--{name}" for name in (*EVALUATION, "preference-prompts")])
     flags = cli.given(namespace, EVALUATION.values())
     saved = namespace.lora / "config.yaml" if namespace.lora else None
+    layers: list[tuple[str, dict[str, Any]]] = [("defaults", {"eval_images": IMAGES})]
     if saved is not None and saved.is_file():
         settings = read_yaml(saved)
-        layers = [(str(saved), {key: value for key, value in settings.items() if key in EVALUATION.values()})]
         # Where it was trained is not where it is evaluated, and a run's folder keeps its own files.
-        layers[0][1].pop("output_dir", None)
+        kept = {key: value for key, value in settings.items() if key in EVALUATION.values() and key != "output_dir"}
+        if "reward" not in flags and kept.get("model", "demo") != "demo":
+            own = [name for name in kept.get("reward", ()) if name not in PREFERENCE]
+            kept["reward"] = [*own, *PREFERENCE]
+        layers.append((str(saved), kept))
     else:
-        layers = cli.preset_layers(flags)
-    known = dict(item for _, layer in [*layers, ("", flags)] for item in layer.items())
-    if "reward" not in flags and known.get("model", "demo") != "demo":
-        own = [name for name in known.get("reward", ()) if name not in PREFERENCE]
-        layers.append(("measures", {"reward": [*own, *PREFERENCE]}))
+        measured = {} if flags.get("model", "demo") == "demo" else {"reward": list(PREFERENCE)}
+        layers += [*cli.preset_layers(measured | flags), ("measures", measured)]
     config = cli.make_config([*layers, ("flags", flags)])
     if namespace.preference_prompts and len(config.reward) < 2:
         raise ConfigError("--preference-prompts is for the rewards after the first: give two or more")
     cli.hush()
     from . import table
 
-    return table.run(config, namespace.lora, namespace.preference_prompts)
+    return _told(lambda: table.run(config, namespace.lora, namespace.preference_prompts))
 
 
 def score(arguments: Sequence[str]) -> int:
@@ -94,6 +108,7 @@ def score(arguments: Sequence[str]) -> int:
     )
     _add_scorer_flags(parser, ())
     parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="that `remote` may be on")
+    parser.add_argument("--remote-timeout", type=float, default=120, help="seconds for its answer [120]")
     parser.add_argument("--diversity", action="store_true", help="how much the pictures of a prompt differ")
     parser.add_argument(
         "--features", default=TrainConfig.model_fields["features"].default, help="what diversity is measured on"
@@ -106,7 +121,11 @@ def score(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--output {namespace.output}: end it in .csv or .json")
     if namespace.output and not namespace.output.parent.is_dir():
         raise ConfigError(f"--output {namespace.output}: folder {namespace.output.parent} does not exist")
-    settings = {"reward_models": namespace.reward_models, "remote_hosts": namespace.remote_hosts}
+    settings = {
+        "reward_models": namespace.reward_models,
+        "remote_hosts": namespace.remote_hosts,
+        "remote_timeout": namespace.remote_timeout,
+    }
     rewards = {"reward": namespace.reward} if namespace.reward else {}
     config = cli.make_config([("flags", {**settings, **rewards, "features": namespace.features})])
     cli.hush()
@@ -121,18 +140,24 @@ def score(arguments: Sequence[str]) -> int:
     pictures = scoring.open_images(scoring.find_images(namespace.paths), prompt or None, listed)
     metadata = listed.metadata if listed else {}
     if namespace.reward:
-        for name in namespace.reward:
-            loading.check_name(name)
-        texts = [picture.prompt for picture in pictures]
-        loading.check_prompts(namespace.reward, PromptList(str(namespace.prompts or "prompts"), texts, metadata))
+        loading.check_rewards(config)
+        shown = [picture.prompt for picture in pictures]
+        loading.check_prompts(namespace.reward, PromptList(str(namespace.prompts or "prompts"), shown, metadata))
     scorers = loading.evaluation_scorers(loading.scorers(config, device)) if namespace.reward else []
     features = loading.features(config, device) if namespace.diversity else None
-    scores, groups = scoring.score_images(pictures, metadata, scorers, features)
-    print(scoring.table(pictures, scores, groups))
-    if namespace.output:
-        scoring.write(namespace.output, pictures, scores, groups)
-        print(f"written: {namespace.output}", file=sys.stderr)
-    return 0
+    texts = [picture.prompt for picture in pictures]
+    if features is not None and len(set(texts)) == len(texts):
+        raise ConfigError("--diversity: no two pictures have the same prompt, so there is nothing to compare")
+
+    def work() -> int:
+        scores, groups = scoring.score_images(pictures, metadata, scorers, features)
+        print(scoring.table(pictures, scores, groups))
+        if namespace.output:
+            scoring.write(namespace.output, pictures, scores, groups)
+            print(f"written: {namespace.output}", file=sys.stderr)
+        return 0
+
+    return _told(work)
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -196,6 +221,8 @@ def prompts(arguments: Sequence[str]) -> int:
     from .prompts import read_prompts
     from .rewards import check_prompts
 
+    if namespace.count < 1:
+        raise ConfigError(f"--count {namespace.count}: at least 1")
     try:
         if namespace.kind == "geneval":
             excluded = read_prompts(namespace.exclude) if namespace.exclude else None

@@ -89,7 +89,10 @@ def fetch_prompts(name: str, folder: Path) -> list[Path]:
     """
     if name not in PROMPTS:
         raise ConfigError(f"unknown prompt list {name}{suggest(name, PROMPTS)} (known: {', '.join(PROMPTS)})")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output-dir {folder} cannot be made: {error.strerror}") from None
     written = []
     for file, source in PROMPTS[name].items():
         content = _from_github(source) if isinstance(source, GitFile) else _from_hub(source)
@@ -178,6 +181,12 @@ def fetch(
     """What `python -m tmpo_trainer fetch` does. Raises ConfigError."""
     from .backbones import find_model
 
+    if features is not None:
+        from .features import EfficientNetLite, check_features
+
+        check_features(features)
+        if features == EfficientNetLite.name:
+            raise ConfigError(f"features {features} come with a package: nothing to fetch")
     for name in prompts:
         for path in fetch_prompts(name, folder):
             count = sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())

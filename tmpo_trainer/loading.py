@@ -18,10 +18,17 @@ from .errors import ConfigError
 from .features import Features, check_features, load_features
 from .prompt_lists import Split
 from .prompts import PromptList, default_prompts, read_prompts
-from .rewards import Parked, Scorer, check_name, check_prompts, load_scorer
+from .rewards import Parked, Scorer, check_name, check_prompts, load_scorer, remote_address
 from .rewards.geneval import GenevalScorer
+from .rewards.remote import RemoteScorer
 from .rewards.shapes import ShapesScorer
+from .rewards.weights import existing
 from .trainer import make_schedule
+
+#: See `identity`.
+IDENTITY = (
+    "model", "transformer", "quantize", "dtype", "device", "max_sequence_length", "split_guidance", "reward_models", "features",
+)  # fmt: skip
 
 
 def quiet() -> None:
@@ -80,6 +87,19 @@ def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptLi
     return _prompts(config, config.eval_prompts, "heldout", flag).first(config.eval_limit)
 
 
+def check_rewards(config: TrainConfig) -> None:
+    """Raises ConfigError for rewards that are not known, have no address, or whose files are not there."""
+    paths = dict(entry.split("=", 1) for entry in config.reward_models)
+    for name in config.reward:
+        check_name(name)
+        path = paths.get(name)
+        if name == "remote" or name.startswith("remote-"):
+            RemoteScorer(remote_address(name, path), config.remote_hosts, config.remote_timeout, name)
+        elif path is not None and name not in ("shapes", "ocr"):
+            # Those two have none, and say so.
+            existing(name, path)
+
+
 def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, PromptList, Backbone]:
     """Everything that can be refused before the model is loaded.
 
@@ -87,8 +107,7 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
         training and held-out prompts, and the model's skeleton.
     """
     trackers.check(config.tracker)
-    for name in config.reward:
-        check_name(name)
+    check_rewards(config)
     if config.report or config.eval_every:
         check_features(config.features)
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
@@ -146,6 +165,21 @@ def evaluation_scorers(found: list[Scorer]) -> list[tuple[str, Scorer]]:
 def features(config: TrainConfig, device: torch.device) -> Features:
     """What cosine diversity is measured on. Raises ConfigError for weights that cannot be had."""
     return load_features(config.features, device)
+
+
+def identity(config: TrainConfig) -> list[str]:
+    """What the base's figures depend on beside prompts and sampling: the model's and the scorers' settings and files."""
+    found = [str((name, getattr(config, name))) for name in IDENTITY]
+    for given in (
+        config.model,
+        config.transformer,
+        config.features,
+        *(e.split("=", 1)[1] for e in config.reward_models),
+    ):
+        path = Path(str(given)).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return found
 
 
 def sampling(config: TrainConfig) -> evaluate.Sampling:

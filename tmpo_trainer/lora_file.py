@@ -38,9 +38,12 @@ class LoraFile:
     @property
     def scale(self) -> float:
         """What diffusers multiplies up @ down with by the file's metadata; 1 where it says nothing."""
-        adapter = json.loads(self.metadata.get("lora_adapter_metadata", "{}"))
-        alpha, rank = adapter.get("transformer.lora_alpha"), adapter.get("transformer.r")
-        return alpha / rank if alpha and rank else 1.0
+        try:
+            adapter = json.loads(self.metadata.get("lora_adapter_metadata", "{}"))
+            alpha, rank = adapter.get("transformer.lora_alpha"), adapter.get("transformer.r")
+            return alpha / rank if alpha and rank else 1.0
+        except (ValueError, AttributeError, TypeError):
+            return 1.0
 
     @property
     def family(self) -> str:
@@ -64,8 +67,10 @@ def split(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
         for ending in (*DOWN, *UP, ".alpha"):
             if key.endswith(ending):
                 module = key.removesuffix(ending)
-                if ending == ".alpha":
+                if ending == ".alpha" and value.numel() == 1:
                     alphas[module] = float(value)
+                elif ending == ".alpha":
+                    loose.append(key)
                 else:
                     (downs if ending in DOWN else ups)[module] = value
                 break

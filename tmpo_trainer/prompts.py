@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> PromptList:
         raise ConfigError(f"prompt file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt file {path} cannot be read as UTF-8 text: {error}") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         raise ConfigError(f"prompt file {path} is empty: write one prompt per line")
@@ -74,14 +74,17 @@ def _objects(path: Path, lines: list[tuple[int, str]]) -> PromptList:
     for number, line in lines:
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"prompt file {path}, line {number}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise ConfigError(f"prompt file {path}, line {number}: not JSON ({reason})") from None
         prompt = entry.pop("prompt", None) if isinstance(entry, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(
                 f'prompt file {path}, line {number}: write an object with a "prompt", e.g. {{"prompt": "a"}}'
             )
         prompt = prompt.strip()
+        if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ConfigError(f"prompt file {path}, line {number}: half of a surrogate pair is no text")
         if prompt in metadata and metadata[prompt] != entry:
             raise ConfigError(f"prompt file {path}, line {number}: {prompt!r} was there before with other metadata")
         texts.append(prompt)

@@ -46,19 +46,19 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _make_folder(config: TrainConfig, preset: str) -> Path:
+def _make_folder(given: Path | None, preset: str) -> Path:
     """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
-    folder = config.output_dir or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if config.output_dir and (folder / "metrics.jsonl").exists():
+    folder = given or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if given and (folder / "metrics.jsonl").exists():
         mend = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
         raise ConfigError(f"{folder} already holds a run: {mend}give another --output-dir")
     name = folder.name
     for attempt in range(2, 100):
         try:
-            folder.mkdir(parents=True, exist_ok=config.output_dir is not None)
+            folder.mkdir(parents=True, exist_ok=given is not None)
             return folder
         except FileExistsError:
-            if config.output_dir:
+            if given:
                 raise ConfigError(f"output folder {folder} is a file") from None
             # Another run began in the same second.
             folder = folder.with_name(f"{name}-{attempt}")
@@ -67,14 +67,14 @@ def _make_folder(config: TrainConfig, preset: str) -> Path:
     raise ConfigError(f"output folder {folder} exists already")
 
 
-def _agreed_folder(config: TrainConfig, preset: str, accelerator: Accelerator) -> Path:
+def agreed_folder(given: Path | None, preset: str, accelerator: Accelerator) -> Path:
     """The new run's folder, made by the first process and told to the others. Raises ConfigError on all of them."""
     if accelerator.num_processes == 1:
-        return _make_folder(config, preset)
+        return _make_folder(given, preset)
     told: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            told = [_make_folder(config, preset)]
+            told = [_make_folder(given, preset)]
         except ConfigError as error:
             told = [error]
     broadcast_object_list(told)
@@ -86,7 +86,7 @@ def _agreed_folder(config: TrainConfig, preset: str, accelerator: Accelerator) -
 Loaded = tuple[list[Scorer], Features | None, Backbone]
 
 
-def _together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
+def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
     """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
     if accelerator.num_processes == 1:
         return load()
@@ -122,7 +122,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
 
     # What the rewards and the report need is loaded first: it must not be found missing after hours of training.
     texts = train_prompts.texts + heldout.texts
-    scorers, features, backbone = _together(
+    scorers, features, backbone = together(
         accelerator,
         lambda: (
             loading.scorers(config, device),
@@ -130,7 +130,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             loading.load_model(config, device, texts, accelerator.is_fsdp2),
         ),
     )
-    folder = checkpoint.parent if checkpoint else _agreed_folder(config, preset, accelerator)
+    folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
     trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator)
     if checkpoint:
         trainer.resume(checkpoint)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from . import diversity
@@ -22,11 +22,15 @@ from .prompts import PromptList, about
 from .rewards import Scorer, score_all
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+#: Pillow's modes with more than 8 bits.
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 #: Pictures that are in memory at once.
 BATCH = 32
 #: Inputs that hold a prompt in ComfyUI's text nodes, the most telling first.
-COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "prompt", "string", "value")
+COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
 #: What A1111 writes behind the prompt.
+#: Columns of diversity in a .csv.
+MEASURES = ("cosine diversity", "vendi")
 A1111_END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")
 
 
@@ -63,16 +67,22 @@ def comfy_prompt(graph: Mapping[str, Any]) -> str | None:
     """
     nodes = {str(key): node for key, node in graph.items() if isinstance(node, dict)}
 
-    def texts(key: str, seen: frozenset[str]) -> list[str]:
-        inputs = nodes.get(key, {}).get("inputs", {})
-        if key in seen or not isinstance(inputs, dict):
-            return []
-        for name in COMFY_TEXTS:
-            value = inputs.get(name)
-            if isinstance(value, str) and value.strip():
-                return [value.strip()]
-        links = [value for name, value in inputs.items() if name not in ("negative", "clip", "model", "vae")]
-        return [text for link in links if _is_link(link) for text in texts(str(link[0]), seen | {key})]
+    def texts(start: str) -> list[str]:
+        """The nearest texts upstream of a node."""
+        found, seen, waiting = [], {start}, [start]
+        while waiting:
+            inputs = nodes.get(waiting.pop(), {}).get("inputs", {})
+            if not isinstance(inputs, dict):
+                continue
+            own = next((inputs[n] for n in COMFY_TEXTS if isinstance(inputs.get(n), str) and inputs[n].strip()), None)
+            if own is not None:
+                found.append(own.strip())
+                continue
+            for name, link in inputs.items():
+                if name not in ("negative", "clip", "model", "vae") and _is_link(link) and str(link[0]) not in seen:
+                    seen.add(str(link[0]))
+                    waiting.append(str(link[0]))
+        return found
 
     found: list[str] = []
     for node in nodes.values():
@@ -81,7 +91,7 @@ def comfy_prompt(graph: Mapping[str, Any]) -> str | None:
         for name in ("positive", *(("conditioning",) if guider else ())):
             link = inputs.get(name) if isinstance(inputs, dict) else None
             if link is not None and _is_link(link):
-                found += texts(str(link[0]), frozenset())
+                found += texts(str(link[0]))
     return found[0] if len(set(found)) == 1 else None
 
 
@@ -97,7 +107,7 @@ def embedded_prompt(image: Image.Image) -> str | None:
     if isinstance(graph, str):
         try:
             loaded = json.loads(graph)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
         return comfy_prompt(loaded) if isinstance(loaded, dict) else None
     return None
@@ -118,7 +128,9 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
         try:
             with Image.open(path) as image:
                 image.load()
-                size, own = image.size, embedded_prompt(image)
+                if image.mode in DEEP:
+                    raise ValueError(f"mode {image.mode} would be clipped: save it with 8 bits")
+                size, own = ImageOps.exif_transpose(image).size, embedded_prompt(image)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ConfigError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
         beside = path.with_suffix(".txt")
@@ -127,7 +139,10 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
         elif listed is not None:
             own = listed.texts[i]
         elif beside.is_file():
-            own = beside.read_text(encoding="utf-8-sig").strip()
+            try:
+                own = beside.read_text(encoding="utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{beside} cannot be read as UTF-8 text: {error}") from None
         if not own:
             raise ConfigError(
                 f"{path} has no prompt (in its metadata or {beside.name}): give --prompt or --prompts FILE"
@@ -140,7 +155,9 @@ def load(pictures: Sequence[Picture]) -> np.ndarray:
     """Pictures of one size, uint8 RGB `[N, H, W, 3]`; what is transparent becomes white."""
     arrays = []
     for picture in pictures:
-        with Image.open(picture.path) as image:
+        with Image.open(picture.path) as opened:
+            # As a viewer shows it; of an animation the first picture.
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 clear = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
@@ -176,7 +193,12 @@ def score_images(
             images = load([pictures[i] for i in numbers])
             prompts = [pictures[i].prompt for i in numbers]
             if scorers:
-                for name, values in score_all(scorers, images, prompts, about(metadata, prompts)).items():
+                try:
+                    found = score_all(scorers, images, prompts, about(metadata, prompts))
+                except ValueError as error:
+                    files = f"{pictures[numbers[0]].path} to {pictures[numbers[-1]].path.name}"
+                    raise ValueError(f"{files if len(numbers) > 1 else pictures[numbers[0]].path}: {error}") from None
+                for name, values in found.items():
                     scores[name][numbers] = values.numpy()
             if features is not None:
                 vectors.update(zip(numbers, features(images), strict=True))
@@ -236,7 +258,13 @@ def write(
 ) -> None:
     """A .json with everything, or a .csv with a line per picture. Raises ConfigError for another ending."""
     rows = [
-        {"file": str(picture.path), "prompt": picture.prompt, **{name: float(scores[name][i]) for name in scores}}
+        {
+            "file": str(picture.path),
+            "prompt": picture.prompt,
+            **{name: float(scores[name][i]) for name in scores},
+            # Of the picture's prompt; a lone picture has none.
+            **({key: groups.get(picture.prompt, {}).get(key, "") for key in MEASURES} if groups else {}),
+        }
         for i, picture in enumerate(pictures)
     ]
     if path.suffix == ".json":

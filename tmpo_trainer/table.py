@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,33 +21,39 @@ from .checkpoint import write_text
 from .config import TrainConfig
 from .errors import ConfigError
 from .prompts import PromptList, read_prompts
+from .run import Loaded, agreed_folder, together
 
 #: Prompts whose pictures are shown.
 SHOWN = 10
 
 
 def check_lora(path: Path, transformer: Any) -> None:
-    """Raises ConfigError for a file that is no LoRA, or one of another model. The transformer may lack its weights."""
+    """Raises ConfigError for a file that is no sound LoRA, or one of another model. The transformer may lack its weights."""
     modules = dict(transformer.named_modules())
     for name, (down, up) in lora_file.read(path).layers.items():
+        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+            raise ConfigError(f"{path}: {name} has numbers that are not finite")
         if name.startswith("transformer."):
-            module: Any = modules.get(name.removeprefix("transformer."))
-            wanted = None if module is None else (module.out_features, module.in_features)
-            if wanted != (len(up), down[0].numel()):
+            module = modules.get(name.removeprefix("transformer."))
+            wanted = (module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else None
+            if down.numel() == 0 or wanted != (len(up), down[0].numel()):
                 raise ConfigError(f"{path}: {name} does not fit {type(transformer).__name__}: of another model")
 
 
 def attach(backbone: Backbone, path: Path) -> None:
     """Loads a LoRA file as diffusers does. Raises ConfigError if it is none or of another model."""
     check_lora(path, backbone.transformer)
-    file, layers = path / lora_file.FILE_NAME if path.is_dir() else path, lora_file.read(path).layers
+    file = path / lora_file.FILE_NAME if path.is_dir() else path
     try:
         backbone.pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} cannot be loaded by diffusers: {' '.join(str(error).split())}") from None
-    found = sum(isinstance(module, LoraLayer) for module in backbone.transformer.modules())
-    if found != len(layers):
-        raise ConfigError(f"{file}: {found} of its {len(layers)} modules are in {type(backbone.transformer).__name__}")
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        # What diffusers' converters do with names that they do not know.
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file} cannot be loaded by diffusers, are its names its own? ({reason})") from None
+    if not any(isinstance(module, LoraLayer) for module in backbone.transformer.modules()):
+        raise ConfigError(
+            f"{file}: none of its modules is in {type(backbone.transformer).__name__}, by diffusers' names"
+        )
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -60,6 +65,13 @@ def _figures(parts: list[evaluate.Evaluation]) -> dict[str, np.ndarray]:
     """Measures by name. With two lists of prompts the task's scores are on the first, all else on the last."""
     scores = {name: values for part in parts for name, values in part.scores.items()}
     return {**scores, "LGMD": parts[-1].lgmd, "cosine diversity": parts[-1].cosine}
+
+
+def _numbers(interval: tuple[float, float, float]) -> dict[str, float | None]:
+    """For JSON, which has no infinity: that of one prompt is null."""
+    return {
+        key: value if np.isfinite(value) else None for key, value in zip(("mean", "low", "high"), interval, strict=True)
+    }
 
 
 def rows(models: Mapping[str, list[evaluate.Evaluation]]) -> tuple[str, dict[str, Any]]:
@@ -74,15 +86,13 @@ def rows(models: Mapping[str, list[evaluate.Evaluation]]) -> tuple[str, dict[str
     content: dict[str, Any] = {"models": {}}
     for label, values in measured.items():
         found = {name: interval(values[name]) for name in names}
-        content["models"][label] = {
-            name: dict(zip(("mean", "low", "high"), numbers, strict=True)) for name, numbers in found.items()
-        }
+        content["models"][label] = {name: _numbers(numbers) for name, numbers in found.items()}
         cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in found.values()]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     if len(measured) == 2:
         base, trained = measured.values()
         gains = {name: evaluate.paired_gain(base[name], trained[name]) for name in names}
-        content["gain"] = {name: dict(zip(("mean", "low", "high"), gain, strict=True)) for name, gain in gains.items()}
+        content["gain"] = {name: _numbers(gain) for name, gain in gains.items()}
         cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gains.values()]
         lines.append(f"| change, paired | {' | '.join(cells)} |")
     return "\n".join(lines), content
@@ -100,10 +110,13 @@ def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
     """
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
-    heldout = loading.heldout_prompts(config, "prompts")
     second = None if preference is None else read_prompts(preference).first(config.eval_limit)
+    task = config
     if second is not None:
+        task = config.model_copy(update={"reward": config.reward[:1]})
         loading.check_prompts(config.reward[1:], second)
+    heldout = loading.heldout_prompts(task, "prompts")
+    loading.check_rewards(config)
     loading.check_features(config.features)
     skeleton = loading.skeleton(config, chosen)
     if file is not None:
@@ -113,14 +126,17 @@ def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
     loading.quiet()
     accelerator = Accelerator(cpu=chosen.type == "cpu")
     device = chosen if accelerator.num_processes == 1 else accelerator.device
-    scorers = loading.scorers(config, device)
-    features = loading.features(config, device)
     texts = heldout.texts + (second.texts if second else [])
-    backbone = loading.load_model(config, device, texts)
-    if file is not None:
-        attach(backbone, file)
-    folder = config.output_dir or Path("outputs") / f"evaluate-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def load() -> Loaded:
+        backbone = loading.load_model(config, device, texts)
+        if file is not None:
+            attach(backbone, file)
+        return loading.scorers(config, device), loading.features(config, device), backbone
+
+    folder = agreed_folder(config.output_dir, "evaluate", accelerator)
+    scorers, features, backbone = together(accelerator, load)
+    assert features is not None
     # The paper measures the task on its own prompts, preference and diversity on others.
     parts: list[tuple[str, PromptList, list[loading.Scorer]]] = [("base", heldout, scorers)]
     if second is not None:
@@ -140,6 +156,7 @@ def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
                 config.eval_images,
                 loading.sampling(config),
                 accelerator,
+                loading.identity(config),
             )
             if file is not None:
                 backbone.transformer.disable_adapters()
@@ -175,10 +192,13 @@ def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
         "steps": config.eval_steps,
         "guidance": config.guidance,
         "seed": config.seed,
+        "resolution": list(config.resolution),
+        "rewards": list(config.reward),
         "prompts": len(heldout.texts),
+        "preference_prompts": 0 if second is None else len(second.texts),
         "features": features.name,
     }
-    write_text(folder / "table.json", json.dumps({"settings": settings, **content}, indent=2) + "\n")
+    write_text(folder / "table.json", json.dumps({"settings": settings, **content}, indent=2, allow_nan=False) + "\n")
     print(text)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
     return 0

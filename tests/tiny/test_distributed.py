@@ -219,16 +219,16 @@ def test_a_process_that_cannot_load_tells_the_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run, "gather_object", lambda own: [*own, *told])
     accelerator: Any = SimpleNamespace(num_processes=2, process_index=0)
     with pytest.raises(ConfigError, match="process 1: reward ocr needs rapidocr"):
-        run._together(accelerator, lambda: ([], None, "backbone"))  # type: ignore[arg-type,return-value]
+        run.together(accelerator, lambda: ([], None, "backbone"))  # type: ignore[arg-type,return-value]
     told.clear()
     told.append(None)  # type: ignore[arg-type]
-    assert run._together(accelerator, lambda: ([], None, "backbone"))[2] == "backbone"  # type: ignore[arg-type,return-value]
+    assert run.together(accelerator, lambda: ([], None, "backbone"))[2] == "backbone"  # type: ignore[arg-type,return-value]
 
     def fail() -> Any:
         raise ConfigError("no weights")
 
     with pytest.raises(ConfigError, match="process 0: no weights"):
-        run._together(accelerator, fail)
+        run.together(accelerator, fail)
 
 
 def test_nf4_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,9 @@ def test_a_stock_pipeline_gives_the_trainers_pictures(
         assert export_lora(trained.backbone, tmp_path / "out", ABOUT)
     # As any file that a user makes, whatever safetensors thinks.
     (tmp_path / "plain").touch()
-    modes = [path.stat().st_mode for path in (tmp_path / "plain", tmp_path / "out" / "pytorch_lora_weights.safetensors")]
+    modes = [
+        path.stat().st_mode for path in (tmp_path / "plain", tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    ]
     assert modes[0] == modes[1]
     pipeline = load_stock()
     base = stock_latents(trained, pipeline)

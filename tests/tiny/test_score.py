@@ -72,6 +72,14 @@ GRAPHS: dict[str, tuple[dict[str, Any], str | None]] = {
                      "5": sampler(["3", 0], ["2", 0])}, None),
     "none": ({"1": CHECKPOINT}, None),
     "a loop": ({"2": {"class_type": "X", "inputs": {"a": ["2", 0]}}, "4": sampler(["2", 0], ["2", 0])}, None),
+    "SDXL": (
+        {"2": {"class_type": "CLIPTextEncodeSDXL", "inputs": {"text_g": "a hut", "text_l": "a hut"}},
+         "4": sampler(["2", 0], ["2", 0])}, "a hut",
+    ),
+    "many ways to one text": (
+        {"0": encode("a dog"), **{str(i): {"class_type": "X", "inputs": {"a": [str(i - 1), 0], "b": [str(i - 1), 1]}}
+                                  for i in range(1, 40)}, "99": sampler(["39", 0], ["0", 0])}, "a dog",
+    ),
     "odd": ({"2": "text", "4": {"class_type": "KSampler", "inputs": None}, "5": sampler(["nowhere", 0], [1])}, None),
 }  # fmt: skip
 
@@ -190,7 +198,35 @@ def test_more_than_a_batch_keeps_its_order(pictures: Path, monkeypatch: pytest.M
     assert scores["shapes"].tolist() == [0, 1, 0] * 3
 
 
+def test_pictures_are_scored_as_a_viewer_shows_them(pictures: Path) -> None:
+    """A camera's rotation counts."""
+    wide = Image.open(pictures / "b.png").crop((0, 0, 64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    wide.save("turned.jpg", exif=exif)
+    (opened,) = score.open_images([Path("turned.jpg")], "x", None)
+    assert opened.size == (32, 64) and score.load([opened]).shape == (1, 64, 32, 3)
+
+
+def test_diversity_in_a_csv(pictures: Path) -> None:
+    assert cli.main(["score", "pictures", "--diversity", "--prompt", "x", "--output", "d.csv"]) == 0
+    with Path("d.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["vendi"] for row in rows}) == 1 and 1 < float(rows[0]["vendi"]) <= 3
+
+
+def test_a_picture_that_cannot_be_scored_is_named(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (3000, 2)).save("thin.png")
+    assert cli.main(["score", "thin.png", "--reward", "ocr", "--prompt", 'a "sign"']) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("tmpo_trainer: thin.png: reward ocr cannot read image 0")
+
+
 BAD: list[tuple[str, list[str]]] = [
+    ("deep.png --reward shapes --prompt x", ["deep.png cannot be read as a picture", "would be clipped"]),
+    ("latin.png --reward shapes", ["latin.txt cannot be read as UTF-8 text"]),
+    ("pictures/a.png --diversity --prompt x", ["no two pictures have the same prompt"]),
+    ("pictures --reward remote --prompt x", ["reward remote needs its address"]),
     ("nowhere --reward shapes", ["nowhere does not exist"]),
     ("empty --reward shapes", ["folder empty holds no pictures (.png"]),
     ("pictures/notes.md --reward shapes", ["pictures/notes.md cannot be read as a picture"]),
@@ -218,6 +254,9 @@ def test_bad_input_is_one_line_and_exit_2(
     Image.new("RGB", (64, 64)).save("bare.png")
     Path("cut.png").write_bytes((pictures / "a.png").read_bytes()[:200])
     Path("one.txt").write_text("a red circle\n")
+    Image.fromarray(np.full((8, 8), 20000, np.uint16)).save("deep.png")
+    Image.new("RGB", (64, 64)).save("latin.png")
+    Path("latin.txt").write_bytes("ein W\u00fcrfel".encode("latin-1"))
     assert cli.main(["score", *flags.split()]) == 2
     out, err = capsys.readouterr()
     assert out == ""

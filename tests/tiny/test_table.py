@@ -102,7 +102,8 @@ def test_the_row_of_base_and_lora(
 
 def test_flags_beat_the_run(place: Path) -> None:
     content = run(*FLAGS, "--images", "2", "--seed", "5", "--limit", "2", "--steps", "3")
-    expected = {"images": 2, "seed": 5, "prompts": 2, "steps": 3, "guidance": 1.0, "model": "local",
+    expected = {"resolution": [32, 32], "rewards": ["shapes", "pickscore"], "preference_prompts": 0,
+                "images": 2, "seed": 5, "prompts": 2, "steps": 3, "guidance": 1.0, "model": "local",
                 "features": "efficientnet-lite0"}  # fmt: skip
     assert content["settings"] == expected
 
@@ -193,3 +194,89 @@ def test_a_lora_diffusers_cannot_place_is_refused(place: Path, load: Callable[..
     save_file({f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}, "odd.safetensors")
     with pytest.raises(ConfigError, match=r"odd.safetensors: transformer.nowhere.to_q does not fit"):
         table.attach(load(), Path("odd.safetensors"))
+
+
+def test_the_base_of_another_model_is_not_taken_for_this_ones(place: Path, tiny_model: Path) -> None:
+    """The same output folder, prompts and noise, but other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model, "second")
+    file = Path("second/transformer/diffusion_pytorch_model.safetensors")
+    state = load_file(file)
+    save_file({**state, "proj_out.weight": 2 * state["proj_out.weight"]}, file, {"format": "pt"})
+    first = run(*FLAGS)["models"]["base"]["red"]["mean"]
+    assert cli.main(["evaluate", *FLAGS, "--model", "second", "--output-dir", "out"]) == 0
+    second = json.loads(Path("out/table.json").read_text())["models"]["base"]["red"]["mean"]
+    assert abs(second - first) > 1e-4
+    Path("out/base.npz").write_bytes(b"cut short")
+    assert cli.main(["evaluate", *FLAGS, "--output-dir", "out"]) == 0
+    assert json.loads(Path("out/table.json").read_text())["models"]["base"]["red"]["mean"] == first
+
+
+def test_what_fails_on_the_way_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Dead:
+        name = "remote"
+
+        def score(self, *arguments: Any) -> torch.Tensor:
+            raise RuntimeError("reward remote at http://127.0.0.1:1: Connection refused\n(5 tries)")
+
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: Dead())
+    assert cli.main(["evaluate", *FLAGS, "--output-dir", "out"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "tmpo_trainer: reward remote at http://127.0.0.1:1: Connection refused (5 tries)"
+
+
+def test_numbers_that_are_not_finite_are_refused(place: Path, capsys: pytest.CaptureFixture[str], load: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(f"run/{FILE_NAME}")
+    name = next(iter(state))
+    save_file({**state, name: torch.full_like(state[name], torch.nan)}, f"run/{FILE_NAME}")
+    assert cli.main(["evaluate", *FLAGS]) == 2
+    assert "has numbers that are not finite" in capsys.readouterr().err
+    backbone = load()
+    with torch.no_grad():
+        backbone.transformer.proj_out.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="non-finite latents for prompt 'a red circle'"):
+        evaluate.evaluate(backbone, ["a red circle"], [("green", Green())], EfficientNetLite(torch.device("cpu")), 2,
+                          evaluate.Sampling(2, 0, 1.0, (32, 32)))  # fmt: skip
+
+
+def test_each_reward_wants_its_own_prompts_only(place: Path) -> None:
+    """The first on the first list, the others on the second: no prompt need suit all."""
+    Path("signs.jsonl").write_text('{"prompt": "a shop", "target": "open"}\n{"prompt": "a door", "target": "push"}\n')
+    content = run("run", "--prompts", "list.txt", "--reward", "shapes", "ocr", "--preference-prompts", "signs.jsonl")
+    assert content["settings"]["prompts"] == 3 and content["settings"]["preference_prompts"] == 2
+
+
+def test_defaults_are_the_papers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 pictures, and for a model from the hub the preset's features and batch."""
+    seen: list[TrainConfig] = []
+    monkeypatch.setattr(table, "run", lambda config, *more: seen.append(config) or 0)
+    for flags in (["--model", "black-forest-labs/FLUX.1-dev"], [], ["--model", "x/y", "--reward", "geneval"], ["run"]):
+        assert cli.main(["evaluate", *flags]) == 0
+    assert [(c.eval_images, c.eval_steps, c.features, c.max_batch) for c in seen] == [
+        (10, 28, "facebook/dinov2-large", 27), (10, 28, "efficientnet-lite0", None),
+        (10, 28, "facebook/dinov2-large", 27), (3, 4, "efficientnet-lite0", None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", ["lora_unet_transformer_blocks_0_attn_to_q", "diffusion_model.transformer_blocks.0.attn.to_q"]
+)
+def test_names_that_diffusers_does_not_know_are_one_line(
+    place: Path, names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    save_file(
+        {f"{names}.lora_down.weight": torch.ones(2, 32), f"{names}.lora_up.weight": torch.ones(32, 2)}, "k.safetensors"
+    )
+    flags = [*FLAGS[1:], "--model", str(json.loads(Path("run/config.yaml").read_text())["model"])]
+    assert (
+        cli.main(["evaluate", "k.safetensors", *flags, "--resolution", "32", "32", "--max-sequence-length", "0"]) == 2
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tmpo_trainer: ")]
+    assert "k.safetensors" in line

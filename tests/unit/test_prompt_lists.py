@@ -145,6 +145,18 @@ def test_a_jsonl_file(tmp_path: Path) -> None:
     assert found.first(2).texts == ["a sign", "a dog"]
 
 
+def test_lines_end_where_lines_end(tmp_path: Path) -> None:
+    """Not at the other marks that Unicode knows."""
+    (tmp_path / "a.txt").write_text("one\u0085two\r\nthree\n")
+    assert read_prompts(tmp_path / "a.txt").texts == ["one\u0085two", "three"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "one\u2028two"}, ensure_ascii=False))
+    assert read_prompts(tmp_path / "a.jsonl").texts == ["one\u2028two"]
+    for line in ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "[" * 100_000, '{"prompt": "\\ud800"}'):
+        (tmp_path / "a.jsonl").write_text(line)
+        with pytest.raises(ConfigError, match=r"a\.jsonl, line 1"):
+            read_prompts(tmp_path / "a.jsonl")
+
+
 def test_the_reward_names_the_prompt_it_cannot_score() -> None:
     with pytest.raises(ConfigError, match="list: prompt 'a dog' has no text to render"):
         check_prompts(["ocr"], PromptList("list", ['a "sign"', "a dog"]))

@@ -69,6 +69,13 @@ def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
                     raise ConfigError(f"{prompts.where}: {error}") from None
 
 
+def remote_address(name: str, path: str | None) -> str:
+    """The URL of a remote reward. Raises ConfigError if none was given."""
+    if path is None:
+        raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
+    return path
+
+
 def load_scorer(
     name: str,
     device: torch.device | None = None,
@@ -89,9 +96,7 @@ def load_scorer(
     if name == "remote" or name.startswith("remote-"):
         from . import remote
 
-        if path is None:
-            raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
-        return remote.load(path, hosts, timeout, name)
+        return remote.load(remote_address(name, path), hosts, timeout, name)
     return importlib.import_module(f".{name}", __name__).load(device or torch.device("cpu"), path)
 
 

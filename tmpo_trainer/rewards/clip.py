@@ -45,7 +45,7 @@ def pad(size: int) -> Prepare:
 
     def square(image: Image.Image) -> Image.Image:
         scale = size / max(image.size)
-        width, height = (round(side * scale) for side in image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
         whole = Image.new("RGB", (size, size))
         resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         whole.paste(resized, ((size - width) // 2, (size - height) // 2))

@@ -93,9 +93,15 @@ class OcrScorer:
 
         def work(first: int) -> list[str]:
             # It wants BGR. Lines upside down are not turned: a picture that needs it is no good one.
-            engine = self._engines[first]
-            results = [engine(np.ascontiguousarray(image[..., ::-1]), use_cls=False) for image in images[first::count]]
-            return [" ".join(result.txts or ()) for result in results]
+            texts = []
+            for i in range(first, len(images), count):
+                try:
+                    result = self._engines[first](np.ascontiguousarray(images[i][..., ::-1]), use_cls=False)
+                except Exception as error:
+                    # Of its own kinds, which are not public, e.g. for a picture of two rows.
+                    raise ValueError(f"reward ocr cannot read image {i}: {' '.join(str(error).split())}") from None
+                texts.append(" ".join(result.txts or ()))
+            return texts
 
         with ThreadPoolExecutor(count) as pool:
             parts = list(pool.map(work, range(count)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,11 +84,16 @@ def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
     Args:
         key: of a dictionary around them, if any.
     """
+    if file.is_dir():
+        raise ConfigError(f"reward {scorer}: {file} is a folder: give the checkpoint's file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return dict(found[key] if key is not None and key in found else found)
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        found = dict(found[key] if key is not None and key in found else found)
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+            raise ValueError("it holds more than named tensors")
+        return found
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"reward {scorer}: {file} cannot be read ({reason}): download it again") from None
