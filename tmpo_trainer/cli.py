@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -178,6 +180,17 @@ def _run(arguments: Sequence[str]) -> int:
     return run.train(config, name, checkpoint)
 
 
+def broken_torchvision() -> str | None:
+    """What an installed torchvision says when it is imported, if it cannot be. Then much of transformers cannot either."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Every error that a user can mend is one line on stderr."""
     try:
@@ -187,8 +200,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"tmpo_trainer: {error}", file=sys.stderr)
         return 2
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("tmpo_trainer"):
+    except (ImportError, RuntimeError) as error:
+        if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):
+            raise
+        # diffusers makes RuntimeErrors of what it cannot import.
+        imports = isinstance(error, ImportError) or "import" in str(error)
+        broken = broken_torchvision() if imports else None
+        if broken is not None:
+            print(
+                f"tmpo_trainer: torchvision is installed but does not work ({broken}), and transformers does not without it: "
+                "pip uninstall torchvision (it is not needed), or install the build for your torch",
+                file=sys.stderr,
+            )
+            return 2
+        if not isinstance(error, ModuleNotFoundError):
             raise
         print(f'tmpo_trainer: {error}: pip install -c constraints.txt -e ".[train]"', file=sys.stderr)
         return 2

@@ -528,6 +528,30 @@ def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> No
     assert [event.step for event in events.Images("samples")] == [1, 2]
 
 
+@pytest.mark.parametrize("broken", [True, False])
+def test_torchvision_is_not_needed_and_a_broken_one_is_told(tmp_path: Path, broken: bool) -> None:
+    """As on a machine without CUDA, where PyPI's build of it cannot be imported and takes transformers' CLIP with it."""
+    if broken:
+        (tmp_path / "torchvision").mkdir()
+        (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+        about = tmp_path / "torchvision-0.28.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    code = (
+        f"import sys\nif not {broken}: sys.modules['torchvision'] = None\nfrom tmpo_trainer import cli\n"
+        "sys.exit(cli.main(['score', 'nowhere.png', '--reward', 'pickscore', '--prompt', 'x']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path if broken else ''}{os.pathsep}{REPOSITORY}"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        "torchvision is installed but does not work (operator nms" if broken else "nowhere.png does not exist"
+    ) in last
+
+
 def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evalute", "run"]) == 2
     assert "unknown command evalute, did you mean evaluate?" in capsys.readouterr().err

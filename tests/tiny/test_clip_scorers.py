@@ -353,6 +353,16 @@ def test_imagereward_is_its_definition(network: imagereward.ImageReward, bert: A
     torch.testing.assert_close(alone, scores, atol=1e-5, rtol=1e-5)
 
 
+def test_half_precision_weights_score_in_float32(clip_folder: Path, images: np.ndarray, tmp_path: Path) -> None:
+    """On a CPU; transformers would otherwise compute in whatever the file has."""
+    shutil.copytree(clip_folder, tmp_path / "half")
+    CLIPModel.from_pretrained(clip_folder).half().save_pretrained(tmp_path / "half")
+    scorer = pickscore.load(CPU, str(tmp_path / "half"))
+    assert all(value.dtype == torch.float32 for value in scorer.towers.model.parameters())
+    full = pickscore.load(CPU, str(clip_folder)).score(images, PROMPTS)
+    torch.testing.assert_close(scorer.score(images, PROMPTS), full, atol=2e-2, rtol=2e-3)
+
+
 def test_imagereward_key_map_is_complete(network: imagereward.ImageReward) -> None:
     mapped = imagereward.from_original(original_names(network))
     own = network.state_dict()

@@ -117,3 +117,16 @@ def test_preprocessing(theirs: dict) -> None:
         pytest.skip("torchvision does not work here")
     ours = clip.pad(224)([Image.fromarray(picture.numpy()) for picture in theirs["pictures"]])
     torch.testing.assert_close(ours, theirs["prepared"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_many_pictures_are_as_one_by_one(theirs: dict) -> None:
+    """K pictures of one prompt, in batches of any size."""
+    model = hpsv2.build(Path("hps.pt"), theirs["state"])
+    towers = clip.ClipTowers(model, clip.open_clip_tokenizer(), clip.pad(224), torch.device("cpu"), hpsv2.clean, batch=2)
+    scorer = hpsv2.HpsScorer(towers)
+    images = np.random.default_rng(1).integers(0, 256, (5, 40, 60, 3), dtype=np.uint8)
+    together = scorer.score(images, ["a cat"] * 5)
+    alone = torch.cat([scorer.score(image[None], ["a cat"]) for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert together.std() > 1e-4
