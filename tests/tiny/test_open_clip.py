@@ -123,7 +123,9 @@ def test_preprocessing(theirs: dict) -> None:
 def test_many_pictures_are_as_one_by_one(theirs: dict) -> None:
     """K pictures of one prompt, in batches of any size."""
     model = hpsv2.build(Path("hps.pt"), theirs["state"])
-    towers = clip.ClipTowers(model, clip.open_clip_tokenizer(), clip.pad(224), torch.device("cpu"), hpsv2.clean, batch=2)
+    towers = clip.ClipTowers(
+        model, clip.open_clip_tokenizer(), clip.pad(224), torch.device("cpu"), hpsv2.clean, batch=2
+    )
     scorer = hpsv2.HpsScorer(towers)
     images = np.random.default_rng(1).integers(0, 256, (5, 40, 60, 3), dtype=np.uint8)
     together = scorer.score(images, ["a cat"] * 5)
