@@ -6,4 +6,7 @@ from importlib.util import find_spec
 if __package__ and find_spec("comfy_api") is not None:
     from .nodes import comfy_entrypoint
 
-    __all__ = ["comfy_entrypoint"]
+    #: Named here and not in pyproject.toml, so that help pages are found whatever the folder is called.
+    WEB_DIRECTORY = "./web"
+
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from PIL import Image
 from ..tmpo_trainer import diversity, grids, lora_file
 from .demo_model import FOLDER
 from .scoring import feature_vectors, pixels, to_image
-from .types import CATEGORY, ScoresSocket
+from .types import CATEGORY, ScoresSocket, inside
 
 #: The LoRA that comes with the demo model.
+NONE = "(none)"
 DEMO, DEMO_FILE = "(demo)", FOLDER.parent / "lora" / lora_file.FILE_NAME
 
 
@@ -29,13 +31,27 @@ def apply_lora(model: Any, path: Path, strength: float) -> Any:
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys, log_missing=False)
     layers = len(lora_file.read(path).layers)
     clone = model.clone()
-    placed = len(clone.add_patches(loaded, strength))
+    weights = model.model.state_dict()
+    fitting = {key: adapter for key, adapter in loaded.items() if _fits(weights, key, adapter)}
+    placed = len(clone.add_patches(fitting, strength))
     if placed < layers:
         raise ValueError(
             f"{path.name} is a LoRA of another model: {placed} of its {layers} layers are in "
             f"{type(model.model).__name__}. Choose the model it was trained on: see `about`"
         )
     return clone
+
+
+def _fits(weights: dict[str, Any], key: Any, adapter: Any) -> bool:
+    """Whether a LoRA's layer has the shape of the weight, or of the slice of it, that it would change."""
+    name, part = (key, None) if isinstance(key, str) else key[:2]
+    if name not in weights or len(weights[name].shape) < 2:
+        return False
+    shape = list(weights[name].shape[:2])
+    if part is not None:
+        shape[part[0]] = part[2]
+    up, down = adapter.weights[:2]
+    return [up.shape[0], down.shape[1]] == shape
 
 
 class LoadTmpoLora(io.ComfyNode):
@@ -51,8 +67,8 @@ class LoadTmpoLora(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model it was trained on."),
                 io.Combo.Input(
                     "lora",
-                    options=[DEMO, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file in models/loras; (demo) is for the demo model.",
+                    options=[NONE, DEMO, *folder_paths.get_filename_list("loras")],
+                    tooltip="A file in models/loras; (demo) is for the demo model; (none) leaves the model as it is.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="1 as trained; more exaggerates."
@@ -61,7 +77,7 @@ class LoadTmpoLora(io.ComfyNode):
                     "path",
                     default="",
                     optional=True,
-                    tooltip="A file or a run's folder, in place of the one chosen above.",
+                    tooltip="A file or a run's folder in ComfyUI's output folder, in place of the one chosen above.",
                 ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="about")],
@@ -70,26 +86,30 @@ class LoadTmpoLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
+        if path is None:
+            # It comes from another node and may have become another file.
+            return float("nan")
         file = cls._file(lora, path)
-        return (str(file), file.stat().st_mtime_ns if file.exists() else 0, strength)
+        return (str(file), file.stat().st_mtime_ns if file is not None and file.exists() else 0, strength)
 
     @staticmethod
-    def _file(lora: str, path: str) -> Path:
-        if not path and lora == DEMO:
-            return DEMO_FILE
-        if not path:
-            return Path(folder_paths.get_full_path_or_raise("loras", lora))
-        given = Path(path).expanduser()
-        return given / lora_file.FILE_NAME if given.is_dir() else given
+    def _file(lora: str, path: str) -> Path | None:
+        if path:
+            given = inside(path, "path", folder_paths.get_folder_paths("loras"))
+            return given / lora_file.FILE_NAME if given.is_dir() else given
+        if lora == NONE:
+            return None
+        return DEMO_FILE if lora == DEMO else Path(folder_paths.get_full_path_or_raise("loras", lora))
 
     @classmethod
     def execute(cls, model, lora, strength, path="") -> io.NodeOutput:
         file = cls._file(lora, path)
+        if file is None or strength == 0:
+            return io.NodeOutput(model, "no LoRA", ui=ui.PreviewText("no LoRA"))
         about, sound = lora_file.describe(file)
         if not sound:
             about += "\nNot all checks hold: it may not do what it was trained to."
-        patched = model if strength == 0 else apply_lora(model, file, strength)
-        return io.NodeOutput(patched, about, ui=ui.PreviewText(about))
+        return io.NodeOutput(apply_lora(model, file, strength), about, ui=ui.PreviewText(about))
 
 
 class Compare(io.ComfyNode):
@@ -106,7 +126,11 @@ class Compare(io.ComfyNode):
                 ScoresSocket.Input("base_scores", optional=True, tooltip="Scores of the first batch."),
                 ScoresSocket.Input("lora_scores", optional=True, tooltip="Scores of the second batch."),
                 io.Int.Input("pairs", default=9, min=1, max=64, tooltip="Pairs in the grid, spread over the batch."),
-                io.Boolean.Input("diversity", default=True, tooltip="Cosine diversity on EfficientNet-lite0 features."),
+                io.Boolean.Input(
+                    "diversity",
+                    default=True,
+                    tooltip="Also cosine diversity, if EfficientNet-lite0 is installed.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="grid"), io.String.Output(display_name="table")],
             is_output_node=True,
@@ -143,7 +167,7 @@ class Compare(io.ComfyNode):
             for name in first.values:
                 if name in second.values:
                     lines.append((name, first.values[name].mean().item(), second.values[name].mean().item()))
-        if with_diversity and len(base) > 1:
+        if with_diversity and len(base) > 1 and find_spec("efficientnet_lite_pytorch") is not None:
             vectors = [feature_vectors("efficientnet-lite0", images) for images in (base, lora)]
             for name, measure in (
                 ("cosine diversity", diversity.cosine_diversity),

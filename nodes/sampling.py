@@ -87,6 +87,16 @@ class TreeSampler(comfy.samplers.Sampler):
             )
         prompts, seed = len(noise), extra_args.get("seed") or 0
         plan = self.plan(len(sigmas) - 1, prompts)
+        if plan.roots > prompts and not torch.count_nonzero(noise):
+            raise ValueError(
+                "no noise is added here (DisableNoise), so there are no seeds to branch: leave out branch step 1"
+            )
+        last = flow.last_stochastic_step(sigmas)
+        late = [step for step in plan.fanout if step > last]
+        if late and self.eta:
+            raise ValueError(
+                f"branch step {late[0]} is too late: almost no noise is left there. Choose {last} or earlier"
+            )
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         sources = [tree.keyed_noise((seed, p), noise.shape[1:]) for p in range(prompts)]
         # Root 0 of a prompt starts from the noise that was given, as any sampler does.
@@ -262,7 +272,7 @@ def _tree_inputs() -> list[Any]:
         ),
         io.Int.Input(
             "max_batch",
-            default=0,
+            default=9,
             min=0,
             max=256,
             tooltip="Most latents in one call of the model, 0 for no limit. Lower it if memory runs out; the pictures stay "

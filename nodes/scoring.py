@@ -22,6 +22,8 @@ from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 FOLDER = "tmpo_rewards"
 HUB = "(hub)"
 REWARDS = ["pickscore", "hpsv2", "imagereward", "clipscore", "ocr", "geneval", "shapes"]
+#: Of images: a package's, or the paper's from the hub.
+FEATURES = ["efficientnet-lite0", "facebook/dinov2-large"]
 #: Bytes that the largest scorer needs on a GPU.
 ROOM = 4 * 2**30
 #: What ComfyUI does not bring: the module that a reward needs, and what to install for it.
@@ -53,9 +55,13 @@ def model_path(name: str) -> str | None:
     raise ValueError(f"models/{FOLDER}/{name} is gone: choose another model")
 
 
-@lru_cache(maxsize=4)
-def _scorer(name: str, path: str | None) -> Any:
-    """Kept between runs: loading takes longer than scoring. Its weights wait in the computer's memory."""
+@lru_cache(maxsize=2)
+def _scorer(name: str, path: str | None, changed: int) -> Any:
+    """Kept between runs: loading takes longer than scoring. Its weights wait in the computer's memory.
+
+    Args:
+        changed: when the file was: another one is loaded anew.
+    """
     from ..tmpo_trainer.rewards import Parked, load_scorer
 
     device = comfy.model_management.get_torch_device()
@@ -153,9 +159,10 @@ class ScoreImages(io.ComfyNode):
         module, packages = PACKAGES.get(reward, ("torch", "torch"))
         if find_spec(module) is None:
             raise ValueError(f"reward {reward} needs {module}: pip install {packages}, then restart ComfyUI")
-        scorer = _scorer(reward, model_path(model))
+        path = model_path(model)
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)
+        scorer = _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0)
         values = check_finite(reward, scorer.score(pixels(images), prompts, about), prompts)
         scores = Scores({reward: values}, prompts)
         return io.NodeOutput(scores, summary(scores))
@@ -188,8 +195,12 @@ class CombineScores(io.ComfyNode):
         for other in given[1:]:
             if other.prompts != first.prompts:
                 raise ValueError("these scores are of different batches: score the same images with the same prompts")
-        # The sum that another Combine Scores has put first is one score too.
-        values = [(name, v) for scores in given for name, v in scores.values.items()]
+        # The first of each: what another Combine Scores has made is one score, not its parts again.
+        values: list[tuple[str, Tensor]] = []
+        for scores in given:
+            name = next(iter(scores.values))
+            taken = [known for known, _ in values]
+            values.append((name if name not in taken else f"{name} {len(values) + 1}", scores.first()))
         try:
             factors = [float(word) for word in weights.replace(",", " ").split()] or [1.0] * len(values)
         except ValueError:
@@ -203,7 +214,8 @@ class CombineScores(io.ComfyNode):
             for members in groups(first.prompts):
                 part = raw[members]
                 total[members] += factor * (objectives.zscore(part) if zscore else part)
-        scores = Scores({"combined": total, **dict(values)}, first.prompts)
+        parts = {f"{name} (part)" if name == "combined" else name: v for name, v in values}
+        scores = Scores({"combined": total, **parts}, first.prompts)
         return io.NodeOutput(scores, summary(scores))
 
 
@@ -266,10 +278,10 @@ class DiversityNode(io.ComfyNode):
                 io.Latent.Input("latent", optional=True, tooltip="For LGMD."),
                 io.Model.Input("model", optional=True, tooltip="Whose latents they are: LGMD is then on the trainer's scale."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="Features for images, in place of those below."),
-                io.String.Input(
-                    "features", default="efficientnet-lite0",
-                    tooltip="efficientnet-lite0 (small, a package), or a DINOv2 by hub id or folder: the paper's is "
-                    "facebook/dinov2-large.",
+                io.Combo.Input(
+                    "features",
+                    options=FEATURES, default=FEATURES[0],
+                    tooltip="efficientnet-lite0 (small, a package), or the paper's DINOv2, which is downloaded once.",
                 ),
             ],
             outputs=[

@@ -15,7 +15,6 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -24,11 +23,15 @@ from torch import Tensor
 
 from ..tmpo_trainer.lora_file import FILE_NAME
 from .scoring import to_image
-from .types import CATEGORY
+from .types import CATEGORY, inside
 
 PACK = Path(__file__).parents[1]
 INSTALL = f'pip install -c constraints.txt -e ".[train]" in {PACK}, or name an interpreter that has it in TMPO_PYTHON'
-RUN_TIP = "A run's folder; a bare name lies in ComfyUI's output folder."
+RUN_TIP = "A run's folder, in ComfyUI's output folder."
+#: Flags that lead elsewhere, or start other programs.
+REFUSED = ("launch", "--output-dir", "--config", "--resume")
+#: Seconds that a cancelled run has to save.
+SAVING = 120
 #: Seconds between two looks at a run.
 LOOK = 0.5
 
@@ -48,7 +51,8 @@ def missing_packages(python: str) -> str | None:
     """What an interpreter says when it imports what training needs; None if all is there. Raises ValueError."""
     code = "import accelerate, diffusers, peft, matplotlib, pydantic, yaml, cv2, rapidocr"
     try:
-        tried = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
+        # -P: no module of the same name from the current folder.
+        tried = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"python {python} cannot be run ({error}): give the path of an interpreter") from None
     return None if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it failed"])[-1]
@@ -73,8 +77,13 @@ class Train(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="lora_path"), io.String.Output(display_name="report")],
             is_output_node=True,
-            not_idempotent=True,
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, output_dir, flags) -> Any:
+        # Run again if its LoRA is gone, or another run has written one.
+        file = inside(output_dir, "output_dir") / FILE_NAME
+        return file.stat().st_mtime_ns if file.exists() else float("nan")
 
     @classmethod
     def execute(cls, output_dir, flags) -> io.NodeOutput:
@@ -87,11 +96,19 @@ class Train(io.ComfyNode):
             words = shlex.split(flags)
         except ValueError as error:
             raise ValueError(f"flags: {error}") from None
-        folder = Path(output_dir).expanduser()
-        folder = folder if folder.is_absolute() else Path(folder_paths.get_output_directory()) / folder
-        if folder.exists() and any(folder.glob("checkpoint-*")) and "--resume" not in words:
+        refused = [word for word in words if word.split("=")[0] in REFUSED]
+        if refused:
+            raise ValueError(f"flags: {refused[0]} is not for this node, which has output_dir for its folder")
+        folder = inside(output_dir, "output_dir")
+        asked = folder / "flags.txt"
+        if any(folder.glob("checkpoint-*")):
+            before = asked.read_text(encoding="utf-8") if asked.exists() else ""
+            if before != shlex.join(words):
+                raise ValueError(f"{folder} holds a run with other flags ({before}): choose another output_dir")
             words = ["--resume", str(folder)]
         else:
+            folder.mkdir(parents=True, exist_ok=True)
+            asked.write_text(shlex.join(words), encoding="utf-8")
             words += ["--output-dir", str(folder)]
         run(python, words, folder)
         report = folder / "report.md"
@@ -104,16 +121,18 @@ def run(python: str, words: list[str], folder: Path) -> None:
     # Weights that ComfyUI holds would be in the way.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK), os.environ.get("PYTHONPATH", "")])}
+    places = [str(PACK), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     bar = comfy.utils.ProgressBar(1)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        # Elsewhere than here: the pack's own `nodes` would be found before others of that name.
+        windows = os.name == "nt"
         process = subprocess.Popen(
-            [python, "-m", "tmpo_trainer", *words],
-            cwd=tempfile.gettempdir(),
+            [python, "-P", "-m", "tmpo_trainer", *words],
             env=environment,
             stderr=errors,
             stdout=subprocess.DEVNULL,
+            # Ctrl-Break reaches groups alone.
+            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if windows else 0,  # type: ignore[attr-defined]
         )
         try:
             while process.poll() is None:
@@ -123,8 +142,12 @@ def run(python: str, words: list[str], folder: Path) -> None:
                 time.sleep(LOOK)
         except BaseException:
             # It saves a checkpoint and ends.
-            process.send_signal(signal.SIGINT)
-            process.wait()
+            process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGINT)  # type: ignore[attr-defined]
+            try:
+                process.wait(SAVING)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             raise
         errors.seek(0)
         told = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
@@ -160,19 +183,14 @@ class TrainingMonitor(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run) -> Any:
-        file = cls._folder(run) / "metrics.jsonl"
+        file = inside(run, "run") / "metrics.jsonl"
         return file.stat().st_mtime_ns if file.exists() else 0
-
-    @staticmethod
-    def _folder(run: str) -> Path:
-        folder = Path(run).expanduser()
-        return folder if folder.is_absolute() else Path(folder_paths.get_output_directory()) / folder
 
     @classmethod
     def execute(cls, run) -> io.NodeOutput:
         from ..tmpo_trainer import charts
 
-        folder = cls._folder(run)
+        folder = inside(run, "run")
         lines = read_lines(folder / "metrics.jsonl")
         if not lines:
             raise ValueError(f"{folder} holds no run: metrics.jsonl is missing or empty")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -11,6 +14,22 @@ from torch import Tensor
 from ..tmpo_trainer import tree
 
 CATEGORY = "TMPO"
+
+
+def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
+    """A path within ComfyUI's output folder, where a bare name lies, or within other folders.
+
+    A workflow from elsewhere must not read or write anywhere else.
+
+    Raises:
+        ValueError: it lies outside.
+    """
+    output = Path(folder_paths.get_output_directory()).resolve()
+    path = (output / Path(given).expanduser()).resolve()
+    if not any(path.is_relative_to(Path(folder).resolve()) for folder in (output, *more)):
+        raise ValueError(f"{what} {given} lies outside of {output}: choose a folder in there")
+    return path
+
 
 TreeSocket = io.Custom("TMPO_TREE")
 ScoresSocket = io.Custom("TMPO_SCORES")

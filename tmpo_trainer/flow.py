@@ -104,7 +104,7 @@ def last_stochastic_step(sigmas: Sequence[float] | Tensor) -> int:
 
 def check_stochastic(kernel: Kernel, eta: float, sigmas: Sequence[float] | Tensor, steps: Sequence[int]) -> None:
     """Raises ValueError, with the std in it, if one of the 1-based `steps` is too late to carry noise."""
-    last = last_stochastic_step(sigmas)
+    last = last_stochastic_step(sigmas) if kernel != "ode" else len(sigmas)
     for step in steps:
         if step > last:
             sigma, sigma_next = float(sigmas[step - 1]), float(sigmas[step])

@@ -86,7 +86,7 @@ BAD = [
     ({"branch_steps": ""}, "must increase"),
     ({"eta": 1.5}, "too large for kernel cps"),
     ({"branch_steps": "1, 2, 3, 4, 5, 6", "branching": 4}, "4096 leaves"),
-    ({"branch_steps": "1, 10"}, "branch at step"),
+    ({"branch_steps": "1, 10"}, "branch step 10 is too late"),
 ]
 
 
@@ -101,7 +101,8 @@ def test_the_pack_loads_fast_and_without_the_trainers_packages(comfy: Any) -> No
     text = comfy.log.read_text()
     (line,) = [line for line in text.splitlines() if line.strip().endswith("custom_nodes/tmpo-trainer")]
     assert float(line.split()[0]) <= 0.5, line
-    assert "Automatically register web folder web for tmpo-trainer" in text
+    for path in ("tmpo_tree.js", "tmpo_text.js", "docs/TMPO_TreeView.md", "docs/TMPO_TreeSampler.md"):
+        assert comfy.get(f"/extensions/tmpo-trainer/{path}")
 
 
 def test_interrupt_and_run_again(comfy: Any) -> None:
@@ -199,6 +200,38 @@ def test_what_does_not_belong_together_is_told(comfy: Any) -> None:
             comfy.run({**graph(), **small, **more})
 
 
+def test_a_lora_of_other_sizes_is_refused_and_none_is_none(comfy: Any) -> None:
+    """The layers have the same names, as those of another size of the same family."""
+    lora_file(comfy, "wide.safetensors", "transformer_blocks.0.attn.to_q", 384)
+    loading = {
+        "1": node("TMPO_DemoModelLoader"),
+        "2": node("TMPO_LoadLora", model=["1", 0], lora="wide.safetensors", strength=1.0),
+    }
+    with pytest.raises(Exception, match="LoRA of another model: 0 of its 1 layers"):
+        comfy.run(loading)
+    for more in ({"lora": "(none)"}, {"lora": "wide.safetensors", "strength": 0.0}):
+        inputs = {"model": ["1", 0], "strength": 1.0, **more}
+        assert comfy.run({**loading, "2": node("TMPO_LoadLora", **inputs)})["2"]["text"][0] == "no LoRA"
+    for path in ("/etc", "../elsewhere"):
+        with pytest.raises(Exception, match="lies outside of"):
+            comfy.run({**loading, "2": node("TMPO_LoadLora", model=["1", 0], lora="(none)", strength=1.0, path=path)})
+
+
+def test_combined_scores_can_be_combined(comfy: Any) -> None:
+    """The sum of a sum counts once, and a weight belongs to a socket."""
+    more = {
+        "6": node("TMPO_ScoreImages", images=["5", 0], prompt="two red circles", reward="shapes", model="(hub)"),
+        "7": node("TMPO_CombineScores", first=["6", 0], second=["6", 0], weights="1, 2", zscore=False),
+        "8": node("TMPO_CombineScores", first=["7", 0], second=["6", 0], weights="1, 10", zscore=False),
+        "9": node("PreviewAny", source=["7", 1]),
+        "10": node("PreviewAny", source=["8", 1]),
+        "11": node("PreviewAny", source=["6", 1]),
+    }
+    found = comfy.run({**graph(), **more})
+    means = [float(found[key]["text"][0].split("mean ")[1].split(",")[0]) for key in ("11", "9", "10")]
+    assert means[0] > 0 and means[1:] == pytest.approx([3 * means[0], 13 * means[0]], abs=2e-3)
+
+
 def test_training_from_a_graph(comfy: Any) -> None:
     """Two updates of the demo model in a process of its own; the LoRA loads, the monitor shows the run."""
     flags = "--updates 2 --prompts-per-update 1 --prompts-per-batch 1 --no-report --threads 1 --sample-every 1 --ema-every 1"
@@ -216,6 +249,14 @@ def test_training_from_a_graph(comfy: Any) -> None:
     assert shown["1"]["text"][0].startswith("update 2 of 2\nshapes: ")
     assert comfy.image(shown["2"]["images"][0]).shape == (440, 840, 3)
     assert comfy.image(shown["3"]["images"][0]).shape[1] > 500
+    for folder, flags, said in (
+        ("run one", "--updates 9", "holds a run with other flags"),
+        ("/tmp/elsewhere", "", "lies outside of"),
+        ("run two", "--output-dir x", "--output-dir is not for this node"),
+        ("run two", "launch ddp", "launch is not for this node"),
+    ):
+        with pytest.raises(Exception, match=said):
+            comfy.run({"2": node("TMPO_Train", output_dir=folder, flags=flags)})
     with pytest.raises(Exception, match="exit code 2: unknown flag --updatez, did you mean --updates"):
         comfy.run({"2": node("TMPO_Train", output_dir="run two", flags="--updatez 3")})
     with pytest.raises(Exception, match="holds no run"):

@@ -342,3 +342,16 @@ def test_a_trained_lora_changes_the_pictures_as_in_diffusers(pack: Any) -> None:
     run = tree.rollout(backbone.velocity(PROMPTS[:1], 1.0), noise, backbone.sigmas(STEPS, 64, 64), plan, eta=0.7)
     torch.testing.assert_close((leaves - SHIFT) * SCALE, run.leaves, atol=1e-3, rtol=0)
     assert (leaves - base).abs().max() > 0.1
+
+
+def test_no_noise_leaves_no_seeds_to_branch(pack: Any) -> None:
+    """As in the second half of split sigmas: the latent has its noise already."""
+    given = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)[3:]
+    none = SimpleNamespace(seed=SEED, generate_noise=lambda latent: torch.zeros_like(latent["samples"]))
+    execute = pack.sampling.TreeSamplerAdvanced.execute
+    with pytest.raises(ValueError, match="no seeds to branch: leave out branch step 1"):
+        execute(none, guider, sigmas, {"samples": given}, "1, 3", 3, "cps", 0.7, 0)
+    assert len(execute(none, guider, sigmas, {"samples": given}, "2, 3", 3, "cps", 0.7, 0).result[0]["samples"]) == 9

@@ -72,6 +72,12 @@ def test_a_workflow_without_its_models_says_which(comfy: Any, info: dict[str, An
     said = json.loads(str(error.value))["node_errors"]
     kinds = {problem["type"] for node in said.values() for problem in node["errors"]}
     assert kinds == {"value_not_in_list"}
+    assert {node["class_type"] for node in said.values()} <= {
+        "UNETLoader",
+        "DualCLIPLoader",
+        "VAELoader",
+        "CheckpointLoaderSimple",
+    }
 
 
 def test_every_shipped_workflow_is_tried() -> None:
