@@ -22,7 +22,7 @@ from ..tmpo_trainer import flow, tree
 from .types import CATEGORY, Tree, TreeSocket
 
 KERNELS = ["cps", "flow_sde", "dance"]
-#: Pictures side by side in the live preview.
+#: Most pictures in the live preview.
 PREVIEWED = 9
 #: Most leaves of all prompts: beyond this a typing error is likelier than a wish.
 MOST_LEAVES = 1024
@@ -91,6 +91,8 @@ class TreeSampler(comfy.samplers.Sampler):
             raise ValueError(
                 "no noise is added here (DisableNoise), so there are no seeds to branch: leave out branch step 1"
             )
+        if not (sigmas[:-1] > sigmas[1:]).all():
+            raise ValueError("these sigmas do not fall at every step: use another scheduler or fewer steps")
         last = flow.last_stochastic_step(sigmas)
         late = [step for step in plan.fanout if step > last]
         if late and self.eta:
@@ -128,6 +130,7 @@ class TreeSampler(comfy.samplers.Sampler):
             denoised = model(x, sigma, denoise_mask=mask, **options)
             return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
 
+        whole: list[Tensor] = []
         previews: dict[int, list[Tensor]] = {}
         colours: dict[int, list[Tensor]] = {}
         bounds = [sum(plan.widths[:step]) for step in range(1, plan.num_steps + 1)]
@@ -140,8 +143,13 @@ class TreeSampler(comfy.samplers.Sampler):
                 picture = in_colour(x0, model_wrap.inner_model.latent_format)
                 if picture is not None:
                     colours.setdefault(step, []).append(picture)
+            whole.append(x0)
             if done in bounds:
                 asked = 0
+                if self.progress is None and callback is not None:
+                    # As any sampler: once a step, with all that it has.
+                    callback(step - 1, torch.cat(whole), torch.cat(whole), plan.num_steps)
+                whole.clear()
             if self.progress is not None:
                 self.progress(done, total, x0)
 
@@ -180,6 +188,9 @@ def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
         return None
     x0 = x0[:, :, 0] if x0.dim() == 5 else x0
     factors = torch.tensor(latent_format.latent_rgb_factors)
+    if len(factors) != x0.shape[1]:
+        # Formats that fold their latents first. It is only a preview.
+        return None
     bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
     return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
 
@@ -192,9 +203,11 @@ def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:
     def progress(done: int, total: int, x0: Tensor) -> None:
         picture = None
         if previewer is not None:
-            chosen = x0[torch.linspace(0, len(x0) - 1, min(PREVIEWED, len(x0))).long()]
-            # Previewers look at the first row alone.
-            picture = previewer.decode_latent_to_preview_image("JPEG", torch.cat(list(chosen), -1)[None])
+            side = int(min(PREVIEWED, len(x0)) ** 0.5)
+            chosen = x0[torch.linspace(0, len(x0) - 1, side * side).long()]
+            # Previewers look at the first row alone: a square of pictures in one.
+            rows = [torch.cat(list(chosen[first : first + side]), -1) for first in range(0, side * side, side)]
+            picture = previewer.decode_latent_to_preview_image("JPEG", torch.cat(rows, -2)[None])
         bar.update_absolute(done, total, picture)
 
     return progress
@@ -268,7 +281,7 @@ def _tree_inputs() -> list[Any]:
             min=0.0,
             max=2.0,
             step=0.05,
-            tooltip="How much noise a branch draws; 0 makes all branches alike. At most 1 for cps.",
+            tooltip="How much noise a branch draws; 0 makes all branches of a seed alike. At most 1 for cps.",
         ),
         io.Int.Input(
             "max_batch",

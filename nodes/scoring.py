@@ -81,13 +81,19 @@ def pixels(images: Tensor) -> np.ndarray:
     return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def prompts_of(text: str, count: int) -> list[str]:
-    """One prompt per picture: a line each, in turn, as the leaves of a tree sampler lie. Raises ValueError."""
+def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
+    """One prompt per picture. Lines are prompts if there are as many as the tree has, or as there are pictures; else one text.
+
+    Raises:
+        ValueError: nothing is written, or the pictures are not the tree's.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError("the prompt is empty: write what the pictures should show")
-    if count % len(lines):
-        raise ValueError(f"{len(lines)} prompts for {count} images: write one, or one per prompt of the batch")
+    if tree is not None:
+        tree.check(count, "images")
+    if len(lines) not in (count if tree is None else tree.prompts, 1):
+        lines = [" ".join(lines)]
     return [lines[i % len(lines)] for i in range(count)]
 
 
@@ -125,7 +131,7 @@ class ScoreImages(io.ComfyNode):
                 io.Image.Input("images", tooltip="A batch of pictures."),
                 io.String.Input(
                     "prompt", multiline=True, default="",
-                    tooltip="What they should show. For a batch of several prompts one line each, in the batch's order.",
+                    tooltip="What they should show. For a tree of several prompts connect it, and write one line each.",
                 ),
                 io.Combo.Input(
                     "reward", options=REWARDS, default="pickscore",
@@ -140,15 +146,16 @@ class ScoreImages(io.ComfyNode):
                     "metadata", multiline=True, default="", optional=True,
                     tooltip='For ocr {"target": "text"}; for geneval its metadata, {"tag": ..., "include": [...]}. JSON.',
                 ),
+                TreeSocket.Input("tree", optional=True, tooltip="For several prompts: the tree of these images."),
             ],
             outputs=[ScoresSocket.Output(display_name="scores"), io.String.Output(display_name="text")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, images, prompt, reward, model, metadata="") -> io.NodeOutput:
+    def execute(cls, images, prompt, reward, model, metadata="", tree=None) -> io.NodeOutput:
         from ..tmpo_trainer.rewards import check_finite
 
-        prompts = prompts_of(prompt, len(images))
+        prompts = prompts_of(prompt, len(images), tree)
         about = None
         if metadata.strip():
             try:
@@ -314,7 +321,7 @@ class DiversityNode(io.ComfyNode):
             cosine, vendi = diversity.cosine_diversity(vectors).item(), diversity.vendi_score(vectors).item()
             matrix = cosine_distances(vectors).numpy()
             lines.append(f"cosine diversity {cosine:.3f}, Vendi score {vendi:.2f} of {len(images)}")
-        picture = grids.heat_map(matrix, max(16, min(40, 800 // len(matrix))))
+        picture = grids.heat_map(matrix, max(2, min(40, 1600 // len(matrix))))
         return io.NodeOutput(lgmd, cosine, vendi, to_image(picture), "\n".join(lines))
 
 

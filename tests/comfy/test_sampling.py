@@ -355,3 +355,43 @@ def test_no_noise_leaves_no_seeds_to_branch(pack: Any) -> None:
     with pytest.raises(ValueError, match="no seeds to branch: leave out branch step 1"):
         execute(none, guider, sigmas, {"samples": given}, "1, 3", 3, "cps", 0.7, 0)
     assert len(execute(none, guider, sigmas, {"samples": given}, "2, 3", 3, "cps", 0.7, 0).result[0]["samples"]) == 9
+
+
+def test_a_sampler_object_reports_whole_steps(pack: Any) -> None:
+    """For previews and SamplerCustomAdvanced's second output: all pictures of a step, whatever the chunks."""
+    sampler = pack.sampling.TreeSamplerObject.execute("1, 4, 5", 3, "cps", 0.7, 4).result[0]
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
+    latent = empty()["samples"]
+    noise = pack.comfy.sample.prepare_noise(latent, SEED)
+    seen: list[tuple[int, int, int]] = []
+    guider.sample(noise, latent, sampler, sigmas, seed=SEED, disable_pbar=True,
+                  callback=lambda step, x0, x, total: seen.append((step, len(x0), total)))  # fmt: skip
+    assert seen == [(step, width, STEPS) for step, width in enumerate((3, 3, 3, 3, 9, 27, 27, 27, 27, 27))]
+
+
+def test_sigmas_that_stand_still_are_refused(pack: Any) -> None:
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = torch.tensor([1.0, 0.8, 0.8, 0.4, 0.0])
+    with pytest.raises(ValueError, match="do not fall at every step"):
+        pack.sampling.TreeSamplerAdvanced.execute(
+            pack.sampling._Seeded(0), guider, sigmas, empty(), "1, 2", 3, "cps", 0.7, 0
+        )
+
+
+def test_lines_are_prompts_only_where_there_are_as_many(pack: Any) -> None:
+    from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
+
+    _, two = sample(pack, PROMPTS)
+    text = "\n".join(PROMPTS)
+    assert scoring.prompts_of(text, 54, two) == list(PROMPTS) * 27
+    assert scoring.prompts_of(text, 2) == list(PROMPTS)
+    # A prompt that is written on several lines is one.
+    assert scoring.prompts_of("a\nb\n\nc", 27) == ["a b c"] * 27
+    assert scoring.prompts_of("a\nb\nc", 54, two) == ["a b c"] * 54
+    with pytest.raises(ValueError, match="images has 3 entries, the tree 54 leaves"):
+        scoring.prompts_of("a", 3, two)
+    with pytest.raises(ValueError, match="empty"):
+        scoring.prompts_of(" \n", 3)
