@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -21,6 +20,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
+from ..tmpo_trainer.checkpoint import read_metrics
 from ..tmpo_trainer.lora_file import FILE_NAME
 from .scoring import to_image
 from .types import CATEGORY, inside
@@ -34,17 +34,6 @@ REFUSED = ("launch", "--output-dir", "--config", "--resume")
 SAVING = 120
 #: Seconds between two looks at a run.
 LOOK = 0.5
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; a last one that is still being written is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
 
 
 def missing_packages(python: str) -> str | None:
@@ -137,7 +126,7 @@ def run(python: str, words: list[str], folder: Path) -> None:
         try:
             while process.poll() is None:
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                done = len(read_lines(folder / "metrics.jsonl"))
+                done = len(read_metrics(folder / "metrics.jsonl"))
                 bar.update_absolute(done, max(planned(folder), 1))
                 time.sleep(LOOK)
         except BaseException:
@@ -191,7 +180,7 @@ class TrainingMonitor(io.ComfyNode):
         from ..tmpo_trainer import charts
 
         folder = inside(run, "run")
-        lines = read_lines(folder / "metrics.jsonl")
+        lines = read_metrics(folder / "metrics.jsonl")
         if not lines:
             raise ValueError(f"{folder} holds no run: metrics.jsonl is missing or empty")
         rewards = [key for key in lines[-1] if key.startswith("reward/")]

@@ -38,6 +38,18 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return metrics
+
+
 def _flush(path: Path) -> None:
     if os.name == "nt":
         # Windows can neither open a folder nor sync a read-only handle.

@@ -13,21 +13,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from . import trackers
-from .checkpoint import write_text
+from .checkpoint import read_metrics, write_text
 from .evaluate import Evaluation, paired_gain, verdict
 from .grids import grid, zoom
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return metrics
 
 
 class Reporter:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import __version__, evaluate, export, loading, reporting, trackers
 from .backbones import is_hub_id
 from .backbones.base import Backbone
-from .checkpoint import checkpoints, drop_later, write_text
+from .checkpoint import checkpoints, drop_later, read_metrics, write_text
 from .config import TrainConfig, to_yaml
 from .errors import ConfigError
 from .features import Features
@@ -234,8 +234,8 @@ def _report(config: TrainConfig, trainer: Trainer, held_out: evaluate.HeldOut, r
         f"model start from the same noise; intervals are bootstraps over prompts. Cosine diversity is on "
         f"{held_out.features.name} features.",
     ]
-    metrics = reporting.read_metrics(trainer.run / "metrics.jsonl")
-    evaluations = reporting.read_metrics(trainer.run / "evaluations.jsonl")
+    metrics = read_metrics(trainer.run / "metrics.jsonl")
+    evaluations = read_metrics(trainer.run / "evaluations.jsonl")
     target = next(iter(base.scores))
     checks = reporting.write_report(trainer.run, base, trained, metrics, evaluations, rewards, about, target)
     for name in base.scores:

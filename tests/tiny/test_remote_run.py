@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from tmpo_trainer import cli
+from tmpo_trainer.checkpoint import read_metrics
 from tmpo_trainer.export import FILE_NAME
-from tmpo_trainer.reporting import read_metrics
 from tmpo_trainer.rewards import remote
 
 REPOSITORY = Path(__file__).parents[2]

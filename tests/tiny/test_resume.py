@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tmpo_trainer import checkpoint, cli, loading
+from tmpo_trainer.checkpoint import read_metrics
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.export import FILE_NAME
-from tmpo_trainer.reporting import Reporter, read_metrics
+from tmpo_trainer.reporting import Reporter
 
 REPOSITORY = Path(__file__).parents[2]
 UPDATES, CALLS_PER_UPDATE = 20, 2
