@@ -1,4 +1,4 @@
-"""Objectives on scalars: rewards of leaves and log-probabilities of edges in, one loss out.
+"""Softmax-TB on scalars: rewards of leaves and log-probabilities of edges in, one loss out. The rivals: `grpo.py`.
 
 No network appears here. The loss of a tree couples all its edges, but only through their scalar log-probabilities, so
 the gradient with respect to those is all that `tree.replay` needs. Shapes: E edges (stochastic transitions), K leaves
@@ -124,18 +124,88 @@ def softmax_tb_loss(
     else:
         raise ValueError(f"unknown baseline {baseline!r}: one of {', '.join(get_args(Baseline))}")
     log_q = (beta * rewards).log_softmax(-1)
-    ratio = log_ratio.detach().exp()
-    figures = {
+    return loss, {
+        **target_figures(rewards, beta, path_log_probs),
+        "advantage_mean": advantage.mean().item(),
+        "kl_q_p": (log_q.exp() * advantage).sum().item(),
+        **ratio_figures(log_ratio, clip),
+    }
+
+
+def subtree_balance_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    shift: Tensor,
+    leaf_edges: Tensor,
+    edge_parent: Tensor,
+    rewards: Tensor,
+    beta: float,
+    clip: float = 0.2,
+    baseline: Baseline = "none",
+) -> tuple[Tensor, dict[str, float]]:
+    """Balance at every branch point instead of along paths: the paper's ablation "Step-wise Balance (Detailed)".
+
+    With log F of an edge = logmeanexp of beta R over the leaves below it, its advantage is
+    log softmax_siblings(log F) - log softmax_siblings(log pi). Ratios per edge, one mean per level.
+
+    Args:
+        baseline: `none`, or `siblings` to subtract the siblings' mean. Others: see `softmax_tb_loss`.
+
+    Returns:
+        as `softmax_tb_loss`, less the figures of its path advantage.
+
+    Raises:
+        ValueError: baseline `group`: there is no advantage of a path.
+    """
+    if baseline == "group":
+        raise ValueError(
+            "step-wise balance has no advantage per path to take a group's mean of: baseline none or siblings"
+        )
+    edges, detached = len(log_probs), log_probs.detach()
+    # exp(beta R) relative to the largest, so that nothing overflows.
+    peak = (beta * rewards).max()
+    log_flow = edge_mean((beta * rewards - peak).exp(), leaf_edges, edges).log() + peak
+    advantage = sibling_log_softmax(log_flow, edge_parent) - sibling_log_softmax(detached, edge_parent)
+    if baseline == "siblings":
+        advantage = subtract_sibling_mean(advantage, edge_parent)
+    log_ratio = log_probs - old_log_probs + shift.detach()
+    count = torch.bincount(leaf_edges.flatten(), minlength=edges)
+    loss = -(count.to(log_probs.dtype) / len(rewards) * clipped_surrogate(log_ratio, advantage, clip)).sum()
+    return loss, {
+        **target_figures(rewards, beta, path_sum(detached, leaf_edges)),
+        "advantage_mean": advantage.mean().item(),
+        **ratio_figures(log_ratio, clip),
+    }
+
+
+def sibling_log_softmax(edge_values: Tensor, edge_parent: Tensor) -> Tensor:
+    """log softmax of edge values `[E]` among the edges of the same parent: `[E]`."""
+    parents = int(edge_parent.max()) + 1
+    peak = torch.full((parents,), -torch.inf, dtype=edge_values.dtype, device=edge_values.device)
+    peak = peak.scatter_reduce(0, edge_parent, edge_values, "amax")
+    centred = edge_values - peak[edge_parent]
+    total = torch.zeros_like(peak).index_add_(0, edge_parent, centred.exp())
+    return centred - total.log()[edge_parent]
+
+
+def target_figures(rewards: Tensor, beta: float, path_log_probs: Tensor) -> dict[str, float]:
+    """How far rewards and log-probabilities `[K]` spread, and exp of the entropy of softmax(beta R)."""
+    log_q = (beta * rewards).log_softmax(-1)
+    return {
         "log_prob_std": path_log_probs.std(correction=0).item(),
         "beta_reward_std": (beta * rewards).std(correction=0).item(),
-        "advantage_mean": advantage.mean().item(),
         "effective_leaves": torch.exp(-(log_q.exp() * log_q).sum()).item(),
-        "kl_q_p": (log_q.exp() * advantage).sum().item(),
+    }
+
+
+def ratio_figures(log_ratio: Tensor, clip: float) -> dict[str, float]:
+    """Mean and maximum of the ratios exp(log_ratio), and the share beyond 1 +- clip."""
+    ratio = log_ratio.detach().exp()
+    return {
         "ratio_mean": ratio.mean().item(),
         "ratio_max": ratio.max().item(),
         "clip_fraction": ((ratio - 1).abs() > clip).float().mean().item(),
     }
-    return loss, figures
 
 
 def edge_coefficients(loss: Tensor, log_probs: Tensor) -> Tensor:
