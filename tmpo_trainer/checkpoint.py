@@ -1,6 +1,7 @@
 """Atomic checkpoints and exact resume.
 
-A checkpoint folder holds `lora.safetensors` and `ema.safetensors` (float32 masters), `optimizer.pt` and `state.json`. It is
+A checkpoint folder holds `lora.safetensors` and `ema.safetensors` (float32 masters), `optimizer.pt` and `state.json`, with
+GARDO also `reference.safetensors`. It is
 written under another name, flushed to disk and renamed, so a kill at any moment leaves only whole checkpoints. Noise, branch
 steps and prompt order are functions of (seed, update): no generator state has to survive for them.
 """
@@ -21,6 +22,9 @@ from torch import Tensor
 from .errors import ConfigError
 
 FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
+
+#: GARDO's reference.
+HELD = "reference.safetensors"
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -69,14 +73,18 @@ def save(
     optimizer: dict[str, Any],
     state: dict[str, Any],
     keep: int,
+    held: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Writes `run/checkpoint-<update>` and deletes all but the last `keep` up to it."""
+    """Writes `run/checkpoint-<update>` and deletes all but the last `keep` up to it. `held`: an adapter kept as reference."""
     final, temporary = run / f"checkpoint-{update}", run / f".checkpoint-{update}.tmp"
     for leftover in run.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in lora.items()}, temporary / "lora.safetensors")
     save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, temporary / "ema.safetensors")
+    if held:
+        save_file({k: v.detach().cpu().contiguous() for k, v in held.items()}, temporary / HELD)
+        _flush(temporary / HELD)
     torch.save(optimizer, temporary / "optimizer.pt")
     (temporary / "state.json").write_text(json.dumps({"update": update, **state}, indent=2))
     for name in FILES:
@@ -115,6 +123,16 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, An
         except Exception as error:
             raise ConfigError(f"checkpoint file {path / name} cannot be read: {' '.join(str(error).split())}") from None
     return parts[0], parts[1], parts[2], parts[3]
+
+
+def load_held(path: Path) -> dict[str, Tensor] | None:
+    """The adapter kept as reference, if there is one. Raises ConfigError for a file that cannot be read."""
+    if not (path / HELD).is_file():
+        return None
+    try:
+        return load_file(path / HELD)
+    except Exception as error:
+        raise ConfigError(f"checkpoint file {path / HELD} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def find(resume: str, outputs: Path) -> Path:

@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         help="named sets of settings, later ones win; by default that of the reward, or demo. One for a GPU's memory "
-        "(flux-24gb, ...) is laid over that of the reward, or pickscore",
+        "(flux-24gb, ...) is laid over that of the reward, or pickscore; that of --method over both",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
@@ -117,6 +117,13 @@ def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [] if name == "defaults" else [(f"preset {name}", preset(name))]
 
 
+def method_presets(settings: dict[str, Any]) -> list[str]:
+    """The presets that belong to a method, laid over its protocol: the demo model has its own, found by a sweep."""
+    method = settings.get("method", "tmpo")
+    name = f"demo-{method}" if settings.get("model", "demo") == "demo" else method
+    return [name] if name in preset_names() else []
+
+
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
     """The settings and the name of what they started from."""
     if checkpoint is not None:
@@ -133,6 +140,9 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
         known = dict(item for settings in [*named.values(), from_file, flags] for item in settings.items())
         first = "pickscore" if named and "reward" not in known else choose_preset(known)
         named = ({} if first == "defaults" else {first: preset(first)}) | named
+    known = dict(item for settings in [*named.values(), from_file, flags] for item in settings.items())
+    if not any("method" in settings for settings in named.values()):
+        named |= {name: preset(name) for name in method_presets(known)}
     layers = [(f"preset {name}", settings) for name, settings in named.items()]
     return make_config([*layers, *given]), "-".join(named) or "defaults"
 

@@ -18,6 +18,11 @@ from .errors import ConfigError, suggest
 PRESETS = Path(__file__).parent / "presets"
 
 
+#: The paper's method, its rivals and its ablations; what each does is in `methods.py`.
+Method = Literal[
+    "tmpo", "flow-grpo", "mix-grpo", "tree-grpo", "gardo",
+    "tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching",
+]  # fmt: skip
 #: Which linear layers of the transformer's blocks get a LoRA. Modulation never: ComfyUI orders its halves differently.
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 
@@ -43,9 +48,10 @@ class TrainConfig(BaseModel):
     remote_timeout: float = Field(120, gt=0)
     """Seconds within which a `remote` reward has to answer."""
     reward_norm: Literal["zscore", "none"] = "zscore"
-    """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw."""
-    method: Literal["tmpo"] = "tmpo"
-    """The training method."""
+    """`zscore` normalises each reward within the K leaves of a prompt; `none`, or method gardo, leaves a single
+    reward raw."""
+    method: Method = "tmpo"
+    """The training method: TMPO, a rival (flow-grpo, mix-grpo, tree-grpo, gardo), or an ablation of TMPO."""
     prompts: Path | None = None
     """Training prompts: one per line, or .jsonl with metadata; by default the list that comes with the reward."""
     eval_prompts: Path | None = None
@@ -74,6 +80,10 @@ class TrainConfig(BaseModel):
     """Mean branch steps at the last update."""
     kappa: float = Field(6.0, gt=0)
     """Concentration of the branch steps around their means; 2 with a mean in the middle is uniform."""
+    window: int = Field(4, ge=1)
+    """mix-grpo: how many neighbouring steps carry noise."""
+    window_every: int = Field(25, ge=1)
+    """mix-grpo: updates after which the window moves on by one step."""
     kernel: Literal["cps", "flow_sde", "dance"] = "cps"
     """Transition kernel of the stochastic steps."""
     eta: float = Field(0.7, gt=0)
@@ -117,7 +127,9 @@ class TrainConfig(BaseModel):
     inner_updates: int = Field(1, ge=1)
     """Optimiser updates per rollout."""
     kl_weight: float = Field(0.0, ge=0)
-    """Weight of the KL penalty to the pretrained model."""
+    """Weight of the KL penalty to the pretrained model; with the GRPO family the KL of the paper's rivals, see methods.py."""
+    auxiliary: tuple[str, ...] = ()
+    """gardo: scorers beside the reward; where they rank a picture far below the reward, it is held by the KL penalty."""
 
     # Optimiser
     learning_rate: float = Field(3e-5, ge=0)
@@ -197,7 +209,7 @@ class TrainConfig(BaseModel):
             name, _, path = entry.partition("=")
             if not path:
                 raise ValueError(f"reward_models {entry}: write NAME=PATH")
-            if name not in self.reward:
+            if name not in (*self.reward, *self.auxiliary):
                 raise ValueError(f"reward_models {entry}: {name} is none of the rewards {' '.join(self.reward)}")
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
@@ -213,14 +225,37 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"{name} [1] leaves nothing to train: step 1 only draws seeds, add a later step")
         if len(self.branch_early) != len(self.branch_late):
             raise ValueError("branch_early and branch_late differ in number")
+        if self.method != "tmpo" and self.anchor != "none":
+            raise ValueError(f"anchor {self.anchor} belongs to method tmpo, not to {self.method}")
+        if self.baseline != "none" and not self.method.startswith("tmpo"):
+            raise ValueError(f"baseline {self.baseline} belongs to TMPO; {self.method} has its own: leave it at none")
+        if self.baseline == "siblings" and self.method == "tmpo-no-tree":
+            raise ValueError("baseline siblings with method tmpo-no-tree: chains have no siblings, use none or group")
+        if self.baseline == "group" and self.method == "tmpo-step-balance":
+            raise ValueError(
+                "baseline group with method tmpo-step-balance: it has no advantage per path, use none or siblings"
+            )
+        if self.method == "gardo" and not (self.auxiliary and self.kl_weight):
+            raise ValueError(
+                "method gardo needs auxiliary scorers and a kl_weight above 0: its gate decides where that acts"
+            )
+        if self.auxiliary and self.method != "gardo":
+            raise ValueError(f"auxiliary {' '.join(self.auxiliary)} belongs to method gardo, not to {self.method}")
         together = min(self.prompts_per_batch, self.prompts_per_update)
         for name in ("max_batch", "replay_batch"):
             if (getattr(self, name) or together) < together:
                 raise ValueError(f"{name} {getattr(self, name)} cannot hold one latent of each of {together} prompts")
         return self
 
+    @property
+    def leaves(self) -> int:
+        """K, pictures per prompt and update."""
+        return self.branching ** len(self.branch_early)
+
     def beta(self, update: int) -> float:
         """Inverse temperature of an update (0-based)."""
+        if self.method == "tmpo-beta-1":
+            return 1.0
         progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
         return self.beta_start + (self.beta_end - self.beta_start) * progress
 

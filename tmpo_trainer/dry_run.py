@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import memory, tree
+from . import memory
 from .backbones import find_model, is_hub_id
 from .backbones.check import check_weights
 from .config import TrainConfig
 from .loading import check, choose_device, quiet
-from .trainer import make_schedule
+from .methods import Planner, cost, evaluations
 
 
 def dry_run(config: TrainConfig) -> int:
@@ -22,7 +22,7 @@ def dry_run(config: TrainConfig) -> int:
     train_prompts, heldout, skeleton = check(config, device)
     folder = find_model(config.model, weights=False)
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-    schedule = make_schedule(config, sigmas)
+    planner = Planner(config, sigmas)
     parameters = sum(p.numel() for p in skeleton.transformer.parameters())
     print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
     targets = skeleton.target_shapes(config.lora_targets)
@@ -31,15 +31,19 @@ def dry_run(config: TrainConfig) -> int:
     print(f"prompts: {len(train_prompts.texts)} for training, {len(heldout.texts)} held out")
     print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
     for update in sorted({0, config.updates // 2, config.updates - 1}):
-        steps = schedule.steps(update)
-        plan = tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching)
+        plan = planner.plan(update)
+        counts = ", ".join(f"{n} {phase}" for phase, n in evaluations(config, plan).items() if n)
         print(
-            f"update {update + 1}: branch steps {steps}, widths {plan.widths}, {plan.leaves} leaves; per prompt "
-            f"{plan.rollout_evaluations} evaluations in the rollout, {plan.train_evaluations} in the replay"
+            f"update {update + 1}: noise at steps {tuple(plan.fanout)}, {plan.roots} seeds, widths {plan.widths}, "
+            f"{plan.leaves} leaves; network evaluations per prompt: {counts}"
         )
-    every = sorted({schedule.steps(update) for update in range(config.updates)})
-    plans = [tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching) for steps in every]
-    print(f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all")
+    every = [planner.plan(update) for update in range(config.updates)]
+    plans = list({(plan.roots, tuple(plan.fanout.items())): plan for plan in every}.values())
+    total = config.prompts_per_update * sum(cost(evaluations(config, plan)) for plan in every)
+    print(
+        f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all, "
+        f"{total:,} network evaluations (forward and backward pass count one each)"
+    )
     tokens = skeleton.text_tokens(folder, config.max_sequence_length)
     # Only models with T5 encode all prompts first.
     alone = (folder / skeleton.t5).is_dir()

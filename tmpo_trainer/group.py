@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import diversity, objectives, tree
+from . import diversity, methods, objectives, tree
 from .prompts import about
 from .rewards import combine, score_all
 
@@ -44,7 +44,7 @@ class Group:
     def __init__(self, trainer: Trainer, clock: Clock, plan: tree.TreePlan, update: int, slots: list[tuple[int, str]]):
         config = trainer.config
         self.trainer, self.clock, self.update = trainer, clock, update
-        self.index = plan.index()
+        self.index, self.plan = plan.index(), plan
         self.parents = plan.train_evaluations * len(slots)
         self.count, self.prompts = len(slots), [prompt for _, prompt in slots]
         sources = [tree.keyed_noise((config.seed, update, slot), trainer.latent_shape) for slot, _ in slots]
@@ -55,12 +55,17 @@ class Group:
 
         network = trainer.backbone.velocity(self.prompts, config.guidance)
 
-        #: What the network is called for just now: rollout, reference or replay.
+        #: What the network is called for just now: rollout, reference, ratio or replay.
         self.phase = "rollout"
+        #: Latents evaluated so far, by phase.
+        self.evaluated: defaultdict[str, int] = defaultdict(int)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             with clock(self.phase):
-                return network(x, sigma)
+                predicted = network(x, sigma)
+            # What ran out of memory was none.
+            self.evaluated[self.phase] += len(x)
+            return predicted
 
         self.velocity = velocity
         self.rollout = tree.rollout(
@@ -82,39 +87,46 @@ class Group:
         texts = self.prompts * leaves
         with clock("reward"):
             # Row l * P + p is leaf l of prompt p.
-            pairs = [(scorer.name, scorer) for scorer in trainer.scorers]
+            pairs = [(scorer.name, scorer) for scorer in trainer.scorers + trainer.auxiliary]
             scores = {
                 name: values.view(leaves, self.count)
                 for name, values in score_all(pairs, images, texts, about(trainer.metadata, texts)).items()
             }
+            self.features = None
+            if trainer.features is not None:
+                self.features = trainer.features(images).unflatten(0, (leaves, self.count)).cpu()
+        chosen = {scorer.name: scores[scorer.name] for scorer in trainer.scorers}
         self.rewards = [
-            combine({name: s[:, p] for name, s in scores.items()}, config.reward_weights, config.reward_norm)
+            combine({name: s[:, p] for name, s in chosen.items()}, config.reward_weights, methods.reward_norm(config))
             for p in range(self.count)
         ]
+        #: `[K * P]`: what the gate of GARDO ranks; and of its answer, whether the KL holds a sample, see `Trainer`.
+        self.proxy = torch.stack(self.rewards, 1).flatten()
+        self.auxiliary = [scores[scorer.name].flatten() for scorer in trainer.auxiliary]
+        self.gate: Tensor | None = None
+        self.gated = 0
         grouped = self.rollout.leaves.unflatten(0, (leaves, self.count))
         self.figures = {
             **{f"reward/{name}": s.mean(0).tolist() for name, s in scores.items()},
             **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in scores.items()},
             "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(self.count)],
             "latent_std": [grouped[:, p].std().item() for p in range(self.count)],
-            "evaluations/rollout": [float(plan.rollout_evaluations)] * self.count,
-            "evaluations/replay": [float(plan.train_evaluations)] * self.count,
         }
         self.reference: list[Tensor] | None = None
         if config.kl_weight or config.anchor == "ref":
             self.phase = "reference"
-            with trainer.reference():
+            with trainer.kl_reference():
                 self.reference = tree.parent_means(velocity, self.rollout, trainer.replay_batch)
 
     def backward(self, inner: int) -> dict[str, list[float]]:
         """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""
         config, run = self.trainer.config, self.rollout
         batch = self.trainer.replay_batch
-        self.phase = "replay"
         if inner == 0:
             means = [branch.mean for branch in run.branches]
             log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
         else:
+            self.phase = "ratio"
             means = tree.parent_means(self.velocity, run, batch)
             log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
         anchor = None
@@ -127,24 +139,28 @@ class Group:
         coefficients, figures = [], defaultdict(list)
         for p in range(self.count):
             edges = current[:, p].clone().requires_grad_()
-            loss, logged = objectives.softmax_tb_loss(
+            loss, logged = methods.loss(
+                config,
+                self.update,
                 edges,
                 old[:, p],
                 shift[:, p],
-                self.index.leaf_edges,
-                self.index.edge_parent,
+                self.index,
                 self.rewards[p],
-                config.beta(self.update),
-                config.clip,
-                config.baseline,
                 None if anchor is None else anchor[:, p],
-                config.anchor_weight,
+                None if self.features is None else self.features[:, p],
             )
             coefficients.append(objectives.edge_coefficients(loss, edges))
             for name, value in logged.items():
                 figures[name].append(value)
             figures["loss"].append(loss.item())
-        share = self.count / config.prompts_per_update
+        weights = None
+        if config.kl_weight:
+            weights = methods.kl_weights(config, run, self.gate, self.gated)
+            # Gradients are averaged over processes, and a gate's mean is over the samples of all of them.
+            processes = self.trainer.accelerator.num_processes
+            weights *= self.count / config.prompts_per_update if self.gate is None else processes
+        self.phase = "replay"
 
         def backward(value: Tensor) -> None:
             with self.clock("replay"):
@@ -155,13 +171,19 @@ class Group:
             run,
             (torch.stack(coefficients, 1).flatten() / config.prompts_per_update).to(self.trainer.device),
             max_batch=batch,
-            kl_weight=config.kl_weight * share,
+            kl_weights=weights,
             reference=self.reference if config.kl_weight else None,
             backward=backward,
         )
-        if config.kl_weight:
-            figures["kl_reference"] += [kl] * self.count
+        if weights is not None:
+            # Summed over the prompts of all processes and divided by their number: the penalty's mean.
+            total = (weights.to(kl) * kl).sum().item() / config.kl_weight
+            figures["kl_reference"] += [total * config.prompts_per_update / self.count] * self.count
         if inner == 0:
             # Replaying at unchanged weights must give the stored log-probabilities: a ratio of 1.
             figures["replay_ratio_error"].append((replayed - run.log_probs).exp().sub(1).abs().max().item())
         return figures
+
+    def evaluations(self) -> dict[str, list[float]]:
+        """Latents evaluated so far by phase, per prompt."""
+        return {f"evaluations/{phase}": [n / self.count] * self.count for phase, n in self.evaluated.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import diffusers
@@ -16,6 +17,7 @@ from .backbones.check import check_transformer
 from .config import TrainConfig
 from .errors import ConfigError
 from .features import Features, check_features, load_features
+from .methods import Planner
 from .prompt_lists import Split
 from .prompts import PromptList, default_prompts, read_prompts
 from .rewards import Parked, Scorer, check_name, check_prompts, load_scorer, remote_address
@@ -23,7 +25,6 @@ from .rewards.geneval import GenevalScorer
 from .rewards.remote import RemoteScorer
 from .rewards.shapes import ShapesScorer
 from .rewards.weights import existing
-from .trainer import make_schedule
 
 #: See `identity`.
 IDENTITY = (
@@ -74,6 +75,8 @@ def _prompts(config: TrainConfig, given: Path | None, split: Split, flag: str) -
     if found is None:
         raise ConfigError(f"reward {' '.join(config.reward)} has no prompt list of its own: give --{flag} FILE")
     check_prompts(config.reward, found)
+    if split == "train":
+        check_prompts(config.auxiliary, found)
     return found
 
 
@@ -90,7 +93,7 @@ def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptLi
 def check_rewards(config: TrainConfig) -> None:
     """Raises ConfigError for rewards that are not known, have no address, or whose files are not there."""
     paths = dict(entry.split("=", 1) for entry in config.reward_models)
-    for name in config.reward:
+    for name in (*config.reward, *config.auxiliary):
         check_name(name)
         path = paths.get(name)
         if name == "remote" or name.startswith("remote-"):
@@ -108,10 +111,10 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
     """
     trackers.check(config.tracker)
     check_rewards(config)
-    if config.report or config.eval_every:
+    if config.report or config.eval_every or config.method == "gardo":
         check_features(config.features)
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
-    make_schedule(config, found.sigmas(config.rollout_steps, *config.resolution))
+    Planner(config, found.sigmas(config.rollout_steps, *config.resolution))
     if config.init_lora:
         lora.check_fits(config.init_lora, found.target_shapes(config.lora_targets), config.lora_rank)
     return train, heldout, found
@@ -135,11 +138,11 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
     return found
 
 
-def scorers(config: TrainConfig, device: torch.device) -> list[Scorer]:
-    """The scorers of a run. Raises ConfigError for weights that cannot be had."""
+def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
+    """The scorers of a run: of its rewards, or of some other names. Raises ConfigError for weights that cannot be had."""
     paths = dict(entry.split("=", 1) for entry in config.reward_models)
     remote = {"hosts": config.remote_hosts, "timeout": config.remote_timeout}
-    found = [load_scorer(name, device, paths.get(name), **remote) for name in config.reward]
+    found = [load_scorer(name, device, paths.get(name), **remote) for name in names or config.reward]
     if config.offload_scorers:
         return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
     return found
@@ -185,7 +188,7 @@ def identity(config: TrainConfig) -> list[str]:
 def sampling(config: TrainConfig) -> evaluate.Sampling:
     """How the evaluation of a run draws pictures."""
     # No more at once than the rollout has.
-    leaves = config.branching ** len(config.branch_early) * min(config.prompts_per_batch, config.prompts_per_update)
+    leaves = config.leaves * min(config.prompts_per_batch, config.prompts_per_update)
     return evaluate.Sampling(
         steps=config.eval_steps,
         seed=config.seed,

@@ -157,8 +157,8 @@ def estimate(
     resident = {
         "transformer": weights,
         "VAE": decoder,
-        # Weights, gradient (which stays until the next replay), two moments, average.
-        "LoRA, optimiser, average": 5 * lora,
+        # Weights, gradient (which stays until the next replay), two moments, average; GARDO's reference.
+        "LoRA, optimiser, average": (6 if config.method == "gardo" else 5) * lora,
         "latents kept": stored,
     }
     phases = {

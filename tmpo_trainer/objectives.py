@@ -162,15 +162,14 @@ def subtree_balance_loss(
             "step-wise balance has no advantage per path to take a group's mean of: baseline none or siblings"
         )
     edges, detached = len(log_probs), log_probs.detach()
-    # exp(beta R) relative to the largest, so that nothing overflows.
-    peak = (beta * rewards).max()
-    log_flow = edge_mean((beta * rewards - peak).exp(), leaf_edges, edges).log() + peak
+    count = torch.bincount(leaf_edges.flatten(), minlength=edges).to(log_probs.dtype)
+    below = (beta * rewards)[:, None].expand_as(leaf_edges).flatten()
+    log_flow = group_logsumexp(below, leaf_edges.flatten(), edges) - count.log()
     advantage = sibling_log_softmax(log_flow, edge_parent) - sibling_log_softmax(detached, edge_parent)
     if baseline == "siblings":
         advantage = subtract_sibling_mean(advantage, edge_parent)
     log_ratio = log_probs - old_log_probs + shift.detach()
-    count = torch.bincount(leaf_edges.flatten(), minlength=edges)
-    loss = -(count.to(log_probs.dtype) / len(rewards) * clipped_surrogate(log_ratio, advantage, clip)).sum()
+    loss = -(count / len(rewards) * clipped_surrogate(log_ratio, advantage, clip)).sum()
     return loss, {
         **target_figures(rewards, beta, path_sum(detached, leaf_edges)),
         "advantage_mean": advantage.mean().item(),
@@ -178,14 +177,16 @@ def subtree_balance_loss(
     }
 
 
+def group_logsumexp(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """log of the sum of exp of the values `[n]` in each group; `group [n]`, int64, says which: `[groups]`."""
+    peak = torch.full((groups,), -torch.inf, dtype=values.dtype, device=values.device)
+    peak = peak.scatter_reduce(0, group, values, "amax")
+    return peak + torch.zeros_like(peak).index_add_(0, group, (values - peak[group]).exp()).log()
+
+
 def sibling_log_softmax(edge_values: Tensor, edge_parent: Tensor) -> Tensor:
     """log softmax of edge values `[E]` among the edges of the same parent: `[E]`."""
-    parents = int(edge_parent.max()) + 1
-    peak = torch.full((parents,), -torch.inf, dtype=edge_values.dtype, device=edge_values.device)
-    peak = peak.scatter_reduce(0, edge_parent, edge_values, "amax")
-    centred = edge_values - peak[edge_parent]
-    total = torch.zeros_like(peak).index_add_(0, edge_parent, centred.exp())
-    return centred - total.log()[edge_parent]
+    return edge_values - group_logsumexp(edge_values, edge_parent, int(edge_parent.max()) + 1)[edge_parent]
 
 
 def target_figures(rewards: Tensor, beta: float, path_log_probs: Tensor) -> dict[str, float]:

@@ -94,7 +94,7 @@ def _objects(path: Path, lines: list[tuple[int, str]]) -> PromptList:
 
 def default_prompts(rewards: Sequence[str], split: Split) -> PromptList | None:
     """The prompts that come with the package for some rewards; None where there are none for them all."""
-    kinds = {name for name in rewards if name in ("shapes", "geneval", "ocr")}
+    kinds = {name.removesuffix("-partial") for name in rewards} & {"shapes", "geneval", "ocr"}
     if len(kinds) > 1 or all(name.startswith("remote") for name in rewards):
         return None
     if "shapes" in kinds:

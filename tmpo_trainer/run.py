@@ -122,16 +122,17 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
 
     # What the rewards and the report need is loaded first: it must not be found missing after hours of training.
     texts = train_prompts.texts + heldout.texts
-    scorers, features, backbone = together(
+    everything, features, backbone = together(
         accelerator,
         lambda: (
-            loading.scorers(config, device),
-            loading.features(config, device) if config.report or config.eval_every else None,
+            loading.scorers(config, device, (*config.reward, *config.auxiliary)),
+            loading.features(config, device) if config.report or config.eval_every or config.auxiliary else None,
             loading.load_model(config, device, texts, accelerator.is_fsdp2),
         ),
     )
     folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
-    trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator)
+    scorers, auxiliary = everything[: len(config.reward)], everything[len(config.reward) :]
+    trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator, auxiliary, features)
     if checkpoint:
         trainer.resume(checkpoint)
     if main:
@@ -149,7 +150,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         return np.concatenate(parts), shown
 
     held_out = None
-    if features:
+    if features and (config.report or config.eval_every):
         held_out = evaluate.HeldOut(
             folder / "base.npz" if config.eval_every else None,
             backbone,

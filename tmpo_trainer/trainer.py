@@ -8,22 +8,25 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from . import checkpoint, flow, lora, tree
+from . import checkpoint, gardo, lora
 from .backbones.base import Backbone
 from .config import TrainConfig
 from .errors import ConfigError
+from .features import Features
 from .group import Clock, Group
+from .methods import Planner
 from .prompts import PromptList, as_list, prompt_index
 from .reporting import Reporter
 from .rewards import Scorer
@@ -51,6 +54,7 @@ class Trainer:
         config: settings. run: the run's folder. backbone: the frozen model; the trainer adds an adapter to it.
         scorers: the rewards, in the order of `config.reward`. prompts: for training, texts alone or with metadata.
         accelerator: of this process; by default one for the backbone's device alone.
+        auxiliary, features: for GARDO: the scorers of `config.auxiliary`, and what the rarity of a picture is measured on.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class Trainer:
         scorers: Sequence[Scorer],
         prompts: Sequence[str] | PromptList,
         accelerator: Accelerator | None = None,
+        auxiliary: Sequence[Scorer] = (),
+        features: Features | None = None,
     ):
         self.config, self.run, self.backbone = config, run, backbone
         self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
@@ -68,7 +74,11 @@ class Trainer:
         self.prompts, self.metadata = listed.texts, listed.metadata
         self.sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
         self.latent_shape = backbone.latent_shape(*config.resolution)
-        self.schedule = make_schedule(config, self.sigmas)
+        self.planner = Planner(config, self.sigmas)
+        #: Whether a KL penalty has a reference of its own in place of the pretrained model, which moves, and holds some
+        #: samples only.
+        self.gate = gardo.Gate() if config.method == "gardo" else None
+        self.auxiliary, self.features = list(auxiliary), features if self.gate else None
         torch.manual_seed(config.seed)
         lora.attach(backbone.transformer, backbone.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
         if config.gradient_checkpointing:
@@ -96,6 +106,7 @@ class Trainer:
         # With FSDP2 the transformer was elsewhere until now.
         self.device = backbone.device
         self.ema = {name: value.detach().clone() for name, value in self.lora.items()}
+        self.held = {name: value.detach().clone() for name, value in self.lora.items()} if self.gate else {}
         #: Most parents in one network call of the replay; see `_replay`.
         self.replay_batch = config.replay_batch
         self.done = 0
@@ -145,7 +156,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint of the updates done so far: the same files whatever the number of processes."""
-        lora, ema = self._full(self.lora), self._full(self.ema)
+        lora, ema, held = self._full(self.lora), self._full(self.ema), self._full(self.held)
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {key: self._full(values) for key, values in optimizer["state"].items()}
         path = self.run / f"checkpoint-{self.done}"
@@ -155,7 +166,9 @@ class Trainer:
                 "lora_rank": self.config.lora_rank,
                 "processes": self.accelerator.num_processes,
             }
-            checkpoint.save(self.run, self.done, lora, ema, optimizer, about, self.config.checkpoints_kept)
+            if self.gate:
+                about["gate"] = self.gate.state()
+            checkpoint.save(self.run, self.done, lora, ema, optimizer, about, self.config.checkpoints_kept, held)
         self.accelerator.wait_for_everyone()
         return path
 
@@ -181,15 +194,25 @@ class Trainer:
             values = optimizer["state"].get(key, {})
             optimizer["state"][key] = {n: like(v, parameter) if v.dim() else v for n, v in values.items()}
         self.optimizer.load_state_dict(optimizer)
+        if self.gate:
+            held = checkpoint.load_held(path)
+            if "gate" not in state or held is None:
+                raise ConfigError(f"checkpoint {path} has no reference of GARDO: it is of another method")
+            self.gate.load(state["gate"])
+            for name, value in self.held.items():
+                value.copy_(like(held[name], value))
         self.done = state["update"]
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The transformer with the averaged (EMA) weights, for evaluation and export."""
+        return self._with(self.ema)
+
+    @contextmanager
+    def _with(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         kept = {name: value.detach().clone() for name, value in self.lora.items()}
         with torch.no_grad():
             for name, parameter in self.lora.items():
-                parameter.copy_(self.ema[name])
+                parameter.copy_(weights[name])
         try:
             yield
         finally:
@@ -206,6 +229,10 @@ class Trainer:
         finally:
             self.backbone.transformer.enable_adapters()
 
+    def kl_reference(self) -> AbstractContextManager[None]:
+        """The transformer that the KL penalty and the anchor compare with: the pretrained one, GARDO's copy with gardo."""
+        return self._with(self.held) if self.gate else self.reference()
+
     # -- one update ----------------------------------------------------------------------------------------------
 
     def learning_rate(self, update: int) -> float:
@@ -220,8 +247,10 @@ class Trainer:
         config, u = self.config, self.done
         clock = Clock(self.device)
         start = time.perf_counter()
-        steps = self.schedule.steps(u)
-        plan = tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching)
+        plan = self.planner.plan(u)
+        if self.gate and self.gate.renew():
+            for name, value in self.held.items():
+                value.copy_(self.lora[name].detach())
         count = config.prompts_per_update
         first = self.accelerator.process_index * count
         total = self.accelerator.num_processes * count
@@ -245,6 +274,8 @@ class Trainer:
         for group in groups:
             for name, values in group.figures.items():
                 figures[name] += values
+        if self.gate:
+            figures["gated"] += self._choose(self.gate, groups)
         for group_of_optimizer in self.optimizer.param_groups:
             group_of_optimizer["lr"] = self.learning_rate(u)
         for inner in range(config.inner_updates):
@@ -266,17 +297,39 @@ class Trainer:
                 for name, parameter in self.lora.items():
                     self.ema[name].lerp_(parameter, 1 - config.ema_decay)
         self._whole = True
+        for group in groups:
+            for name, values in group.evaluations().items():
+                figures[name] += values
         everyone = gather_object([dict(figures)]) if self.accelerator.num_processes > 1 else [figures]
         merged = {name: [value for part in everyone for value in part[name]] for name in figures}
+        if self.gate:
+            self.gate.kl = summarise("kl_reference", merged["kl_reference"])
         seconds = time.perf_counter() - start
         return {
             "update": self.done,
-            "branch_steps": list(steps),
+            # A branch at step 1 is several seeds.
+            "branch_steps": [*([1] if plan.roots > 1 and 1 not in plan.fanout else []), *plan.fanout],
             "beta": config.beta(u),
             "learning_rate": self.learning_rate(u),
             **{name: summarise(name, values) for name, values in merged.items()},
             "seconds": {**clock.seconds, "other": seconds - sum(clock.seconds.values()), "total": seconds},
         }
+
+    def _choose(self, gate: gardo.Gate, groups: list[Group]) -> list[float]:
+        """Tells every group which of its samples GARDO's gate holds; ranks are over all prompts of all processes."""
+        proxy = torch.cat([group.proxy for group in groups]).numpy()
+        auxiliary = [torch.cat([group.auxiliary[i] for group in groups]).numpy() for i in range(len(self.auxiliary))]
+        everyone = gather_object([(proxy, auxiliary)]) if self.accelerator.num_processes > 1 else [(proxy, auxiliary)]
+        held = gate.held(
+            np.concatenate([part for part, _ in everyone]),
+            [np.concatenate([part[i] for _, part in everyone]) for i in range(len(self.auxiliary))],
+        )
+        first = sum(len(part) for part, _ in everyone[: self.accelerator.process_index])
+        for group in groups:
+            group.gate = torch.from_numpy(held[first : first + len(group.proxy)])
+            group.gated = int(held.sum())
+            first += len(group.proxy)
+        return [float(held.mean())]
 
     def _replay(self, groups: list[Group], inner: int) -> dict[str, list[float]]:
         """The gradient of all groups. Out of memory, on any process, it is begun again with half the batch on all.
@@ -376,25 +429,3 @@ class Trainer:
 def summarise(name: str, values: list[float]) -> float:
     """One figure of an update from those of its prompts: the largest of a maximum or an error, else the mean."""
     return max(values) if name.endswith(("_max", "_error")) else math.fsum(values) / len(values)
-
-
-def make_schedule(config: TrainConfig, sigmas: Tensor) -> tree.BranchSchedule:
-    """The branch schedule of a run. Raises ConfigError for positions that cannot carry noise."""
-    last = flow.last_stochastic_step(sigmas)
-    for name in ("branch_early", "branch_late"):
-        try:
-            flow.check_stochastic(config.kernel, config.eta, sigmas, [s for s in getattr(config, name) if s > 1])
-        except ValueError as error:
-            raise ConfigError(f"{name} {list(getattr(config, name))}: {error}") from None
-    try:
-        return tree.BranchSchedule(
-            config.rollout_steps,
-            config.branch_early,
-            config.branch_late,
-            config.kappa,
-            config.updates,
-            config.seed,
-            last,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None

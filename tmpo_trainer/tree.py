@@ -393,10 +393,10 @@ def replay(
     coefficients: Tensor,
     *,
     max_batch: int | None = None,
-    kl_weight: float = 0.0,
+    kl_weights: Tensor | None = None,
     reference: list[Tensor] | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """Backpropagates sum_e coefficient_e log pi(edge e), each unique parent once with a graph.
 
     With coefficients d loss / d log pi this is exactly the gradient of the loss, while only one micro-batch's activations
@@ -405,23 +405,27 @@ def replay(
     Args:
         coefficients: `[E]`, from `objectives.edge_coefficients`.
         max_batch: most parents in one call.
-        kl_weight, reference: adds kl_weight * mean over transitions of mean_d (mu - mu_ref)^2 / (2 std^2), with the
-            reference policy's means from `parent_means`.
+        kl_weights, reference: adds sum_p weight_p * mean_d (mu - mu_ref)^2 / (2 std^2) over the parents, weights `[parents]`
+            in the order of the branches, with the reference policy's means from `parent_means`.
         backward: called on each micro-batch's scalar (accelerate's `backward`, for instance).
 
     Returns:
-        the replayed log-probabilities `[E]` (at unchanged weights the stored ones) and the KL.
+        the replayed log-probabilities `[E]` (at unchanged weights the stored ones) and the KL of every parent `[parents]`,
+        empty without weights.
 
     Raises:
-        ValueError: a KL weight without a reference.
+        ValueError: KL weights without a reference.
     """
-    if kl_weight and reference is None:
-        raise ValueError("kl_weight needs the reference policy's means")
+    if kl_weights is not None and reference is None:
+        raise ValueError("kl_weights need the reference policy's means")
     parts: list[list[Tensor]] = [[] for _ in run.branches]
     offsets = [0]
     for branch in run.branches:
         offsets.append(offsets[-1] + len(branch.x_child))
-    edges, kl = offsets[-1], 0.0
+    kl: list[Tensor] = []
+    starts = [0]
+    for branch in run.branches:
+        starts.append(starts[-1] + len(branch.x))
     for x, sigma, sigma_next, pieces in _parent_batches(run, max_batch):
         with torch.enable_grad():
             mean, std = flow.transition(run.kernel, x, velocity(x, sigma), sigma, sigma_next, run.eta)
@@ -439,13 +443,12 @@ def replay(
                 log_prob = flow.log_prob(x_child, tile(mu, children), tile(scale, children), run.reduce)
                 total = total + (weights.flatten() * log_prob).sum()
                 parts[b].append(log_prob.detach().view(children, -1))
-                if kl_weight:
+                if kl_weights is not None:
                     assert reference is not None
-                    shift = ((mu - reference[b][first:last]) ** 2 / (2 * scale**2)).flatten(1)
-                    penalty = shift.mean(1).sum() * children / edges
-                    kl += penalty.item()
-                    total = total + kl_weight * penalty
+                    shift = ((mu - reference[b][first:last]) ** 2 / (2 * scale**2)).flatten(1).mean(1)
+                    kl.append(shift.detach())
+                    total = total + (kl_weights[starts[b] + first : starts[b] + last].to(shift) * shift).sum()
             backward(total)
-    if not parts:
-        return torch.zeros(0, device=run.leaves.device), 0.0
-    return torch.cat([torch.cat(rows, 1).flatten() for rows in parts]), kl
+    empty = torch.zeros(0, device=run.leaves.device)
+    replayed = torch.cat([torch.cat(rows, 1).flatten() for rows in parts]) if parts else empty
+    return replayed, torch.cat(kl) if kl else empty

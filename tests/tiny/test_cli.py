@@ -38,7 +38,7 @@ FLAGS = {
     "--reward", "--reward-models", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed",
     "--split-guidance",
     "--remote-hosts", "--remote-timeout", "--features", "--text-cache", "--threads", "--tracker", "--transformer",
-    "--updates", "--version", "--weight-decay",
+    "--updates", "--version", "--weight-decay", "--auxiliary", "--window", "--window-every",
 }  # fmt: skip
 
 #: Appendix D.4 of the paper.
@@ -48,6 +48,8 @@ PAPER = {
     "ocr": {"learning_rate": 3e-5, "updates": 250, "max_grad_norm": 0.5, "beta_warmup": 100, "inner_updates": 1},
     "joint": {"learning_rate": 3e-5, "updates": 500, "max_grad_norm": 0.5, "beta_warmup": 150, "inner_updates": 2},
 }
+#: Appendix D.5, laid over a protocol of D.4; and these on the demo model, by a sweep.
+RIVALS: dict[str, float] = {"flow-grpo": 0.03, "mix-grpo": 0.03, "tree-grpo": 0.03, "gardo": 0.04}
 #: What these change beside the model.
 MEMORY: dict[str, dict[str, Any]] = {
     "flux-80gb": {"gradient_checkpointing": False, "max_batch": 27, "replay_batch": 4, "decode_batch": 9},
@@ -381,7 +383,35 @@ def test_presets_hold_the_papers_values(capsys: pytest.CaptureFixture[str], name
 
 
 def test_there_is_no_other_preset_than_these() -> None:
-    assert set(preset_names()) == {*PAPER, *MEMORY, "demo", "demo-long"}
+    own = {f"demo-{name}" for name in (*RIVALS, "tmpo-no-tree")}
+    assert set(preset_names()) == {*PAPER, *MEMORY, *RIVALS, *own, "demo", "demo-long"}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_has_the_papers_settings_over_the_protocol(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    expected = {
+        "method": name, "kernel": "flow_sde", "learning_rate": 5e-5, "max_grad_norm": 0.3, "clip": 0.2,
+        "kl_weight": RIVALS[name], "inner_updates": 1,
+    }  # fmt: skip
+    for protocol in ("geneval", "pickscore", "joint"):
+        rewards = printed(capsys, "--preset", protocol)["reward"]
+        for flags in (["--preset", protocol], ["--preset", protocol, "flux-24gb"], ["--reward", *rewards]):
+            settings = printed(capsys, *flags, "--method", name)
+            assert {key: settings[key] for key in expected} == expected
+            assert settings["updates"] == PAPER[protocol]["updates"] and settings["reward"] == rewards
+    # Flags are stronger; the demo model has settings of its own.
+    assert printed(capsys, "--preset", "ocr", "--method", name, "--learning-rate", "1e-3")["learning_rate"] == 1e-3
+    demo = printed(capsys, "--method", name)
+    assert demo["model"] == "demo" and demo["method"] == name and demo["baseline"] == "none"
+    assert demo["kl_weight"] > 0 if name == "gardo" else demo["updates"] == 110
+
+
+@pytest.mark.parametrize("name", ["tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching"])
+def test_an_ablation_changes_nothing_else(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    plain, settings = (printed(capsys, "--preset", "pickscore", *more) for more in ((), ("--method", name)))
+    assert settings == plain | {"method": name}
+    config = TrainConfig.model_validate(settings)
+    assert (config.beta(0), config.beta(400)) == ((1, 1) if name == "tmpo-beta-1" else (0.8, 2.0))
 
 
 @pytest.mark.parametrize("name", MEMORY)
@@ -441,9 +471,9 @@ def test_dry_run_counts_and_writes_nothing(
     assert err == ""
     assert "prompts: 2 for training, 2 held out" in out
     first, last = (next(line for line in out.splitlines() if line.startswith(f"update {u}:")) for u in (1, 100))
-    assert "(1, 2, 3)" in first and "27 leaves" in first
-    assert "96 evaluations in the rollout, 12 in the replay" in first
-    assert "(1, 3, 4)" in last and "72 evaluations in the rollout, 12 in the replay" in last
+    assert "27 leaves" in first
+    assert "noise at steps (2, 3), 3 seeds" in first and "96 rollout, 12 replay" in first
+    assert "noise at steps (3, 4), 3 seeds" in last and "72 rollout, 12 replay" in last
     assert "54 images" in out and "100 updates" in out
     assert files(place) == before
 

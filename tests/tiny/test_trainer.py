@@ -20,6 +20,7 @@ from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.demo import build
 from tmpo_trainer.group import Clock, Group
+from tmpo_trainer.methods import evaluations
 from tmpo_trainer.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -66,8 +67,7 @@ def off(value: Tensor, expected: Tensor) -> float:
 
 
 def plan_of(trainer: Trainer) -> tree.TreePlan:
-    config = trainer.config
-    return tree.TreePlan.tmpo(config.rollout_steps, trainer.schedule.steps(trainer.done), config.branching)
+    return trainer.planner.plan(trainer.done)
 
 
 def make_group(trainer: Trainer, slots: list[tuple[int, str]] = SLOTS, update: int = 0) -> Group:
@@ -356,7 +356,12 @@ def test_evaluations_per_prompt(
         rows = Rows(trainer.backbone)
         metrics = trainer.update()
         assert (rows.no_grad, rows.grad, rows.reference) == (2 * rollout, 2 * replay, 2 * reference)
-        assert metrics["evaluations/replay"] in (6, 12, 13)
+        phases = {name: metrics.get(f"evaluations/{name}", 0) for name in ("rollout", "reference", "ratio", "replay")}
+        guided = 2 if settings.get("guidance", 1) > 1 else 1
+        # Latents: guidance evaluates each twice.
+        assert phases == evaluations(trainer.config, trainer.planner.plan(0))
+        assert guided * (phases["rollout"] + phases["ratio"]) == rollout and guided * phases["replay"] == replay
+        assert guided * phases["reference"] == reference
 
 
 def test_batches_stay_within_their_limits(make_trainer: MakeTrainer) -> None:

@@ -515,7 +515,7 @@ def test_replay_at_unchanged_weights_returns_the_stored_log_probs(plan, max_batc
         run = sample(plan, kernel=kernel)
         log_probs, kl = tree.replay(Mlp(), run, torch.ones_like(run.log_probs), max_batch=max_batch)
         torch.testing.assert_close(log_probs, run.log_probs, rtol=0, atol=1e-12)
-        assert kl == 0 and not log_probs.requires_grad
+        assert kl.shape == (0,) and not log_probs.requires_grad
         means = tree.parent_means(Mlp(), run, max_batch)
         assert [mean.shape for mean in means] == [branch.mean.shape for branch in run.branches]
         torch.testing.assert_close(tree.edge_log_probs(run, means), run.log_probs, rtol=0, atol=1e-12)
@@ -642,15 +642,20 @@ def replayed_gradient(
         None if s.anchor_weight is None else tree.edge_log_ratio(run, means, at_reference),
         1.0 if s.anchor_weight is None else s.anchor_weight,
     )
+    # The mean over transitions: a parent counts once per child.
+    weights = torch.cat([
+        torch.full((len(b.x),), len(b.x_child) / len(b.x) / len(log_probs), dtype=b.x.dtype) for b in run.branches
+    ])  # fmt: skip
     _, kl = tree.replay(
         model,
         run,
         objectives.edge_coefficients(loss, log_probs),
         max_batch=max_batch,
-        kl_weight=s.kl_weight,
+        kl_weights=s.kl_weight * weights if s.kl_weight else None,
         reference=at_reference if s.kl_weight else None,
     )
-    return gradient(model), figures, loss.item() + s.kl_weight * kl
+    assert len(kl) == (len(weights) if s.kl_weight else 0)
+    return gradient(model), figures, loss.item() + s.kl_weight * (weights[: len(kl)] * kl).sum().item()
 
 
 @pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
@@ -722,19 +727,45 @@ def test_replay_reports_the_kl_and_refuses_one_without_reference(reduce):
     model, reference = Mlp(), Mlp().moved(9, 0.1)
     run = sample(PLANS["uneven"], model, reduce=reduce)
     means = tree.parent_means(reference, run)
-    _, kl = tree.replay(model, run, torch.zeros_like(run.log_probs), max_batch=3, kl_weight=0.1, reference=means)
-    # Always a mean over dimensions, whatever the log-probabilities are.
+    parents = run.plan.train_evaluations
+    coefficients, weights = torch.zeros_like(run.log_probs), torch.rand(parents, dtype=torch.float64)
+    _, kl = tree.replay(model, run, coefficients, max_batch=3, kl_weights=weights, reference=means)
+    # Always a mean over dimensions, whatever the log-probabilities are; one per parent, where edges have one each.
     size = run.leaves[0].numel() if reduce == "sum" else 1
-    assert kl == pytest.approx(tree.edge_mean_shift(run, means).mean().item() / size, rel=1e-10)
+    edges = tree.edge_mean_shift(run, means) / size
+    first, expected = 0, []
+    for branch in run.branches:
+        expected.append(edges[first : first + len(branch.x)])
+        first += len(branch.x_child)
+    torch.testing.assert_close(kl, torch.cat(expected), rtol=1e-10, atol=1e-14)
     with pytest.raises(ValueError, match="reference"):
-        tree.replay(model, run, torch.zeros_like(run.log_probs), kl_weight=0.1)
+        tree.replay(model, run, coefficients, kl_weights=weights)
+
+
+def test_every_parent_has_its_own_kl_weight():
+    model, reference = Mlp(), Mlp().moved(9, 0.1)
+    run = sample(PLANS["uneven"], model)
+    means = tree.parent_means(reference, run)
+    weights = torch.rand(run.plan.train_evaluations, dtype=torch.float64)
+    tree.replay(model, run, torch.zeros_like(run.log_probs), max_batch=4, kl_weights=weights, reference=means)
+    found, first, total = gradient(model), 0, torch.zeros((), dtype=torch.float64)
+    for branch, other in zip(run.branches, means, strict=True):
+        for row, x in enumerate(branch.x):
+            sigma = torch.full((1,), branch.sigma, dtype=x.dtype)
+            mean, std = flow.transition(
+                run.kernel, x[None], model(x[None], sigma), branch.sigma, branch.sigma_next, ETA
+            )
+            total = total + weights[first + row] * ((mean[0] - other[row]) ** 2 / (2 * std**2)).mean()
+        first += len(branch.x)
+    total.backward()
+    assert relative(found, gradient(model)) < 1e-10
 
 
 def test_replay_of_a_tree_without_transitions_does_nothing():
     counting = Counting(Mlp())
     run = sample(TreePlan(6, 3, {}))
     log_probs, kl = tree.replay(counting, run, torch.zeros(0))
-    assert log_probs.shape == (0,) and kl == 0 and counting.batches == []
+    assert log_probs.shape == kl.shape == (0,) and counting.batches == []
 
 
 def test_stochastic_steps_share_a_micro_batch_with_their_own_sigmas():

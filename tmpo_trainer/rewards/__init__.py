@@ -46,7 +46,9 @@ class Parked:
             self.scorer.to(torch.device("cpu"))
 
 
-NAMES = ("shapes", "pickscore", "hpsv2", "imagereward", "clipscore", "geneval", "ocr", "remote")
+NAMES = (
+    "shapes", "shapes-partial", "pickscore", "hpsv2", "imagereward", "clipscore", "geneval", "ocr", "sharpness", "remote",
+)  # fmt: skip
 #: Those that want more of a prompt than its words.
 PARTICULAR = ("shapes", "geneval", "ocr")
 
@@ -60,13 +62,17 @@ def check_name(name: str) -> None:
 def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
     """Raises ConfigError for the first prompt that one of the scorers cannot score."""
     for name in names:
-        if name in PARTICULAR:
-            check = importlib.import_module(f".{name}", __name__).check
+        if _module(name) in PARTICULAR:
+            check = importlib.import_module(f".{_module(name)}", __name__).check
             for prompt in prompts.texts:
                 try:
                     check(prompt, prompts.metadata.get(prompt))
                 except ValueError as error:
                     raise ConfigError(f"{prompts.where}: {error}") from None
+
+
+def _module(name: str) -> str:
+    return name.removesuffix("-partial")
 
 
 def remote_address(name: str, path: str | None) -> str:
@@ -97,6 +103,10 @@ def load_scorer(
         from . import remote
 
         return remote.load(remote_address(name, path), hosts, timeout, name)
+    if name == "shapes-partial":
+        from . import shapes
+
+        return shapes.load_partial(path)
     return importlib.import_module(f".{name}", __name__).load(device or torch.device("cpu"), path)
 
 

@@ -325,3 +325,11 @@ def load(device: torch.device, path: str | None = None) -> ShapesScorer:
     if path:
         raise ConfigError("--reward-models shapes=...: shapes has no weights, leave it out")
     return ShapesScorer()
+
+
+def load_partial(path: str | None = None) -> ShapesScorer:
+    """The scorer of what is right about a picture, 0..1, by the name of shapes-partial. Errors as `load`."""
+    load(torch.device("cpu"), path)
+    scorer = ShapesScorer("partial")
+    scorer.name = "shapes-partial"
+    return scorer

@@ -1,0 +1,39 @@
+"""Sharpness: the variance of the Laplacian of a picture's luma. No model; higher is sharper, noise included.
+
+Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy". As a reward it is worth nothing; as an auxiliary
+score (GARDO) it tells of pictures that please the reward and have gone soft or harsh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+#: ITU-R BT.601.
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+class SharpnessScorer:
+    """Variance of the Laplacian (4 neighbours, borders left out) of luma in 0..255."""
+
+    name = "sharpness"
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]`, at least 3 by 3 -> float32 `[N]`. Prompts are not looked at."""
+        luma = np.asarray(images, dtype=np.float64) @ LUMA
+        inner = luma[:, 1:-1, 1:-1]
+        around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
+        return torch.from_numpy((around - 4 * inner).var((1, 2))).float()
+
+
+def load(device: torch.device, path: str | None = None) -> SharpnessScorer:
+    """The scorer. Raises ConfigError if a path is given: it has no weights."""
+    if path:
+        raise ConfigError("--reward-models sharpness=...: sharpness has no weights, leave it out")
+    return SharpnessScorer()
