@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
         allow_abbrev=False,
         epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
-        "Other commands, each with --help: evaluate, score, serve, fetch, prompts, inspect, launch.",
+        "Other commands, each with --help: evaluate, compare, score, serve, fetch, prompts, inspect, launch.",
     )
     parser.add_argument(
         "--preset",
@@ -128,23 +128,41 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
     """The settings and the name of what they started from."""
     if checkpoint is not None:
         saved = checkpoint.parent / "config.yaml"
-        layers = [(str(saved), read_yaml(saved))]
+        saved_layer = (str(saved), read_yaml(saved))
         if actions.config or actions.preset:
             raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
-        return make_config([*layers, ("flags", flags)]), "resume"
+        return make_config([saved_layer, ("flags", flags)]), "resume"
+    found = layers(actions, flags, flags)
+    named = [name.removeprefix("preset ") for name, _ in found if name.startswith("preset ")]
+    return make_config(found), "-".join(named) or "defaults"
+
+
+def layers(
+    actions: argparse.Namespace, flags: Mapping[str, Any], strongest: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Layers of settings, the weakest first: presets, those of --config, flags.
+
+    Args:
+        strongest: settings that will be laid over the flags, and decide with them which presets belong to the run.
+    """
     from_file = read_yaml(actions.config) if actions.config else {}
-    given = [(str(actions.config), from_file), ("flags", flags)]
+    given = {**from_file, **flags, **strongest}
     named = {name: preset(name) for name in actions.preset or []}
+
+    def known() -> dict[str, Any]:
+        return dict(item for settings in [*named.values(), given] for item in settings.items())
+
     if not any("reward" in settings for settings in named.values()):
         # What they leave open: the protocol.
-        known = dict(item for settings in [*named.values(), from_file, flags] for item in settings.items())
-        first = "pickscore" if named and "reward" not in known else choose_preset(known)
+        first = "pickscore" if named and "reward" not in known() else choose_preset(known())
         named = ({} if first == "defaults" else {first: preset(first)}) | named
-    known = dict(item for settings in [*named.values(), from_file, flags] for item in settings.items())
     if not any("method" in settings for settings in named.values()):
-        named |= {name: preset(name) for name in method_presets(known)}
-    layers = [(f"preset {name}", settings) for name, settings in named.items()]
-    return make_config([*layers, *given]), "-".join(named) or "defaults"
+        named |= {name: preset(name) for name in method_presets(known())}
+    return [
+        *((f"preset {name}", settings) for name, settings in named.items()),
+        (str(actions.config), from_file),
+        ("flags", dict(flags)),
+    ]
 
 
 def hush() -> None:

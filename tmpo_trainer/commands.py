@@ -1,9 +1,10 @@
-"""The commands beside training: evaluate, score, serve, fetch, prompts, inspect, launch."""
+"""The commands beside training: evaluate, compare, score, serve, fetch, prompts, inspect, launch."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ EVALUATION = {
 IMAGES = 10
 #: Measured beside a run's own rewards, as in the paper's tables, unless the model is the demo's.
 PREFERENCE = ("hpsv2", "imagereward", "pickscore")
+#: Compared unless others are named.
+RIVALS = ("tmpo", "flow-grpo", "mix-grpo", "tree-grpo", "gardo")
 
 
 def _parser(name: str, description: str, epilog: str | None = None) -> cli.Parser:
@@ -160,6 +163,68 @@ def score(arguments: Sequence[str]) -> int:
     return _told(work)
 
 
+def compare(arguments: Sequence[str]) -> int:
+    parser = _parser(
+        "compare",
+        "Trains methods from the same base with the same prompts and budget, several seeds each, and measures all on the same "
+        "held-out prompts: tables, Pareto pictures, curves, grids. After a kill the same command goes on.",
+        "All other flags are those of training and hold for every arm: --preset, --reward, --eval-images, ... Without a budget "
+        "every arm has the updates of its settings; --updates N gives all the same.",
+    )
+    arms = parser.add_mutually_exclusive_group()
+    arms.add_argument(
+        "--methods", nargs="+", default=list(RIVALS), metavar="NAME", help=f"by default {' '.join(RIVALS)}"
+    )
+    arms.add_argument(
+        "--arms", type=Path, metavar="FILE", help="YAML, {name of an arm: {setting: value}}, instead of methods"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of training, one run each [0]")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--evaluations", type=float, metavar="N", help="network evaluations of a run, per process")
+    budgets.add_argument("--seconds", type=float, metavar="S", help="of training, by a trial run of each arm")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]; use --threads beside it")
+    parser.add_argument("--launch", choices=("ddp", "fsdp2"), help="every run over all GPUs of this machine")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("outputs/compare"), metavar="DIR", help="[outputs/compare]"
+    )
+    namespace, rest = parser.parse_known_args(arguments)
+    actions, flags = cli.parse(rest)
+    if actions.resume or actions.dry_run or actions.print_config:
+        raise ConfigError("compare has no --resume, --dry-run or --print-config: the same command goes on by itself")
+    for name, value in (
+        ("evaluations", namespace.evaluations),
+        ("seconds", namespace.seconds),
+        ("jobs", namespace.jobs),
+    ):
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} {value}: must be above 0")
+    if len(set(namespace.seeds)) < len(namespace.seeds):
+        raise ConfigError(f"--seeds {' '.join(map(str, namespace.seeds))} names one twice")
+    named: dict[str, Any] = {name: {"method": name} for name in namespace.methods}
+    if namespace.arms:
+        named = read_yaml(namespace.arms)
+        for name, settings in named.items():
+            if not isinstance(settings, dict) or not re.fullmatch(r"[\w.+-]+", str(name)):
+                raise ConfigError(
+                    f"{namespace.arms}: arm {name}: write NAME: {{setting: value}}, names of letters, digits, . + -"
+                )
+    evaluation_seed = int(flags.pop("seed", 0))
+
+    def layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        return cli.layers(actions, flags, settings)
+
+    fixed = {"report": False, "sample_every": 0, "checkpoints_kept": 1}
+    cli.hush()
+    from . import compare as work
+
+    folder = namespace.output_dir
+    made = work.make_arms(named, namespace.seeds, layers, folder.resolve(), fixed)
+    budget = {k: getattr(namespace, k) for k in ("evaluations", "seconds") if getattr(namespace, k) is not None}
+    return _told(
+        lambda: work.compare(made, folder.resolve(), budget, namespace.jobs, namespace.launch, evaluation_seed)
+    )
+
+
 def serve(arguments: Sequence[str]) -> int:
     parser = _parser(
         "serve",
@@ -285,6 +350,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": evaluate,
+    "compare": compare,
     "score": score,
     "serve": serve,
     "fetch": fetch,

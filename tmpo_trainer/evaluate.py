@@ -218,24 +218,31 @@ class HeldOut:
 
     def base(self, progress: Callable[[int], Any] | None = None) -> Evaluation:
         """The base model: from memory, from `file`, or measured now with the transformer as it stands (LoRA off)."""
-        if self._base is None:
-            told = [self._read() if self.accelerator is None or self.accelerator.is_main_process else None]
-            if self.accelerator is not None and self.accelerator.num_processes > 1:
-                broadcast_object_list(told)
-            self._base = told[0]
-            if self._base is None:
-                self._base = self.measure(progress)
-                self._write(self._base)
-                return self._base
-        if progress is not None:
-            progress(len(self.prompts.texts))
+        if self._base is not None:
+            if progress is not None:
+                progress(len(self.prompts.texts))
+            return self._base
+        self._base = self.stored(self.file, progress)
         return self._base
 
-    def _read(self) -> Evaluation | None:
-        if self.file is None or not self.file.exists():
+    def stored(self, file: Path | None, progress: Callable[[int], Any] | None = None) -> Evaluation:
+        """What a file holds of an earlier measurement with the same settings; else `measure`, and the file is written."""
+        told = [self._read(file) if self.accelerator is None or self.accelerator.is_main_process else None]
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            broadcast_object_list(told)
+        if told[0] is None:
+            found = self.measure(progress)
+            self._write(file, found)
+            return found
+        if progress is not None:
+            progress(len(self.prompts.texts))
+        return told[0]
+
+    def _read(self, file: Path | None) -> Evaluation | None:
+        if file is None or not file.exists():
             return None
         try:
-            with np.load(self.file) as stored:
+            with np.load(file) as stored:
                 if str(stored["key"]) != self._key:
                     return None
                 return Evaluation(
@@ -251,22 +258,22 @@ class HeldOut:
             # Cut short: it is only kept to save time.
             return None
 
-    def _write(self, base: Evaluation) -> None:
-        if self.file is None or (self.accelerator is not None and not self.accelerator.is_main_process):
+    def _write(self, file: Path | None, found: Evaluation) -> None:
+        if file is None or (self.accelerator is not None and not self.accelerator.is_main_process):
             return
-        temporary = self.file.with_name(f".{self.file.name}")
+        temporary = file.with_name(f".{file.name}")
         with temporary.open("wb") as out:
             np.savez_compressed(
                 out,
                 key=np.array(self._key),
-                lgmd=base.lgmd,
-                cosine=base.cosine,
-                latent_std=np.array(base.latent_std),
-                shown=np.array(base.shown),
-                images=base.images,
-                **{f"score/{name}": values for name, values in base.scores.items()},  # type: ignore[arg-type]
+                lgmd=found.lgmd,
+                cosine=found.cosine,
+                latent_std=np.array(found.latent_std),
+                shown=np.array(found.shown),
+                images=found.images,
+                **{f"score/{name}": values for name, values in found.scores.items()},  # type: ignore[arg-type]
             )
-        temporary.replace(self.file)
+        temporary.replace(file)
 
 
 def paired_gain(
