@@ -1,0 +1,210 @@
+"""`compare`: budgets, arms, resumption, and the figures of its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tmpo_trainer import cli, compare, compare_report
+from tmpo_trainer.config import TrainConfig
+from tmpo_trainer.evaluate import Evaluation
+from tmpo_trainer.export import FILE_NAME
+from tmpo_trainer.methods import Planner, cost, evaluations
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def flags(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of runs of the tiny model, in a working directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("train.txt").write_text("a red circle\ntwo blue squares\n")
+    Path("held.txt").write_text("a green triangle\na pink circle\ntwo red squares\n")
+    return f"""--model {tiny_model} --reward sharpness --prompts train.txt --eval-prompts held.txt --threads 1 --rollout-steps 6
+        --branching 2 --branch-early 1 2 3 --branch-late 1 2 3 --resolution 32 32 --lora-rank 4 --lora-alpha 8 --kernel flow_sde
+        --learning-rate 1e-2 --ema-every 1 --max-sequence-length 0 --guidance 1 --eval-images 2 --eval-steps 4 --baseline none
+        --kl-weight 0.03 --features efficientnet-lite0""".split()
+
+
+def start(flags: list[str], *more: str) -> int:
+    return cli.main(["compare", *more, "--output-dir", "out", *flags])
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+# -- budgets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tmpo", "flow-grpo", "tree-grpo"])
+def test_the_most_updates_within_a_budget(load: Callable[..., Any], method: str) -> None:
+    """Positions move with the length of a run, so its cost is that of its own schedule."""
+    config = TrainConfig(method=method, kernel="flow_sde", kl_weight=0.03, branch_late=(1, 3, 4), prompts_per_update=2)
+    sigmas = load(0).sigmas(6, 32, 32)
+
+    def total(updates: int) -> float:
+        planner = Planner(config.model_copy(update={"updates": updates}), sigmas)
+        return 2 * sum(cost(evaluations(config, planner.plan(u))) for u in range(updates))
+
+    for budget in (total(1), 20_000, total(57)):
+        found = compare.updates_within(config, sigmas, budget)
+        assert total(found) <= budget < total(found + 1)
+    assert compare.updates_within(config, sigmas, 1) == 1
+
+
+# -- whole comparisons ---------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_killed_goes_on_and_grows(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two methods at one number of evaluations; SIGTERM in the midst; then a third arm and another seed."""
+    command = ["compare", "--methods", "tmpo", "flow-grpo", "--evaluations", "2500", "--output-dir", "out", *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tmpo_trainer", *command],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    metrics = tmp_path / "out/tmpo-seed0/metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1].decode()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert process.stderr is not None and b"the same command goes on" in process.stderr.read()
+    assert list(tmp_path.glob("out/tmpo-seed0/checkpoint-*")) and not (metrics.parent / FILE_NAME).exists()
+
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    known = yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]
+    lines = {name: Path(f"out/{name}-seed0/metrics.jsonl").read_text().splitlines() for name in known}
+    assert {name: len(found) for name, found in lines.items()} == {n: arm["updates"] for n, arm in known.items()}
+    # The tree: 8 leaves, 4 + 4 * ... nodes; chains cost several times as much.
+    assert known["tmpo"]["updates"] > 2 * known["flow-grpo"]["updates"]
+    table = json.loads(Path("out/table.json").read_text())["arms"]
+    for name in ("tmpo", "flow-grpo"):
+        spent = table[name]["evaluations"]["mean"]
+        assert spent <= 2500 < spent + 2 * table[name]["evaluations/update"]["mean"]
+    text = capsys.readouterr().out
+    assert "| base |" in text and "| flow-grpo |" in text and "±" not in text
+    for picture in ("pareto.png", "curves.png", "samples.png"):
+        assert min(Image.open(f"out/{picture}").size) > 100
+
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*-seed0/*")}
+    Path("arms.yaml").write_text("tmpo: {method: tmpo}\ngroup.1: {method: tmpo, baseline: group}\n")
+    command[1:4] = ["--arms", "arms.yaml", "--seeds", "0", "1"]
+    assert cli.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what is there is not done again"
+    table = json.loads(Path("out/table.json").read_text())["arms"]
+    assert set(table) == {"base", "tmpo", "group.1"}
+    first, second = table["tmpo"]["sharpness"]["runs"]
+    assert first != second and table["tmpo"]["sharpness"]["mean"] == pytest.approx((first + second) / 2)
+    assert table["tmpo"]["gain"]["sharpness"]["mean"] == pytest.approx(
+        table["tmpo"]["sharpness"]["mean"] - table["base"]["sharpness"]["mean"]
+    )
+
+    capsys.readouterr()
+    assert cli.main([*command, "--kappa", "3"]) == 2
+    assert "arm tmpo has kappa 6.0, not 3.0" in complaint(capsys)
+    assert cli.main([*command[:-1], "0.03", "--evaluations", "9"]) == 2
+    assert "another --output-dir" in complaint(capsys)
+
+
+def test_a_budget_of_seconds_is_tried_first(flags: list[str]) -> None:
+    assert start(flags, "--methods", "tmpo", "--seconds", "1.5") == 0
+    updates = yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]["tmpo"]["updates"]
+    trial = [json.loads(line) for line in Path("out/trials/tmpo/metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"]["total"] for line in trial[1:]]
+    assert updates == max(1, int(1.5 * len(seconds) / sum(seconds)))
+    assert len(Path("out/tmpo-seed0/metrics.jsonl").read_text().splitlines()) == updates
+
+
+def test_one_that_fails_does_not_stop_the_others(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    # A learning rate that overflows at once.
+    Path("arms.yaml").write_text("bad: {learning_rate: 1.0e+30}\ngood: {learning_rate: 1.0e-3}\n")
+    assert start(flags, "--arms", "arms.yaml", "--updates", "3") == 1
+    out, err = capsys.readouterr()
+    assert "bad-seed0 failed, see" in err and "| good | 3 |" in out and "| bad |" not in out
+    assert "the gradient of update 1 is nan" in Path("out/bad-seed0/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--methods tmpo grpo", "grpo"),
+        ("--methods tmpo --seeds 1 1", "names one twice"),
+        ("--evaluations 0", "must be above 0"),
+        ("--evaluations 5 --seconds 5", "not allowed with"),
+        ("--methods tmpo --arms arms.yaml", "not allowed with"),
+        ("--arms missing.yaml", "missing.yaml"),
+        ("--arms list.yaml", "arm x: write NAME: {setting: value}"),
+        ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),
+        ("--arms unknown.yaml", "unknown key lerning_rate, did you mean learning_rate"),
+        ("--methods tmpo --baseline group --kappa 0", "kappa"),
+        ("--methods tmpo --resume latest", "no --resume"),
+        ("--methods tmpo --nonsense 1", "unknown flag --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str], more: str, message: str) -> None:
+    Path("arms.yaml").write_text("a: {}\n")
+    Path("list.yaml").write_text("x: [1]\n")
+    Path("steps.yaml").write_text("a: {}\nb: {eval_steps: 5}\n")
+    Path("unknown.yaml").write_text("a: {lerning_rate: 1}\n")
+    assert start(flags, *more.split()) == 2
+    assert message in complaint(capsys)
+    assert not Path("out").exists()
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def measured(score: float, cosine: float, updates: int = 0) -> compare_report.Measured:
+    """Three prompts, two pictures; an update of 100 evaluations in the rollout and 10 in the replay, two prompts, 2 seconds."""
+    evaluation = Evaluation(
+        prompts=["a", "b", "c"],
+        scores={"right": np.full((3, 2), score)},
+        lgmd=np.array([0.1, 0.2, 0.3]),
+        cosine=np.full(3, cosine),
+        latent_std=0.5 * (1 + score),
+        shown=[0, 2],
+        images=np.zeros((2, 2, 8, 8, 3), np.uint8),
+    )
+    line = {
+        "evaluations/rollout": 100.0, "evaluations/replay": 10.0, "seconds": {"total": 2.0}, "reward/right": score,
+    }  # fmt: skip
+    return compare_report.Measured(evaluation, [line] * updates, 2)
+
+
+def test_figures_by_hand() -> None:
+    base = measured(0.0, 0.4)
+    found = compare_report.figures([measured(0.2, 0.3, 5), measured(0.4, 0.3, 5)], base.evaluation)
+    assert found["right"]["mean"] == pytest.approx(0.3) and found["right"]["spread"] == pytest.approx(0.1)
+    assert found["gain"]["right"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3})
+    assert found["gain"]["cosine diversity"]["mean"] == pytest.approx(-0.1)
+    assert found["latent std, change"]["mean"] == pytest.approx(0.3)
+    assert found["evaluations/update"]["mean"] == 2 * (100 + 2 * 10) and found["evaluations"]["mean"] == 5 * 240
+    assert found["s/update"]["mean"] == 2 and found["updates"]["mean"] == 5
+    text = compare_report.table(
+        {"base": compare_report.figures([base], base.evaluation), "x": found}, ["right", "LGMD"]
+    )
+    assert text.splitlines()[2] == "| base |  |  |  | 0.000 | 0.200 |  |"
+    assert text.splitlines()[3] == "| x | 5 | 240 | 2.00 | 0.300 ± 0.100 | 0.200 ± 0.000 | +30.0% ± 10.0% |"
