@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import DemoModelLoader
+from .diversity import DiversityNode, SelectBranches
 from .lora import Compare, LoadTmpoLora
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
-from .scoring import BoltzmannWeights, CombineScores, DiversityNode, ScoreImages, SelectBranches
+from .scoring import BoltzmannWeights, CombineScores, ScoreImages
 from .training import Train, TrainingMonitor
 from .tree_view import TreeView
 

@@ -120,7 +120,11 @@ class DemoModelLoader(io.ComfyNode):
             description="The bundled tiny model of coloured shapes (64x64): a Stable Diffusion 3 in small. Prompts are like "
             "'two red circles and a blue square'.",
             inputs=[],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[
+                io.Model.Output(tooltip="For a sampler."),
+                io.Clip.Output(tooltip="For the prompts."),
+                io.Vae.Output(tooltip="Latents to pictures."),
+            ],
         )
 
     @classmethod

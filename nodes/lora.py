@@ -16,7 +16,8 @@ from PIL import Image
 
 from ..tmpo_trainer import diversity, grids, lora_file
 from .demo_model import FOLDER
-from .scoring import feature_vectors, pixels, to_image
+from .diversity import feature_vectors
+from .images import pixels, to_image
 from .types import CATEGORY, ScoresSocket, inside
 
 #: The LoRA that comes with the demo model.
@@ -80,7 +81,10 @@ class LoadTmpoLora(io.ComfyNode):
                     tooltip="A file or a run's folder in ComfyUI's output folder, in place of the one chosen above.",
                 ),
             ],
-            outputs=[io.Model.Output(), io.String.Output(display_name="about")],
+            outputs=[
+                io.Model.Output(tooltip="The model with the LoRA."),
+                io.String.Output(display_name="about", tooltip="What it was trained on."),
+            ],
             is_output_node=True,
         )
 
@@ -132,7 +136,10 @@ class Compare(io.ComfyNode):
                     tooltip="Also cosine diversity, if EfficientNet-lite0 is installed.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="grid"), io.String.Output(display_name="table")],
+            outputs=[
+                io.Image.Output(display_name="grid", tooltip="Pairs: the base's picture, then the LoRA's."),
+                io.String.Output(display_name="table", tooltip="Mean scores and diversity of both, as Markdown."),
+            ],
             is_output_node=True,
         )
 
@@ -143,11 +150,9 @@ class Compare(io.ComfyNode):
                 f"base is a batch of {len(base)} {base.shape[2]}x{base.shape[1]}, lora of {len(lora)} "
                 f"{lora.shape[2]}x{lora.shape[1]}: sample both with the same seeds and size"
             )
-        for name, scores in (("base_scores", base_scores), ("lora_scores", lora_scores)):
-            if scores is not None and len(scores) != len(base):
-                raise ValueError(
-                    f"{name} has {len(scores)} entries for {len(base)} images: connect those of these images"
-                )
+        for scores, images, name in ((base_scores, base, "base_scores"), (lora_scores, lora, "lora_scores")):
+            if scores is not None:
+                scores.check(images, name)
         before, after = pixels(base), pixels(lora)
         chosen = np.unique(np.linspace(0, len(before) - 1, min(pairs, len(before))).round().astype(int))
         # As near to a square as pairs allow.

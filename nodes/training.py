@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..tmpo_trainer.checkpoint import read_metrics
 from ..tmpo_trainer.lora_file import FILE_NAME
-from .scoring import to_image
+from .images import to_image
 from .types import CATEGORY, inside
 
 PACK = Path(__file__).parents[1]
@@ -64,7 +64,10 @@ class Train(io.ComfyNode):
                     "`python -m tmpo_trainer --help` lists them.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="lora_path"), io.String.Output(display_name="report")],
+            outputs=[
+                io.String.Output(display_name="lora_path", tooltip="For Load TMPO LoRA."),
+                io.String.Output(display_name="report", tooltip="The run's report, as Markdown."),
+            ],
             is_output_node=True,
         )  # fmt: skip
 
@@ -163,17 +166,18 @@ class TrainingMonitor(io.ComfyNode):
             description="Curves and the newest sample grid of a run, also while it trains.",
             inputs=[io.String.Input("run", default="tmpo_run", tooltip=RUN_TIP)],
             outputs=[
-                io.Image.Output(display_name="curves"),
-                io.Image.Output(display_name="samples"),
-                io.String.Output(display_name="text"),
+                io.Image.Output(display_name="curves", tooltip="Rewards, diversity and gradient over the updates."),
+                io.Image.Output(display_name="samples", tooltip="The newest sample grid; black before the first."),
+                io.String.Output(display_name="text", tooltip="First and newest values in words."),
             ],
             is_output_node=True,
         )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, run) -> Any:
-        file = inside(run, "run") / "metrics.jsonl"
-        return file.stat().st_mtime_ns if file.exists() else 0
+        folder = inside(run, "run")
+        shown = [folder / "metrics.jsonl", *sample_grids(folder)[-1:]]
+        return [(str(file), file.stat().st_mtime_ns) for file in shown if file.exists()]
 
     @classmethod
     def execute(cls, run) -> io.NodeOutput:
@@ -187,13 +191,18 @@ class TrainingMonitor(io.ComfyNode):
         series = {key.removeprefix("reward/"): [line[key] for line in lines] for key in rewards}
         series |= {"LGMD": [line["lgmd"] for line in lines], "gradient norm": [line["grad_norm"] for line in lines]}
         curves = charts.draw([line["update"] for line in lines], series)
-        grids = sorted((folder / "samples").glob("*.png"))
+        grids = sample_grids(folder)
         samples = to_image(Image.open(grids[-1])) if grids else blank()
         text = f"update {lines[-1]['update']} of {planned(folder)}\n" + "\n".join(
             f"{name}: {values[0]:.4f} -> {np.mean(values[-max(1, len(values) // 10) :]):.4f}"
             for name, values in series.items()
         )
         return io.NodeOutput(to_image(curves), samples, text, ui=ui.PreviewText(text))
+
+
+def sample_grids(folder: Path) -> list[Path]:
+    """Of a run, the newest last: their names count the updates."""
+    return sorted((folder / "samples").glob("*.png"))
 
 
 def blank() -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import uuid
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..tmpo_trainer import tree_picture
-from .sampling import MOST_LEAVES
+from .images import thumbs, to_image, unlike
+from .tree_sampler import MOST_LEAVES
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: Longest side of the pictures that go to the browser.
@@ -24,6 +27,29 @@ def decoded_images(x0: Tensor, vae: Any) -> Tensor:
     """Latents `[n, C, h, w]` (or with frames: the first) through a VAE: `[n, h, w, 3]` in 0..1."""
     images = vae.decode(x0)
     return images[:, 0] if images.dim() == 5 else images
+
+
+@dataclass
+class Decoded:
+    """What a VAE makes of a tree: previews by step, and `thumbs` of its first leaves. vae: only to know it again."""
+
+    vae: weakref.ref[Any]
+    previews: dict[int, list[Image.Image]]
+    first: Tensor
+
+
+#: Kept for as long as a tree is: choosing a leaf runs the view again, and all before it comes from ComfyUI's cache.
+_known: weakref.WeakKeyDictionary[Tree, Decoded] = weakref.WeakKeyDictionary()
+
+
+def decoded(tree: Tree, vae: Any) -> Decoded:
+    """Through the VAE once for each tree."""
+    known = _known.get(tree)
+    if known is None or known.vae() is not vae:
+        previews = {step: to_pil(decoded_images(x0, vae)) for step, x0 in tree.previews.items()}
+        first = thumbs(decoded_images(tree.first, vae)) if len(tree.first) else torch.zeros(0)
+        known = _known[tree] = Decoded(weakref.ref(vae), previews, first)
+    return known
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -149,7 +175,7 @@ class TreeView(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The tree as one picture."),
                 io.Int.Output(display_name="selected_index", tooltip="For Select Branches."),
-                io.Image.Output(display_name="selected_image"),
+                io.Image.Output(display_name="selected_image", tooltip="The chosen leaf alone."),
             ],
         )  # fmt: skip
 
@@ -162,13 +188,19 @@ class TreeView(io.ComfyNode):
             raise ValueError(f"selected is {selected}, but this tree has {tree.leaves} leaves: -1 takes the best")
         weights, best, first, name = None, None, None, ""
         if scores is not None:
-            tree.check(len(scores), "scores")
+            scores.check(images)
             first, name = scores.first().tolist(), next(iter(scores.values))
             weights = tree_picture.leaf_weights(scores.first(), beta, tree.prompts).tolist()
             best = tree_picture.best_leaf(first)
         pictures = to_pil(images)
         if vae is not None:
-            previews = {step: to_pil(decoded_images(x0, vae)) for step, x0 in tree.previews.items()}
+            known = decoded(tree, vae)
+            previews = known.previews
+            if len(known.first) and unlike(known.first, thumbs(images[: len(known.first)])):
+                raise ValueError(
+                    "images are not the leaves of this tree: connect both to the same tree sampler, or take vae off to show "
+                    "them all the same"
+                )
         else:
             previews = {step: to_pil(colours) for step, colours in tree.colours.items()}
         picture = tree_picture.draw(
@@ -177,7 +209,7 @@ class TreeView(io.ComfyNode):
         )  # fmt: skip
         chosen = selected if selected >= 0 else best or 0
         return io.NodeOutput(
-            torch.from_numpy(np.asarray(picture, np.float32) / 255)[None],
+            to_image(picture),
             chosen,
             images[chosen : chosen + 1],
             ui={"tmpo_tree": [report(tree, pictures, previews, scores, weights, best)]},

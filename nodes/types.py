@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tmpo_trainer import tree
+from .images import thumbs, unlike
 
 CATEGORY = "TMPO"
 
@@ -35,13 +36,14 @@ TreeSocket = io.Custom("TMPO_TREE")
 ScoresSocket = io.Custom("TMPO_SCORES")
 
 
-@dataclass
+@dataclass(eq=False)
 class Tree:
     """What a tree sampler leaves beside its latents; leaf l of prompt p is row l * prompts + p.
 
     sigmas: of all steps. log_probs: of the edges. seed: of the noise. previews: {step: x0 of the nodes that are evaluated
     there, `[width, C, h, w]` as the VAE takes them} at branch steps. colours: the same as small pictures
-    `[width, h, w, 3]` in 0..1, by the latent format's linear map; empty where it has none.
+    `[width, h, w, 3]` in 0..1, by the latent format's linear map; empty where it has none. first: the first leaves as the VAE
+    takes them; none where noise is left in them, for another sampler to go on.
     """
 
     plan: tree.TreePlan
@@ -53,6 +55,7 @@ class Tree:
     evaluations: int
     previews: dict[int, Tensor]
     colours: dict[int, Tensor]
+    first: Tensor
 
     @property
     def prompts(self) -> int:
@@ -80,10 +83,14 @@ class Tree:
 
 @dataclass
 class Scores:
-    """Named scores of a batch, float32 `[N]` each; the first is what nodes sort and colour by unless told otherwise."""
+    """Named scores of a batch, float32 `[N]` each; the first is what nodes sort and colour by unless told otherwise.
+
+    seen: `thumbs` of the pictures that were scored.
+    """
 
     values: dict[str, Tensor]
     prompts: list[str]
+    seen: Tensor
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
@@ -93,4 +100,13 @@ class Scores:
 
     def pick(self, indices: list[int]) -> Scores:
         chosen = torch.tensor(indices, dtype=torch.long)
-        return Scores({n: v[chosen] for n, v in self.values.items()}, [self.prompts[i] for i in indices])
+        return Scores(
+            {n: v[chosen] for n, v in self.values.items()}, [self.prompts[i] for i in indices], self.seen[chosen]
+        )
+
+    def check(self, images: Tensor, what: str = "scores") -> None:
+        """Raises ValueError unless a batch is the one that was scored; its pictures may have been resized or corrected."""
+        if len(self) != len(images):
+            raise ValueError(f"{what} has {len(self)} entries for {len(images)} images: connect those of these images")
+        if unlike(self.seen, thumbs(images)):
+            raise ValueError(f"{what} are of other images: score these, or connect the images that were scored")

@@ -139,7 +139,11 @@ def test_chunks_and_batches_of_prompts_change_nothing(pack: Any) -> None:
     whole, _ = sample(pack, PROMPTS)
     for most in (2, 5, 8):
         torch.testing.assert_close(sample(pack, PROMPTS, max_batch=most)[0], whole, atol=1e-5, rtol=0)
-    # Prompt p of a batch has row l * 2 + p; alone its noise is another (that of the batch's first row), so start from its own.
+    # Prompt p of a batch has row l * 2 + p. Taken from the batch, as by Latent From Batch, it keeps all its noise.
+    for place, prompt in enumerate(PROMPTS):
+        taken = {**empty(), "batch_index": [place]}
+        torch.testing.assert_close(whole[place::2], sample(pack, (prompt,), taken)[0], atol=1e-5, rtol=0)
+    # Alone its noise is another (that of the batch's first row), so start from its own.
     start = pack.comfy.sample.prepare_noise(empty(2)["samples"], SEED)
     noise = SimpleNamespace(seed=SEED, generate_noise=lambda latent: start[:1])
     guider = pack.comfy.samplers.CFGGuider(pack.model)
@@ -323,6 +327,63 @@ def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
     # They resemble what comes of them: the leaf pictures of the same branch, blurred.
     last = pack.vae.decode(found.previews[5])
     assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
+
+
+def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing a leaf runs the view again; another VAE or tree is decoded anew, a tree that is gone forgotten."""
+    from tmpo_pack.nodes import tree_view  # type: ignore[import-not-found]
+
+    class Counting:
+        calls = 0
+
+        def decode(self, x0: Tensor) -> Tensor:
+            self.calls += 1
+            return pack.vae.decode(x0)
+
+    monkeypatch.setattr(tree_view, "save", lambda pictures: [{} for _ in pictures])
+    leaves, found = sample(pack)
+    images, vae, other = pack.vae.decode(leaves), Counting(), Counting()
+    shown = [tree_view.TreeView.execute(found, images, "dark", 1.0, chosen, None, vae).result for chosen in (0, 5)]
+    # Steps 4 and 5, and the first leaves.
+    assert vae.calls == 3 and shown[1][1] == 5
+    tree_view.TreeView.execute(found, images, "dark", 1.0, 0, None, other)
+    assert other.calls == 3
+    tree_view.TreeView.execute(sample(pack)[1], images, "dark", 1.0, 0, None, vae)
+    assert vae.calls == 6
+    before = len(tree_view._known)
+    del found
+    assert len(tree_view._known) == before - 1
+
+
+def test_a_sample_is_drawn_by_the_weights_of_each_prompt(pack: Any) -> None:
+    """One prompt is hard: its pictures all score less. z-scored over both, q would be e^4 times as much for the other's."""
+    from tmpo_pack.nodes import diversity, images, types  # type: ignore[import-not-found]
+
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.rand(20, 16, 16, 3, generator=generator)
+    values = torch.tensor([1.0, 0.0] * 10) + 0.01 * torch.rand(20, generator=generator)
+    scores = types.Scores({"any": values}, ["easy", "hard"] * 10, images.thumbs(pictures))
+    drawn = [
+        diversity.SelectBranches.execute(pictures, "sample by weight", 6, 0, 2.0, seed, 0, None, scores).result[2]
+        for seed in range(50)
+    ]
+    hard = sum(found.prompts.count("hard") for found in drawn)
+    assert 100 < hard < 200
+    # Within a prompt the better ones come more often.
+    taken = torch.cat([found.first() for found in drawn])
+    assert taken[taken < 0.5].mean() > values[1::2].mean()
+
+
+def test_leaves_with_noise_left_are_not_compared(pack: Any) -> None:
+    """Another sampler goes on with them, and pictures come of that."""
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
+    execute = pack.sampling.TreeSamplerAdvanced.execute
+    noise = pack.sampling._Seeded(SEED)
+    assert len(execute(noise, guider, sigmas[:7], empty(), "1, 4", 3, "cps", 0.7, 0).result[1].first) == 0
+    leaves, found = execute(noise, guider, sigmas, empty(), "1, 4", 3, "cps", 0.7, 0).result
+    torch.testing.assert_close(found.first, leaves["samples"][:3])
 
 
 def test_a_trained_lora_changes_the_pictures_as_in_diffusers(pack: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import tree
@@ -38,6 +41,19 @@ class Encoded:
 
     tokens: Tensor
     pooled: Tensor
+
+
+def single_file(file: Path) -> str | dict[str, Tensor]:
+    """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
+
+    Newer ComfyUI (0.33) calls FLUX's norms of queries and keys `weight`, also in what it saves; they were `scale`.
+    """
+    if file.suffix != ".safetensors":
+        return str(file)
+    with safe_open(file, "pt") as opened:
+        if not any(name.endswith("query_norm.weight") for name in opened.keys()):  # noqa: SIM118
+            return str(file)
+    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", k): v for k, v in load_file(file).items()}
 
 
 class Backbone(ABC):
@@ -138,7 +154,7 @@ class Backbone(ABC):
         if file is None:
             return kind.from_pretrained(folder, subfolder="transformer", **how)
         try:
-            return kind.from_single_file(str(file), config=str(folder), subfolder="transformer", **how)
+            return kind.from_single_file(single_file(file), config=str(folder), subfolder="transformer", **how)
         except (LookupError, RuntimeError) as error:
             # What diffusers' conversion does with names that it does not find, and with what stays empty for want of them.
             raise ValueError(

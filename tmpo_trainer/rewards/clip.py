@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from . import clip_file
 from .weights import Source, hub_folder, told
 
 #: The tokenizer of OpenAI's CLIP, which all of them use.
@@ -167,7 +168,14 @@ class ClipScorer:
 
 
 def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
-    """The towers of a folder with a transformers CLIPModel, preprocessed as CLIP does. Raises ConfigError if it is none."""
-    with told(f"reward {scorer}", folder):
-        model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    """The towers of a folder, or one .safetensors file, with a transformers CLIPModel, preprocessed as CLIP does.
+
+    Raises ConfigError if it is none.
+    """
+    if folder.is_file():
+        model: Any = clip_file.build(scorer, folder)
+        folder = folder.parent
+    else:
+        with told(f"reward {scorer}", folder):
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)

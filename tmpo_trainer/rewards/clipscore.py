@@ -14,6 +14,6 @@ SOURCES: tuple[Source, ...] = (("openai/clip-vit-large-patch14", ("config.json",
 
 
 def load(device: torch.device, path: str | None = None) -> ClipScorer:
-    """The scorer; `path` is a folder with the model, in place of the hub's. Raises ConfigError without weights."""
+    """The scorer; `path` is the model's folder or file, in place of the hub's. Raises ConfigError without weights."""
     folder = existing("clipscore", path) if path else hub_folder("clipscore", SOURCES[0])
     return ClipScorer("clipscore", load_clip("clipscore", folder, device), divisor=30)

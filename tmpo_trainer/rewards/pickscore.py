@@ -14,7 +14,7 @@ def load(device: torch.device, path: str | None = None) -> ClipScorer:
     """exp(logit_scale) * cos of a ViT-H/14 CLIP. Flow-GRPO divides it by 26, which a z-score within the group undoes.
 
     Args:
-        path: a folder with the model, in place of the hub's.
+        path: a folder with the model, or its model.safetensors, in place of the hub's.
 
     Raises:
         ConfigError: the weights cannot be had.

