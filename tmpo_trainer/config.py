@@ -43,6 +43,8 @@ class TrainConfig(BaseModel):
     """One weight per reward; all 1 by default."""
     reward_models: tuple[str, ...] = ()
     """NAME=PATH: where a scorer's weights are, in place of its hub repository; for `remote` the server's address."""
+    pickscore_scale: Literal["raw", "flow"] = "raw"
+    """`flow` divides PickScore by 26, as Flow-GRPO does. A z-score within the group undoes it."""
     remote_hosts: tuple[str, ...] = ()
     """Hosts beside this machine that a `remote` reward may be on."""
     remote_timeout: float = Field(120, gt=0)

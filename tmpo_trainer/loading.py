@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -141,8 +142,12 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
 def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
     """The scorers of a run: of its rewards, or of some other names. Raises ConfigError for weights that cannot be had."""
     paths = dict(entry.split("=", 1) for entry in config.reward_models)
-    remote = {"hosts": config.remote_hosts, "timeout": config.remote_timeout}
-    found = [load_scorer(name, device, paths.get(name), **remote) for name in names or config.reward]
+    more: Any = {
+        "hosts": config.remote_hosts,
+        "timeout": config.remote_timeout,
+        "pickscore_scale": config.pickscore_scale,
+    }
+    found = [load_scorer(name, device, paths.get(name), **more) for name in names or config.reward]
     if config.offload_scorers:
         return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
     return found

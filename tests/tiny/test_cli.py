@@ -38,7 +38,7 @@ FLAGS = {
     "--reward", "--reward-models", "--reward-norm", "--reward-weights", "--rollout-steps", "--sample-every", "--seed",
     "--split-guidance",
     "--remote-hosts", "--remote-timeout", "--features", "--text-cache", "--threads", "--tracker", "--transformer",
-    "--updates", "--version", "--weight-decay", "--auxiliary", "--window", "--window-every",
+    "--updates", "--version", "--weight-decay", "--auxiliary", "--pickscore-scale", "--window", "--window-every",
 }  # fmt: skip
 
 #: Appendix D.4 of the paper.

@@ -79,7 +79,8 @@ def test_what_is_no_whole_model_is_told(folder: Path, tmp_path: Path) -> None:
     cases = {
         "vision": (vision, "holds only the vision tower: give the whole model"),
         "text": ({k: v for k, v in tensors.items() if k.startswith("text")}, "holds only the text tower"),
-        "other": ({"visual.conv1.weight": torch.ones(2)}, "no CLIP model in transformers' names"),
+        "other": ({"conv1.weight": torch.ones(2)}, "no CLIP model in transformers' names"),
+        "open-clip": ({"visual.conv1.weight": torch.ones(2)}, r"not its checkpoint \(at 'transformer.resblocks.0'\)"),
         "cut": (vision | {"text_model.final_layer_norm.weight": torch.ones(2)}, "no CLIP model in transformers' names"),
         "more": (tensors | {"head": torch.ones(2)}, r"not its checkpoint \(at head\)"),
     }

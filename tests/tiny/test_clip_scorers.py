@@ -17,7 +17,17 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPCo
 
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.demo.build import make_tokenizer
-from tmpo_trainer.rewards import clip, clipscore, hpsv2, imagereward, pickscore, weights
+from tmpo_trainer.rewards import (
+    Parked,
+    clip,
+    clipscore,
+    hpsv2,
+    imagereward,
+    load_scorer,
+    open_clip_file,
+    pickscore,
+    weights,
+)
 
 CPU = torch.device("cpu")
 WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 50, 12
@@ -89,6 +99,37 @@ def test_pickscore_is_the_formula(clip_folder: Path, images: np.ndarray) -> None
     torch.testing.assert_close(alone, scores, atol=1e-5, rtol=1e-5)
     scorer.towers.batch = 3
     torch.testing.assert_close(scorer.score(images, PROMPTS), scores, atol=1e-5, rtol=1e-5)
+
+
+def test_pickscore_as_flow_grpo_scales_it(clip_folder: Path, images: np.ndarray) -> None:
+    raw, flow = (
+        load_scorer("pickscore", CPU, str(clip_folder), pickscore_scale=scale).score(images, ["a cat"] * len(images))
+        for scale in ("raw", "flow")
+    )
+    torch.testing.assert_close(flow * 26, raw)
+    assert raw.abs().min() > 0
+
+
+def test_a_parked_scorer_scores_alike_and_its_weights_go_back(clip_folder: Path, images: np.ndarray) -> None:
+    """Also when it fails. A device that differs from where the weights wait by its name alone."""
+    scorer, there = pickscore.load(CPU, str(clip_folder)), torch.device("cpu:0")
+    expected = scorer.score(images, ["a cat"] * len(images))
+    while_scoring: list[torch.device] = []
+    inner = scorer.towers.encode_images
+
+    def encode(pixels: Tensor) -> Tensor:
+        while_scoring.append(scorer.towers.device)
+        return inner(pixels)
+
+    scorer.towers.encode_images = encode
+    parked = Parked(scorer, there)
+    assert scorer.towers.device == CPU
+    for _ in range(2):
+        assert torch.equal(parked.score(images, ["a cat"] * len(images)), expected)
+        assert set(while_scoring) == {there} and scorer.towers.device == CPU
+    with pytest.raises(IndexError):
+        parked.score(images[:, 0], ["a cat"] * len(images))
+    assert scorer.towers.device == CPU
 
 
 def test_a_prompt_is_encoded_once(clip_folder: Path, images: np.ndarray) -> None:
@@ -176,7 +217,7 @@ def open_clip() -> OpenClip:
 
 @torch.no_grad()
 def test_hps_key_map_gives_open_clips_features(open_clip: OpenClip, tmp_path: Path) -> None:
-    model = hpsv2.build(tmp_path / "hps.pt", open_clip.state_dict()).eval()
+    model = open_clip_file.build("hpsv2", tmp_path / "hps.pt", open_clip.state_dict()).eval()
     pixels = torch.randn(3, 3, 224, 224)
     torch.testing.assert_close(
         model.get_image_features(pixels).pooler_output, open_clip.encode_image(pixels), atol=1e-5, rtol=1e-5
@@ -197,7 +238,7 @@ def test_hps_checkpoints_of_both_shapes_are_read(open_clip: OpenClip, tmp_path: 
     open_clip.float()
     file = tmp_path / "hps.pt"
     torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, file)
-    model = hpsv2.build(file, weights.state("hpsv2", file, "state_dict"))
+    model = open_clip_file.build("hpsv2", file, weights.state("hpsv2", file, "state_dict"))
     assert all(value.dtype == torch.float32 for value in model.parameters())
 
 
@@ -243,7 +284,7 @@ def test_preprocessing_is_pinned(kind: str, size: tuple[int, int]) -> None:
     [("  A   Red\nCircle ", "a red circle"), ("Tom &amp;amp; Jerry", "tom & jerry"), ("caf\u00e9", "caf\u00e9")],
 )
 def test_hps_cleans_prompts_as_open_clip_does(prompt: str, cleaned: str) -> None:
-    assert hpsv2.clean(prompt) == cleaned
+    assert open_clip_file.clean(prompt) == cleaned
 
 
 # ImageReward

@@ -88,12 +88,14 @@ def load_scorer(
     path: str | None = None,
     hosts: Sequence[str] = (),
     timeout: float = 120,
+    pickscore_scale: str = "raw",
 ) -> Scorer:
     """A scorer by its name.
 
     Args:
         device: where it runs; by default the CPU. path: of its weights, in place of the hub's; the URL of a remote one.
         hosts: beside this machine, that a remote scorer may be on. timeout: seconds for a reply of it.
+        pickscore_scale: see `pickscore.load`.
 
     Raises:
         ConfigError: it is not known, or its weights cannot be had.
@@ -103,6 +105,10 @@ def load_scorer(
         from . import remote
 
         return remote.load(remote_address(name, path), hosts, timeout, name)
+    if name == "pickscore":
+        from . import pickscore
+
+        return pickscore.load(device or torch.device("cpu"), path, pickscore_scale)
     if name == "shapes-partial":
         from . import shapes
 

@@ -94,14 +94,14 @@ class ClipTowers:
 
     def __init__(
         self,
-        model: CLIPModel,
+        model: Any,
         tokenizer: Any,
         prepare: Prepare,
         device: torch.device,
         clean: Callable[[str], str] = str,
         batch: int = BATCH,
     ):
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.prepare, self.clean, self.batch = tokenizer, prepare, clean, batch
         #: exp(logit_scale), float32.
         self.scale = model.logit_scale.detach().float().exp().cpu()
@@ -119,9 +119,25 @@ class ClipTowers:
         found = []
         for first in range(0, len(images), self.batch):
             pixels = self.prepare([Image.fromarray(image) for image in images[first : first + self.batch]])
-            output: Any = self.model.get_image_features(pixels.to(self.device, self._dtype))
-            found.append(_unit(output.pooler_output))
+            found.append(_unit(self.encode_images(pixels.to(self.device, self._dtype))))
         return torch.cat(found)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Features of any length of pixel values `[n, 3, H, W]`: `[n, D]`."""
+        output: Any = self.model.get_image_features(pixels)
+        return output.pooler_output
+
+    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        """Features of any length: `[n, D]`."""
+        tokens = self.tokenizer(
+            [self.clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        output: Any = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return output.pooler_output
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -129,15 +145,7 @@ class ClipTowers:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         for first in range(0, len(missing), self.batch):
             chosen = missing[first : first + self.batch]
-            tokens = self.tokenizer(
-                [self.clean(prompt) for prompt in chosen],
-                padding="max_length",
-                max_length=self.model.config.text_config.max_position_embeddings,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            output: Any = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            self._texts.update(zip(chosen, _unit(output.pooler_output), strict=True))
+            self._texts.update(zip(chosen, _unit(self.encode_texts(chosen)), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
     def cosine(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
@@ -168,10 +176,16 @@ class ClipScorer:
 
 
 def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
-    """The towers of a folder, or one .safetensors file, with a transformers CLIPModel, preprocessed as CLIP does.
+    """The towers of a folder or one .safetensors file with a transformers CLIPModel, or of a checkpoint of open_clip.
 
-    Raises ConfigError if it is none.
+    Preprocessed as CLIP does. Raises ConfigError if it is none.
     """
+    # It needs this module.
+    from .open_clip_file import is_open_clip, load_open_clip
+
+    if folder.is_file() and is_open_clip(folder):
+        # The model of clipscore is OpenAI's, that of pickscore LAION's.
+        return load_open_clip(scorer, folder, crop(224), device, "gelu" if scorer == "pickscore" else "quick_gelu")
     if folder.is_file():
         model: Any = clip_file.build(scorer, folder)
         folder = folder.parent

@@ -10,14 +10,19 @@ from .weights import Source, existing, hub_folder
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 
 
-def load(device: torch.device, path: str | None = None) -> ClipScorer:
-    """exp(logit_scale) * cos of a ViT-H/14 CLIP. Flow-GRPO divides it by 26, which a z-score within the group undoes.
+#: What Flow-GRPO divides the score by, to bring it near 1. A z-score within the group undoes it.
+FLOW_SCALE = 26.0
+
+
+def load(device: torch.device, path: str | None = None, scale: str = "raw") -> ClipScorer:
+    """exp(logit_scale) * cos of a ViT-H/14 CLIP.
 
     Args:
         path: a folder with the model, or its model.safetensors, in place of the hub's.
+        scale: `raw`, or `flow` for the score over FLOW_SCALE.
 
     Raises:
         ConfigError: the weights cannot be had.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
-    return ClipScorer("pickscore", load_clip("pickscore", folder, device))
+    return ClipScorer("pickscore", load_clip("pickscore", folder, device), FLOW_SCALE if scale == "flow" else 1.0)
