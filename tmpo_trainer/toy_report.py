@@ -161,17 +161,17 @@ def table(base: dict[str, Any], target: Target, results: Results, settings: tupl
 
 
 def draw(pictures: dict[str, Tensor], results: Results, target: Target, path: Path) -> None:
-    """Samples over the modes' discs (first seed), and how reward and effective modes went (every seed), as a PNG."""
+    """Samples over the modes' discs (seed 0), and how reward and effective modes went (every seed), as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     colours = dict(zip([arm.name for arm in ARMS], ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
-    figure, axes = pyplot.subplots(2, 4, figsize=(16, 8.4), layout="constrained")
+    figure, axes = pyplot.subplots(2, 4, figsize=(16, 8.8), layout="constrained")
     for axis, name in zip([*axes[0, :2], *axes[1]], ("base", "target", *colours), strict=True):
         x = pictures[name][:3000]
-        axis.scatter(*x.T.tolist(), s=2, alpha=0.35, color=colours.get(name, "black"), linewidths=0)
+        axis.scatter(*x.T.tolist(), s=4, alpha=0.35, color=colours.get(name, "black"), linewidths=0)
         for k, centre in enumerate(centres().tolist()):
             style = {"color": "green", "linewidth": 1.5} if k in REWARDED else {"color": "grey", "linestyle": "--"}
             axis.add_patch(pyplot.Circle(centre, MODE_RADIUS, fill=False, **style))
@@ -179,6 +179,7 @@ def draw(pictures: dict[str, Tensor], results: Results, target: Target, path: Pa
         modes = effective_modes(mode_masses(pictures[name]))
         figures = f"reward {reward(pictures[name]).mean():.2f}, effective modes {modes:.2f}"
         axis.set_title(f"{name}\n{figures}", fontsize=11)
+    figure.suptitle(f"seed 0, {SAMPLES} ODE samples; circles: green rewarded modes, dashed the others", fontsize=11)
     upper, lower = axes[0, 2:]
     for name, colour in colours.items():
         for run in results[name]:
