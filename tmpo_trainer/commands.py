@@ -260,7 +260,7 @@ def toy(arguments: Sequence[str]) -> int:
         "table of rewards and covered modes; writes it as toy.md and toy.json, and a picture, toy.png. See docs/method.md.",
     )
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of every arm, seeds 0..N-1 [5]")
-    parser.add_argument("--updates", type=int, default=1500, metavar="N", help="per run [1500]")
+    parser.add_argument("--updates", type=int, default=1000, metavar="N", help="per run [1000]")
     parser.add_argument("--learning-rate", type=float, default=3e-3, metavar="X", help="of every arm [3e-3]")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/toy"), metavar="DIR", help="[outputs/toy]")
     parser.add_argument(

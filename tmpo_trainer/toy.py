@@ -73,8 +73,10 @@ def mode_masses(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def effective_modes(masses: Tensor) -> float:
-    """exp of the entropy of the rewarded modes' masses, normalised among themselves: 1 to 5. NaN if all are empty."""
+    """exp of the entropy of the rewarded modes' masses, normalised among themselves: 1 to 5. 0 if all are empty."""
     share = masses[list(REWARDED)]
+    if share.sum() == 0:
+        return 0.0
     share = share / share.sum()
     return torch.exp(-torch.special.xlogy(share, share).sum()).item()
 
