@@ -114,9 +114,10 @@ def run(seeds: int, updates: int, learning_rate: float, folder: Path, controls: 
 
 
 def spread(runs: Sequence[dict[str, Any]], key: str) -> str:
-    """`mean ± standard deviation` of a figure over runs."""
+    """`mean ± standard deviation` of a figure over runs; of a single run the figure alone."""
     values = [run[key] for run in runs]
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+    mean = f"{statistics.fmean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 def table(base: dict[str, Any], target: Target, results: Results, settings: tuple[int, float], seconds: float) -> str:
