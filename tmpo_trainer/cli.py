@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
         allow_abbrev=False,
         epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
-        "Other commands, each with --help: evaluate, compare, score, serve, fetch, prompts, inspect, launch.",
+        "Other commands, each with --help: evaluate, compare, score, serve, fetch, prompts, inspect, toy, launch.",
     )
     parser.add_argument(
         "--preset",

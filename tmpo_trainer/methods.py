@@ -191,15 +191,12 @@ def kl_weights(config: TrainConfig, run: tree.Rollout, gate: Tensor | None = Non
         run: of one prompt or several. gate: `[K * prompts]`, whether a chain is held (gardo): then the mean is over the
             transitions of those alone. gated: how many chains of the whole update are.
     """
-    edges = sum(len(branch.x_child) for branch in run.branches)
     weights = []
-    for branch in run.branches:
-        children = len(branch.x_child) // len(branch.x)
-        # The level squared is the step's variance over dt.
-        scale = 1.0 if config.method.startswith("tmpo") else branch.sigma - branch.sigma_next
-        weight = torch.full((len(branch.x),), scale * children / edges)
+    shares = tree.parent_shares(run).cpu().split([len(branch.x) for branch in run.branches])
+    for branch, share in zip(run.branches, shares, strict=True):
         if gate is not None:
             # Chains: as many parents as leaves, in the same order.
-            weight = gate.to(weight) * scale / max(gated * len(run.branches), 1)
-        weights.append(weight)
+            share = gate.to(share) / max(gated * len(run.branches), 1)
+        # The level squared is the step's variance over dt.
+        weights.append(share * (1.0 if config.method.startswith("tmpo") else branch.sigma - branch.sigma_next))
     return config.kl_weight * torch.cat(weights)

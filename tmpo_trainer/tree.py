@@ -387,6 +387,14 @@ def edge_log_ratio(run: Rollout, means: list[Tensor], reference: list[Tensor]) -
     return torch.cat(ratios)
 
 
+def parent_shares(run: Rollout) -> Tensor:
+    """`[parents]`: each parent's share of all transitions; KL weights that make the penalty a mean over transitions."""
+    edges = sum(len(branch.x_child) for branch in run.branches)
+    return torch.cat(
+        [torch.full((len(b.x),), len(b.x_child) / len(b.x) / edges, dtype=b.x.dtype) for b in run.branches]
+    )
+
+
 def replay(
     velocity: Velocity,
     run: Rollout,

@@ -642,10 +642,7 @@ def replayed_gradient(
         None if s.anchor_weight is None else tree.edge_log_ratio(run, means, at_reference),
         1.0 if s.anchor_weight is None else s.anchor_weight,
     )
-    # The mean over transitions: a parent counts once per child.
-    weights = torch.cat([
-        torch.full((len(b.x),), len(b.x_child) / len(b.x) / len(log_probs), dtype=b.x.dtype) for b in run.branches
-    ])  # fmt: skip
+    weights = tree.parent_shares(run)
     _, kl = tree.replay(
         model,
         run,
