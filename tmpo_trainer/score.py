@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from . import diversity
@@ -99,9 +99,18 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int) and isinstance(value[1], int)
 
 
+def user_comment(image: Image.Image) -> str | None:
+    """The comment in a picture's EXIF, where A1111 puts its parameters in a JPEG or WebP. None if there is none."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes) or len(comment) <= 8:
+        return None
+    # Eight bytes name the encoding.
+    return comment[8:].decode("utf-16-be" if comment.startswith(b"UNICODE") else "utf-8", "replace")
+
+
 def embedded_prompt(image: Image.Image) -> str | None:
-    """The prompt that ComfyUI (`prompt`) or A1111 (`parameters`) wrote into a PNG, or None."""
-    parameters, graph = image.info.get("parameters"), image.info.get("prompt")
+    """The prompt that ComfyUI (`prompt`) or A1111 (`parameters`) wrote into a PNG, or A1111 into a JPEG or WebP; or None."""
+    parameters, graph = image.info.get("parameters") or user_comment(image), image.info.get("prompt")
     if isinstance(parameters, str) and parameters.strip():
         return A1111_END.split(f"\n{parameters}", maxsplit=1)[0].strip() or None
     if isinstance(graph, str):

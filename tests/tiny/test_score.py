@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from tmpo_trainer import cli, diversity, score
@@ -106,6 +106,20 @@ def test_the_prompt_of_an_a1111_picture(tmp_path: Path, text: str, prompt: str |
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     with Image.open(tmp_path / "a.png") as image:
         assert score.embedded_prompt(image) == prompt
+    # Elsewhere the same text is EXIF's user comment, as UTF-16.
+    for name, comment in (("jpg", b"UNICODE\0" + text.encode("utf-16-be")), ("webp", b"ASCII\0\0\0" + text.encode())):
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{name}", exif=exif)
+        with Image.open(tmp_path / f"a.{name}") as image:
+            assert score.embedded_prompt(image) == prompt
+
+
+def test_a_picture_without_a_prompt(tmp_path: Path) -> None:
+    for name in ("png", "jpg", "webp"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{name}")
+        with Image.open(tmp_path / f"a.{name}") as image:
+            assert score.embedded_prompt(image) is None
 
 
 @pytest.fixture
