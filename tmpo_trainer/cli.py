@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import TrainConfig, make_config, preset, preset_names, read_yaml, to_yaml
+from .config import TrainConfig, make_config, method_preset, preset, preset_names, read_yaml, to_yaml
 from .errors import ConfigError, suggest
 
 #: Flags that say where the settings come from, or what to do with them, rather than being settings.
@@ -91,6 +91,8 @@ def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]
         optional = type(None) in typing.get_args(TrainConfig.model_fields[key].annotation)
         if optional and isinstance(value, str) and value.lower() == "none":
             flags[key] = None
+        elif value == ["none"]:
+            flags[key] = []
     return flags
 
 
@@ -117,13 +119,6 @@ def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [] if name == "defaults" else [(f"preset {name}", preset(name))]
 
 
-def method_presets(settings: dict[str, Any]) -> list[str]:
-    """The presets that belong to a method, laid over its protocol: the demo model has its own, found by a sweep."""
-    method = settings.get("method", "tmpo")
-    name = f"demo-{method}" if settings.get("model", "demo") == "demo" else method
-    return [name] if name in preset_names() else []
-
-
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
     """The settings and the name of what they started from."""
     if checkpoint is not None:
@@ -131,6 +126,11 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
         saved_layer = (str(saved), read_yaml(saved))
         if actions.config or actions.preset:
             raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
+        before = saved_layer[1].get("method", "tmpo")
+        if flags.get("method", before) != before:
+            raise ConfigError(
+                f"--resume goes on with method {before}: for {flags['method']} begin a new run with --init-lora"
+            )
         return make_config([saved_layer, ("flags", flags)]), "resume"
     found = layers(actions, flags, flags)
     named = [name.removeprefix("preset ") for name, _ in found if name.startswith("preset ")]
@@ -156,13 +156,13 @@ def layers(
         # What they leave open: the protocol.
         first = "pickscore" if named and "reward" not in known() else choose_preset(known())
         named = ({} if first == "defaults" else {first: preset(first)}) | named
-    if not any("method" in settings for settings in named.values()):
-        named |= {name: preset(name) for name in method_presets(known())}
-    return [
-        *((f"preset {name}", settings) for name, settings in named.items()),
-        (str(actions.config), from_file),
-        ("flags", dict(flags)),
-    ]
+    found = [(f"preset {name}", settings) for name, settings in named.items()]
+    method = known().get("method", "tmpo")
+    own = (f"settings of {method}", method_preset(str(method), known().get("model", "demo") == "demo"))
+    # A file that was written for another method has the settings of that one.
+    below = from_file.get("method", method) == method
+    found += [own, (str(actions.config), from_file)] if below else [(str(actions.config), from_file), own]
+    return [*found, ("flags", dict(flags))]
 
 
 def hush() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cli
-from .config import TrainConfig, preset_names, read_yaml
+from .config import TrainConfig, make_config, preset_names, read_yaml
 from .errors import ConfigError
 
 #: Flags of `evaluate` and the settings they are. What only training knows is none of them.
@@ -196,7 +196,7 @@ def compare(arguments: Sequence[str]) -> int:
         ("seconds", namespace.seconds),
         ("jobs", namespace.jobs),
     ):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name} {value}: must be above 0")
     if len(set(namespace.seeds)) < len(namespace.seeds):
         raise ConfigError(f"--seeds {' '.join(map(str, namespace.seeds))} names one twice")
@@ -204,22 +204,26 @@ def compare(arguments: Sequence[str]) -> int:
     if namespace.arms:
         named = read_yaml(namespace.arms)
         for name, settings in named.items():
-            if not isinstance(settings, dict) or not re.fullmatch(r"[\w.+-]+", str(name)):
+            if not isinstance(settings, dict) or not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)) or name == "base":
                 raise ConfigError(
                     f"{namespace.arms}: arm {name}: write NAME: {{setting: value}}, names of letters, digits, . + -"
                 )
-    evaluation_seed = int(flags.pop("seed", 0))
+    if not named:
+        raise ConfigError(f"{namespace.arms} names no arms: write NAME: {{setting: value}}")
+    if namespace.seconds and namespace.jobs > 1:
+        raise ConfigError("--seconds with --jobs: runs at the same time slow each other down; leave --jobs out")
+    # The noise of the evaluation; those of training are --seeds.
+    evaluation_seed = make_config([("flags", {"seed": flags.pop("seed", 0)})]).seed
 
     def layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         return cli.layers(actions, flags, settings)
 
-    fixed = {"report": False, "sample_every": 0, "checkpoints_kept": 1}
     cli.hush()
     from . import compare as work
 
     folder = namespace.output_dir
-    made = work.make_arms(named, namespace.seeds, layers, folder.resolve(), fixed)
     budget = {k: getattr(namespace, k) for k in ("evaluations", "seconds") if getattr(namespace, k) is not None}
+    made = work.make_arms(named, namespace.seeds, layers, folder.resolve(), budget)
     return _told(
         lambda: work.compare(made, folder.resolve(), budget, namespace.jobs, namespace.launch, evaluation_seed)
     )

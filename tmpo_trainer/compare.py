@@ -6,6 +6,8 @@ missing, and arms or seeds can be added.
 
 from __future__ import annotations
 
+import importlib
+import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -32,11 +34,17 @@ from .table import attach
 
 #: What arms must share to be comparable.
 SHARED = (
-    "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "prompts", "eval_prompts", "eval_images",
-    "eval_limit", "eval_steps", "features", "guidance", "resolution", "max_sequence_length",
+    "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "reward_models", "pickscore_scale", "prompts",
+    "eval_prompts", "eval_images", "eval_limit", "eval_steps", "features", "guidance", "resolution", "max_sequence_length",
 )  # fmt: skip
+#: Set by the comparison for every run. Final weights: an average over updates would lag behind the more, the fewer they are.
+FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every": 1, "ema_decay": 0.0}
+#: Settings that hold a path.
+PATHS = ("prompts", "eval_prompts", "transformer", "init_lora", "text_cache")
 #: Updates of a trial run, of which the first is not counted.
 TRIAL = 4
+#: Updates of a run, at most.
+MOST = 1 << 20
 
 
 @dataclass
@@ -61,7 +69,7 @@ def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
         )
 
     low, high = 1, 2
-    while total(high) <= budget:
+    while total(high) <= budget and high < MOST:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -84,7 +92,8 @@ class Training:
 
     def run(self, runs: Sequence[tuple[Path, Path]], bar: tqdm[Any]) -> list[Path]:
         """Trains what is missing of (settings file, run folder). Returns the folders that failed; see their `log.txt`."""
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        handlers = {number: signal.signal(number, self._stop) for number in numbers}
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
                 done = list(pool.map(lambda run: self._one(run[0], run[1], bar), runs))
@@ -97,40 +106,85 @@ class Training:
         self.stopped = number
         with self._lock:
             for process in self._running:
-                process.send_signal(number)
+                if os.name == "nt":
+                    process.terminate()
+                else:
+                    # With a launcher the workers, too, are to save.
+                    os.killpg(process.pid, signal.SIGTERM)
 
     def _one(self, settings: Path, folder: Path, bar: tqdm[Any]) -> bool:
-        if (folder / export.FILE_NAME).exists():
+        """Trains one run, or goes on with it. False if it failed or is not ours to touch; then a line says why."""
+        with settings.with_suffix(".lock").open("w") as lock:
+            if not _locked(lock):
+                bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
+                return False
+            known = folder / "config.yaml"
+            if known.exists() and _comparable(read_yaml(known)) != _comparable(read_yaml(settings)):
+                bar.write(f"tmpo_trainer: {folder} holds a run with other settings: move it away", file=sys.stderr)
+                return False
+            if (folder / export.FILE_NAME).exists():
+                bar.update()
+                return True
+            if checkpoints(folder):
+                asked = read_yaml(settings)
+                flags = ["--resume", str(folder), "--device", str(asked["device"]), "--threads", str(asked["threads"])]
+            else:
+                for path in folder.glob("*"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                flags = ["--config", str(settings)]
+            folder.mkdir(parents=True, exist_ok=True)
+            # Of another LoRA, if there is one.
+            (folder / "evaluation.npz").unlink(missing_ok=True)
+            if self.start(flags, folder / "log.txt", lock) != 0:
+                return False
             bar.update()
             return True
-        if checkpoints(folder):
-            flags = ["--resume", str(folder)]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            flags = ["--config", str(settings)]
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.txt").open("ab") as log:
+
+    def start(self, flags: Sequence[str], log: Path, lock: IO[str] | None = None) -> int:
+        """Runs training to its end. A lock is held as long as it or anything it started lives, whatever becomes of us."""
+        with log.open("ab") as out:
             with self._lock:
                 if self.stopped:
-                    return False
+                    return 130
                 # In a session of its own: the terminal's Ctrl-C would reach it beside ours.
                 process = subprocess.Popen(
-                    [*self.command, *flags], stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                    [*self.command, *flags],
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=() if lock is None or os.name == "nt" else (lock.fileno(),),
                 )
                 self._running.add(process)
             code = process.wait()
             with self._lock:
                 self._running.discard(process)
-        if code == 0:
-            bar.update()
-        return code == 0
+        return code
 
 
-def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float]) -> dict[str, int]:
-    """Updates of each arm: as its settings say, or those that a budget allows.
+def _locked(file: IO[str]) -> bool:
+    """Whether a lock file is ours now. Where there are no such locks, it always is."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in ("threads", "device", "output_dir")}
+
+
+def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], training: Training) -> dict[str, int]:
+    """Updates of each arm: as its settings say, or the most that a budget allows with every seed.
 
     Args:
-        budget: empty, {"evaluations": N} or {"seconds": S}; seconds are of training, from a trial run of each arm.
+        budget: empty, {"evaluations": N} or {"seconds": S}; seconds are of training: a trial run of each arm tells how many
+            evaluations it does in one.
 
     Raises:
         ConfigError: settings that cannot be trained.
@@ -140,35 +194,39 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float]) -> dict
         config = arm.first
         loading.need_gpu(config)
         _, _, skeleton = loading.check(config, loading.choose_device(config.device))
-        if "evaluations" in budget:
-            sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-            updates[arm.name] = updates_within(config, sigmas, budget["evaluations"])
-        elif "seconds" not in budget:
-            updates[arm.name] = config.updates
-        else:
+        # For the measurement, which comes after hours of training.
+        loading.check_features(config.features)
+        importlib.import_module("matplotlib")
+        evaluations = budget.get("evaluations")
+        if "seconds" in budget:
             trial = folder / "trials" / arm.name
-            if len(read_metrics(trial / "metrics.jsonl")) < TRIAL:
+            text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
+            settings = trial / "settings.yaml"
+            done = settings.exists() and settings.read_text(encoding="utf-8") == text
+            if not done or len(read_metrics(trial / "metrics.jsonl")) < TRIAL:
                 shutil.rmtree(trial, ignore_errors=True)
                 trial.mkdir(parents=True)
-                changes = {"updates": TRIAL, "output_dir": trial, "eval_every": 0, "sample_every": 0}
-                write_text(trial / "settings.yaml", to_yaml(config.model_copy(update=changes)))
-                command = [sys.executable, "-m", "tmpo_trainer", "--config", str(trial / "settings.yaml")]
-                with (trial / "log.txt").open("wb") as log:
-                    if subprocess.run(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode:
-                        raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
-            seconds = [line["seconds"]["total"] for line in read_metrics(trial / "metrics.jsonl")][1:]
-            updates[arm.name] = max(1, int(budget["seconds"] * len(seconds) / sum(seconds)))
+                write_text(settings, text)
+                if training.start(["--config", str(settings)], trial / "log.txt"):
+                    raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
+            run = compare_report.Measured(None, read_metrics(trial / "metrics.jsonl"), config.prompts_per_update)
+            speed = (run.spent[-1] - run.spent[0]) / (run.seconds[-1] - run.seconds[0])
+            evaluations = budget["seconds"] * speed
+        if evaluations is None:
+            updates[arm.name] = config.updates
+        else:
+            sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
+            updates[arm.name] = min(updates_within(run, sigmas, evaluations) for run in arm.runs.values())
     return updates
 
 
 def make_arms(
-    named: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], layers: Any, folder: Path, fixed: Mapping[str, Any]
+    named: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], layers: Any, folder: Path, budget: Mapping[str, float]
 ) -> list[Arm]:
     """The arms with the settings of every run.
 
     Args:
         named: {name: its own settings}. layers: settings -> layers of settings for `make_config`, presets included.
-        fixed: what the comparison sets for all.
 
     Raises:
         ConfigError: settings that do not go together, or arms that could not be compared.
@@ -176,9 +234,18 @@ def make_arms(
     arms = []
     for name, settings in named.items():
         arm = Arm(name)
+        for key in settings:
+            if key in FIXED or key in ("seed", "output_dir") or (budget and key == "updates"):
+                raise ConfigError(f"arm {name}: {key} is set by the comparison: leave it out")
         for seed in seeds:
-            own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **fixed}
-            arm.runs[seed] = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
+            own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
+            config = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
+            # Whoever goes on with it may stand elsewhere.
+            given = {key: getattr(config, key) for key in PATHS if getattr(config, key) is not None}
+            changes: dict[str, Any] = {key: path.absolute() for key, path in given.items()}
+            if Path(config.model).is_dir():
+                changes["model"] = str(Path(config.model).absolute())
+            arm.runs[seed] = config.model_copy(update=changes)
         arms.append(arm)
     for arm in arms[1:]:
         for key in SHARED:
@@ -200,6 +267,8 @@ def compare(
     """
     stored = folder / "compare.yaml"
     known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
+    if not {"budget", "arms"} <= known.keys():
+        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
     if known["budget"] != dict(budget):
         raise ConfigError(
             f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
@@ -213,7 +282,8 @@ def compare(
                     f"{stored}: arm {name} has {key} {before.get(key)}, not {own[key]}: give another name or --output-dir"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, updates in plan(folder, [arm for arm in arms if arm.name not in known["arms"]], budget).items():
+    training = Training(jobs, launch)
+    for name, updates in plan(folder, [a for a in arms if a.name not in known["arms"]], budget, training).items():
         known["arms"][name] = {"updates": updates, "settings": settings[name]}
     write_text(stored, yaml.safe_dump(known, sort_keys=False))
     runs = []
@@ -227,7 +297,6 @@ def compare(
             runs.append((file, config.output_dir))
     # Seed by seed, so that a first picture of all arms is there early.
     runs = [runs[a * len(arms[0].runs) + s] for s in range(len(arms[0].runs)) for a in range(len(arms))]
-    training = Training(jobs, launch)
     with tqdm(total=len(runs), unit="run", desc="training", dynamic_ncols=True) as bar:
         failed = training.run(runs, bar)
     if training.stopped:
@@ -235,9 +304,10 @@ def compare(
         return 130
     for path in failed:
         print(f"tmpo_trainer: {path.name} failed, see {path / 'log.txt'}", file=sys.stderr)
-    measured = measure(arms, folder, evaluation_seed, {path.name for path in failed})
-    compare_report.write(folder, measured, budget)
-    return 1 if failed else 0
+    lost = {path.name for path in failed}
+    measured = measure(arms, folder, evaluation_seed, lost)
+    compare_report.write(folder, measured, budget, sorted(lost))
+    return 1 if lost else 0
 
 
 def _describe(arm: Arm) -> dict[str, Any]:
@@ -249,7 +319,11 @@ def _describe(arm: Arm) -> dict[str, Any]:
 def measure(
     arms: Sequence[Arm], folder: Path, seed: int, without: set[str]
 ) -> dict[str, list[compare_report.Measured]]:
-    """{arm: what its runs came to}, the base as a run of its own. The same noise for all."""
+    """{arm: what its runs came to}, the base as a run of its own. The same noise for all.
+
+    Args:
+        without: names of the runs that failed; one that cannot be measured is added.
+    """
     config = arms[0].first.model_copy(update={"seed": seed})
     device = loading.choose_device(config.device)
     if config.threads:
@@ -278,9 +352,15 @@ def measure(
                 assert path is not None
                 if path.name in without:
                     continue
-                attach(backbone, path)
-                evaluation = held.stored(path / "evaluation.npz", bar.update)
-                backbone.pipeline.unload_lora_weights()
+                try:
+                    attach(backbone, path)
+                    evaluation = held.stored(path / "evaluation.npz", bar.update)
+                except (ConfigError, ValueError) as error:
+                    bar.write(f"tmpo_trainer: {path.name} cannot be measured: {error}", file=sys.stderr)
+                    without.add(path.name)
+                    continue
+                finally:
+                    backbone.pipeline.unload_lora_weights()
                 metrics = read_metrics(path / "metrics.jsonl")
                 found[arm.name].append(compare_report.Measured(evaluation, metrics, run.prompts_per_update))
     return found

@@ -15,6 +15,7 @@ from .evaluate import Evaluation, paired_gain
 from .grids import grid, zoom
 from .methods import cost
 from .reporting import measures
+from .table import numbers
 
 PHASES = ("rollout", "reference", "ratio", "replay")
 #: Prompts and pictures of each that are shown.
@@ -23,9 +24,10 @@ PROMPTS, PICTURES = 4, 4
 
 @dataclass
 class Measured:
-    """One run: its model on the held-out prompts, and its metrics.jsonl. Without metrics it is the base."""
+    """One run: its model on the held-out prompts, and its metrics.jsonl. Without metrics it is the base, and a trial has no
+    evaluation."""
 
-    evaluation: Evaluation
+    evaluation: Any
     metrics: list[dict[str, Any]]
     prompts_per_update: int
 
@@ -45,7 +47,7 @@ class Measured:
 
 
 def figures(runs: Sequence[Measured], base: Evaluation) -> dict[str, Any]:
-    """Of one arm: mean and spread (population standard deviation over seeds) of everything in the table."""
+    """Of one arm: mean and spread (standard deviation over seeds, 0 for one) of everything in the table."""
     values: dict[str, list[float]] = {}
     for run in runs:
         own = {name: float(v.mean()) for name, v in measures(run.evaluation).items()}
@@ -60,20 +62,24 @@ def figures(runs: Sequence[Measured], base: Evaluation) -> dict[str, Any]:
         for name, value in own.items():
             values.setdefault(name, []).append(value)
     found: dict[str, Any] = {
-        name: {"mean": float(np.mean(v)), "spread": float(np.std(v)), "runs": [float(x) for x in v]}
+        name: {
+            "mean": float(np.mean(v)),
+            "spread": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0,
+            "runs": [float(x) for x in v],
+        }
         for name, v in values.items()
     }
     # Paired over prompts, each the mean over seeds.
     found["gain"] = {}
     for name, before in measures(base).items():
         after = np.mean([measures(run.evaluation)[name] for run in runs], axis=0)
-        found["gain"][name] = dict(zip(("mean", "low", "high"), paired_gain(before, after), strict=True))
+        found["gain"][name] = numbers(paired_gain(before, after))
     return found
 
 
 def table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
     """Markdown: a row per arm. In the cells mean +- spread over seeds."""
-    head = ["", "updates", "evaluations per update", "s per update", *names, "latent std"]
+    head = ["", "runs", "updates", "evaluations per update", "s per update", *names, "latent std"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
 
     def cell(values: Mapping[str, Any] | None, form: str) -> str:
@@ -84,6 +90,7 @@ def table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
 
     for arm, row in found.items():
         cells = [
+            str(len(row["updates"]["runs"])) if "updates" in row else "",
             f"{row['updates']['mean']:.0f}" if "updates" in row else "",
             f"{row['evaluations/update']['mean']:,.0f}" if "updates" in row else "",
             f"{row['s/update']['mean']:.2f}" if "updates" in row else "",
@@ -94,8 +101,10 @@ def table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, runs: Mapping[str, Sequence[Measured]], budget: Mapping[str, float]) -> None:
-    """table.md, table.json, pareto.png, curves.png, samples.png; prints the table."""
+def write(
+    folder: Path, runs: Mapping[str, Sequence[Measured]], budget: Mapping[str, float], failed: Sequence[str] = ()
+) -> None:
+    """table.md, table.json, pareto.png, curves.png, samples.png; prints the table. `failed`: runs that are not in it."""
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
     names = list(measures(base))
@@ -116,12 +125,13 @@ def write(folder: Path, runs: Mapping[str, Sequence[Measured]], budget: Mapping[
         ", ".join(f"{value:,.0f} {name} per run" for name, value in budget.items())
         or "as many updates as the settings say"
     )
-    seeds = max(len(group) for group in runs.values())
     about = (
-        f"{len(base.prompts)} held-out prompts x {base.scores[target].shape[1]} pictures, the same noise for all; {seeds} "
-        f"training seeds; budget: {spent}. Mean ± standard deviation over seeds. Network evaluations are of one process, "
+        f"{len(base.prompts)} held-out prompts x {base.scores[target].shape[1]} pictures, the same noise for all; final "
+        f"weights. Budget: {spent}. Mean ± standard deviation over training seeds. Network evaluations are of one process, "
         "forward and backward pass counting one each."
     )
+    if failed:
+        about += f" Failed and not in the table: {', '.join(failed)}."
     head = ["", *(f"{name}, change" for name in names)]
     content = [
         "# Comparison", about, text,
@@ -130,7 +140,10 @@ def write(folder: Path, runs: Mapping[str, Sequence[Measured]], budget: Mapping[
         "![reward, diversity, time](pareto.png)", "![training curves](curves.png)", "![pictures](samples.png)",
     ]  # fmt: skip
     write_text(folder / "table.md", "\n\n".join(content) + "\n")
-    write_text(folder / "table.json", json.dumps({"budget": dict(budget), "arms": found}, indent=2) + "\n")
+    write_text(
+        folder / "table.json",
+        json.dumps({"budget": dict(budget), "failed": list(failed), "arms": found}, indent=2) + "\n",
+    )
     plots(folder, runs, found, target)
     samples(folder / "samples.png", runs)
     print(text)

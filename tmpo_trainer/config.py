@@ -44,7 +44,7 @@ class TrainConfig(BaseModel):
     reward_models: tuple[str, ...] = ()
     """NAME=PATH: where a scorer's weights are, in place of its hub repository; for `remote` the server's address."""
     pickscore_scale: Literal["raw", "flow"] = "raw"
-    """`flow` divides PickScore by 26, as Flow-GRPO does. A z-score within the group undoes it."""
+    """`flow` divides PickScore by 26, as Flow-GRPO does. A z-score within the group undoes it; gardo has none."""
     remote_hosts: tuple[str, ...] = ()
     """Hosts beside this machine that a `remote` reward may be on."""
     remote_timeout: float = Field(120, gt=0)
@@ -241,6 +241,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "method gardo needs auxiliary scorers and a kl_weight above 0: its gate decides where that acts"
             )
+        if len(set(self.auxiliary)) != len(self.auxiliary) or self.auxiliary == self.reward:
+            raise ValueError(f"auxiliary {' '.join(self.auxiliary)}: name each once, and others than the reward alone")
         if self.auxiliary and self.method != "gardo":
             raise ValueError(f"auxiliary {' '.join(self.auxiliary)} belongs to method gardo, not to {self.method}")
         together = min(self.prompts_per_batch, self.prompts_per_update)
@@ -289,6 +291,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} is not a mapping of settings, e.g. 'learning_rate: 3e-5'")
     return loaded
+
+
+def method_preset(name: str, demo: bool) -> dict[str, Any]:
+    """What a method has over its protocol, or over that of the demo model; often nothing."""
+    path = PRESETS / "methods" / f"{'demo-' if demo else ''}{name}.yaml"
+    return read_yaml(path) if path.is_file() else {}
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -198,7 +198,8 @@ class HeldOut:
             names,
             features.name,
             images,
-            asdict(how),
+            # How much is done at a time does not matter.
+            {key: value for key, value in asdict(how).items() if key not in ("batch", "decode_batch")},
             list(identity),
         ]
         self._key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()

@@ -55,7 +55,7 @@ class Gate:
         self.age += 1
         if self.kl <= KL_LIMIT and self.age <= UPDATES_LIMIT:
             return False
-        self.age = self.kl = 0
+        self.age, self.kl = 1, 0.0
         return True
 
     def state(self) -> dict[str, Any]:

@@ -78,6 +78,12 @@ class Group:
             max_batch=config.max_batch,
             reduce=config.logp_reduce,
         )
+        self.reference: list[Tensor] | None = None
+        if config.kl_weight or config.anchor == "ref":
+            # Before anything can fail on one process alone: with a sharded transformer the others would wait in it.
+            self.phase = "reference"
+            with trainer.kl_reference():
+                self.reference = tree.parent_means(velocity, self.rollout, trainer.replay_batch)
         for name, value in (("latent", self.rollout.leaves), ("log-probability", self.rollout.log_probs)):
             if not torch.isfinite(value).all():
                 raise ValueError(f"non-finite {name} in the rollout of update {update + 1}, prompts {self.prompts}")
@@ -87,7 +93,7 @@ class Group:
         texts = self.prompts * leaves
         with clock("reward"):
             # Row l * P + p is leaf l of prompt p.
-            pairs = [(scorer.name, scorer) for scorer in trainer.scorers + trainer.auxiliary]
+            pairs = list({scorer.name: scorer for scorer in trainer.scorers + trainer.auxiliary}.items())
             scores = {
                 name: values.view(leaves, self.count)
                 for name, values in score_all(pairs, images, texts, about(trainer.metadata, texts)).items()
@@ -112,11 +118,6 @@ class Group:
             "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(self.count)],
             "latent_std": [grouped[:, p].std().item() for p in range(self.count)],
         }
-        self.reference: list[Tensor] | None = None
-        if config.kl_weight or config.anchor == "ref":
-            self.phase = "reference"
-            with trainer.kl_reference():
-                self.reference = tree.parent_means(velocity, self.rollout, trainer.replay_batch)
 
     def backward(self, inner: int) -> dict[str, list[float]]:
         """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""

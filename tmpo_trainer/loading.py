@@ -30,6 +30,7 @@ from .rewards.weights import existing
 #: See `identity`.
 IDENTITY = (
     "model", "transformer", "quantize", "dtype", "device", "max_sequence_length", "split_guidance", "reward_models", "features",
+    "pickscore_scale",
 )  # fmt: skip
 
 

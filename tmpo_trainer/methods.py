@@ -7,10 +7,12 @@
 | tmpo-step-balance | the same | balance at every branch point | per edge |
 | tmpo-no-tree | K chains, noise at the same steps | Softmax-TB | per path |
 | tmpo-fixed-branching | the tree at `branch_early` | Softmax-TB | as tmpo |
-| flow-grpo | K chains, noise at every step | z-score | per step |
-| mix-grpo | K chains, noise in a sliding window | z-score per reward | per step |
+| flow-grpo | K chains, noise at every step but the last | z-score | per step |
+| mix-grpo | K chains, noise in a sliding window | z-score | per step |
 | tree-grpo | one seed, a tree in a random window | z-score, backed up through the tree | per edge |
 | gardo | as flow-grpo | R - mean, times rarity | per step |
+
+Several rewards are z-scored one by one and then added, for all methods.
 
 The KL penalty of the GRPO family divides by the SDE's noise level squared where TMPO's divides by the variance of the step,
 which is that times dt: so does Flow-GRPO's code, from which the paper's weights come.
@@ -121,8 +123,8 @@ def cost(counts: dict[str, float] | dict[str, int]) -> float:
 
 
 def reward_norm(config: TrainConfig) -> str:
-    """How rewards are combined. GARDO leaves a single one raw, as it divides by no standard deviation."""
-    return "none" if config.method == "gardo" and len(config.reward) == 1 else config.reward_norm
+    """How rewards are combined. The GRPO family leaves a single one raw: it normalises itself, and GARDO not at all."""
+    return config.reward_norm if config.method.startswith("tmpo") or len(config.reward) > 1 else "none"
 
 
 def loss(
@@ -172,8 +174,8 @@ def loss(
     if config.method == "gardo":
         assert features is not None
         leaf = grpo.diverse_advantage(rewards, features)
-    elif config.method == "mix-grpo" and config.reward_norm == "zscore":
-        # Already normalised, each reward by itself.
+    elif len(config.reward) > 1:
+        # Already normalised, each by itself; again would blow the noise of equal rewards up.
         leaf = rewards.clamp(-grpo.ADVANTAGE_LIMIT, grpo.ADVANTAGE_LIMIT)
     else:
         leaf = grpo.group_advantage(rewards)

@@ -125,13 +125,14 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     everything, features, backbone = together(
         accelerator,
         lambda: (
-            loading.scorers(config, device, (*config.reward, *config.auxiliary)),
+            loading.scorers(config, device, tuple(dict.fromkeys((*config.reward, *config.auxiliary)))),
             loading.features(config, device) if config.report or config.eval_every or config.auxiliary else None,
             loading.load_model(config, device, texts, accelerator.is_fsdp2),
         ),
     )
     folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
-    scorers, auxiliary = everything[: len(config.reward)], everything[len(config.reward) :]
+    by_name = dict(zip(dict.fromkeys((*config.reward, *config.auxiliary)), everything, strict=True))
+    scorers, auxiliary = ([by_name[name] for name in names] for names in (config.reward, config.auxiliary))
     trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator, auxiliary, features)
     if checkpoint:
         trainer.resume(checkpoint)
@@ -200,7 +201,7 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
         "method": config.method,
         "step": str(trainer.done),
         "rewards": " ".join(config.reward),
-        "beta": f"{config.beta_start} to {config.beta_end}",
+        **({"beta": f"{config.beta(0)} to {config.beta_end}"} if config.method.startswith("tmpo") else {}),
         # No paths in the file.
         "base_model": config.model if config.model == "demo" or is_hub_id(config.model) else "local",
     }

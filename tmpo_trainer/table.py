@@ -67,10 +67,10 @@ def _figures(parts: list[evaluate.Evaluation]) -> dict[str, np.ndarray]:
     return {**scores, "LGMD": parts[-1].lgmd, "cosine diversity": parts[-1].cosine}
 
 
-def _numbers(interval: tuple[float, float, float]) -> dict[str, float | None]:
+def numbers(values: tuple[float, float, float]) -> dict[str, float | None]:
     """For JSON, which has no infinity: that of one prompt is null."""
     return {
-        key: value if np.isfinite(value) else None for key, value in zip(("mean", "low", "high"), interval, strict=True)
+        key: value if np.isfinite(value) else None for key, value in zip(("mean", "low", "high"), values, strict=True)
     }
 
 
@@ -86,13 +86,13 @@ def rows(models: Mapping[str, list[evaluate.Evaluation]]) -> tuple[str, dict[str
     content: dict[str, Any] = {"models": {}}
     for label, values in measured.items():
         found = {name: interval(values[name]) for name in names}
-        content["models"][label] = {name: _numbers(numbers) for name, numbers in found.items()}
+        content["models"][label] = {name: numbers(values) for name, values in found.items()}
         cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in found.values()]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     if len(measured) == 2:
         base, trained = measured.values()
         gains = {name: evaluate.paired_gain(base[name], trained[name]) for name in names}
-        content["gain"] = {name: _numbers(gain) for name, gain in gains.items()}
+        content["gain"] = {name: numbers(gain) for name, gain in gains.items()}
         cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gains.values()]
         lines.append(f"| change, paired | {' | '.join(cells)} |")
     return "\n".join(lines), content

@@ -78,6 +78,7 @@ class Trainer:
         #: Whether a KL penalty has a reference of its own in place of the pretrained model, which moves, and holds some
         #: samples only.
         self.gate = gardo.Gate() if config.method == "gardo" else None
+        self._gate_before: dict[str, Any] = {}
         self.auxiliary, self.features = list(auxiliary), features if self.gate else None
         torch.manual_seed(config.seed)
         lora.attach(backbone.transformer, backbone.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
@@ -248,6 +249,8 @@ class Trainer:
         clock = Clock(self.device)
         start = time.perf_counter()
         plan = self.planner.plan(u)
+        if self.gate:
+            self._gate_before = self.gate.state()
         if self.gate and self.gate.renew():
             for name, value in self.held.items():
                 value.copy_(self.lora[name].detach())
@@ -260,15 +263,20 @@ class Trainer:
         ]
         groups: list[Group] = []
         error: Exception | None = None
-        try:
-            for start_slot in range(0, count, config.prompts_per_batch):
-                chosen = slots[start_slot : start_slot + config.prompts_per_batch]
+        for start_slot in range(0, count, config.prompts_per_batch):
+            chosen = slots[start_slot : start_slot + config.prompts_per_batch]
+            try:
                 groups.append(Group(self, clock, plan, u, chosen))
-        except Exception as caught:
-            if self.sharded and isinstance(caught, torch.OutOfMemoryError):
-                # The others wait for this one inside a block: the launcher has to end them.
-                raise
-            error = caught
+            except Exception as caught:
+                if self.sharded and isinstance(caught, torch.OutOfMemoryError):
+                    # The others wait for this one inside a block: the launcher has to end them.
+                    raise
+                error = caught
+            if self.sharded:
+                # The next group's network calls need all processes.
+                self._agree(error)
+            elif error is not None:
+                break
         self._agree(error)
         figures: defaultdict[str, list[float]] = defaultdict(list)
         for group in groups:
@@ -304,6 +312,7 @@ class Trainer:
         merged = {name: [value for part in everyone for value in part[name]] for name in figures}
         if self.gate:
             self.gate.kl = summarise("kl_reference", merged["kl_reference"])
+            self._gate_before = self.gate.state()
         seconds = time.perf_counter() - start
         return {
             "update": self.done,
@@ -407,6 +416,9 @@ class Trainer:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
             saved = self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
             if self._whole and self._agreed and not saved:
+                if self.gate and self._gate_before:
+                    # An update that failed has moved it; it will be done again.
+                    self.gate.load(self._gate_before)
                 self.save()
             raise
         finally:
@@ -420,7 +432,8 @@ class Trainer:
         return max(gather_object([self._stop or 0]))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop:
+        # A launcher repeats SIGTERM.
+        if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = number
         print("\nstopping after this update and saving; again to stop at once", file=sys.stderr)

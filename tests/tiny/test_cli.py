@@ -383,8 +383,7 @@ def test_presets_hold_the_papers_values(capsys: pytest.CaptureFixture[str], name
 
 
 def test_there_is_no_other_preset_than_these() -> None:
-    own = {f"demo-{name}" for name in (*RIVALS, "tmpo-no-tree")}
-    assert set(preset_names()) == {*PAPER, *MEMORY, *RIVALS, *own, "demo", "demo-long"}
+    assert set(preset_names()) == {*PAPER, *MEMORY, "demo", "demo-long"}
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -399,11 +398,29 @@ def test_a_rival_has_the_papers_settings_over_the_protocol(capsys: pytest.Captur
             settings = printed(capsys, *flags, "--method", name)
             assert {key: settings[key] for key in expected} == expected
             assert settings["updates"] == PAPER[protocol]["updates"] and settings["reward"] == rewards
+    # Several rewards, of which GARDO's auxiliary scores are two, are loaded once each; PickScore as in GARDO's code.
+    assert printed(capsys, "--reward", "pickscore", "--method", name)["pickscore_scale"] == (
+        "flow" if name == "gardo" else "raw"
+    )
     # Flags are stronger; the demo model has settings of its own.
     assert printed(capsys, "--preset", "ocr", "--method", name, "--learning-rate", "1e-3")["learning_rate"] == 1e-3
     demo = printed(capsys, "--method", name)
     assert demo["model"] == "demo" and demo["method"] == name and demo["baseline"] == "none"
     assert demo["kl_weight"] > 0 if name == "gardo" else demo["updates"] == 110
+
+
+def test_a_method_beats_a_file_written_for_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--print-config` writes all settings down, also those that belong to the method it was written with."""
+    for first, second in (("tmpo", "gardo"), ("gardo", "flow-grpo"), ("flow-grpo", "tree-grpo")):
+        Path("all.yaml").write_text(yaml.safe_dump(printed(capsys, "--method", first)))
+        assert printed(capsys, "--config", "all.yaml")["method"] == first
+        assert printed(capsys, "--config", "all.yaml", "--method", second) == printed(capsys, "--method", second)
+    # With the file's own method its values stand.
+    Path("own.yaml").write_text("method: flow-grpo\nkl_weight: 0.5\n")
+    assert printed(capsys, "--config", "own.yaml")["kl_weight"] == 0.5
+    assert printed(capsys, "--config", "own.yaml", "--method", "flow-grpo")["kl_weight"] == 0.5
+    Path("gardo.yaml").write_text("method: gardo\n")
+    assert printed(capsys, "--config", "gardo.yaml", "--method", "tmpo", "--auxiliary", "none")["auxiliary"] == []
 
 
 @pytest.mark.parametrize("name", ["tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching"])

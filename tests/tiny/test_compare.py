@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import cli, compare, compare_report
 from tmpo_trainer.config import TrainConfig
@@ -117,6 +119,7 @@ def test_a_comparison_is_killed_goes_on_and_grows(
     table = json.loads(Path("out/table.json").read_text())["arms"]
     assert set(table) == {"base", "tmpo", "group.1"}
     first, second = table["tmpo"]["sharpness"]["runs"]
+    assert table["tmpo"]["sharpness"]["spread"] == pytest.approx(abs(first - second) / 2**0.5)
     assert first != second and table["tmpo"]["sharpness"]["mean"] == pytest.approx((first + second) / 2)
     assert table["tmpo"]["gain"]["sharpness"]["mean"] == pytest.approx(
         table["tmpo"]["sharpness"]["mean"] - table["base"]["sharpness"]["mean"]
@@ -133,6 +136,7 @@ def test_a_budget_of_seconds_is_tried_first(flags: list[str]) -> None:
     assert start(flags, "--methods", "tmpo", "--seconds", "1.5") == 0
     updates = yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]["tmpo"]["updates"]
     trial = [json.loads(line) for line in Path("out/trials/tmpo/metrics.jsonl").read_text().splitlines()]
+    # All of its updates cost the same: 8 leaves; rollout, reference, replay.
     seconds = [line["seconds"]["total"] for line in trial[1:]]
     assert updates == max(1, int(1.5 * len(seconds) / sum(seconds)))
     assert len(Path("out/tmpo-seed0/metrics.jsonl").read_text().splitlines()) == updates
@@ -143,8 +147,41 @@ def test_one_that_fails_does_not_stop_the_others(flags: list[str], capsys: pytes
     Path("arms.yaml").write_text("bad: {learning_rate: 1.0e+30}\ngood: {learning_rate: 1.0e-3}\n")
     assert start(flags, "--arms", "arms.yaml", "--updates", "3") == 1
     out, err = capsys.readouterr()
-    assert "bad-seed0 failed, see" in err and "| good | 3 |" in out and "| bad |" not in out
+    assert "bad-seed0 failed, see" in err and "| good | 1 | 3 |" in out and "| bad |" not in out
+    assert "Failed and not in the table: bad-seed0" in Path("out/table.md").read_text()
     assert "the gradient of update 1 is nan" in Path("out/bad-seed0/log.txt").read_text()
+
+
+def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that still goes on, and one with other settings in a folder of that name."""
+    import fcntl
+
+    other = Path("out/tmpo-seed0")
+    other.mkdir(parents=True)
+    (other / "config.yaml").write_text("method: tmpo\nupdates: 7\n")
+    assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
+    assert "holds a run with other settings: move it away" in capsys.readouterr().err
+    assert (other / "config.yaml").exists()
+    (other / "config.yaml").unlink()
+    with Path("out/settings/tmpo-seed0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
+        assert "tmpo-seed0 is still being trained by another process" in capsys.readouterr().err
+    assert start(flags, "--methods", "tmpo", "--updates", "1") == 0
+
+
+def test_a_run_that_cannot_be_measured_is_left_out(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(flags, "--methods", "tmpo", "--updates", "1", "--seeds", "0", "1") == 0
+    Path("out/tmpo-seed1/evaluation.npz").unlink()
+    file = Path("out/tmpo-seed1") / FILE_NAME
+    tensors = load_file(file)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in tensors.items()}, file)
+    capsys.readouterr()
+    assert start(flags, "--methods", "tmpo", "--updates", "1", "--seeds", "0", "1") == 1
+    out, err = capsys.readouterr()
+    assert "tmpo-seed1 cannot be measured" in err and "not finite" in err and "| tmpo | 1 | 1 |" in out
 
 
 @pytest.mark.parametrize(
@@ -156,6 +193,14 @@ def test_one_that_fails_does_not_stop_the_others(flags: list[str], capsys: pytes
         ("--evaluations 5 --seconds 5", "not allowed with"),
         ("--methods tmpo --arms arms.yaml", "not allowed with"),
         ("--arms missing.yaml", "missing.yaml"),
+        ("--arms base.yaml", "arm base: write NAME"),
+        ("--arms dots.yaml", "arm ..: write NAME"),
+        ("--arms empty.yaml", "names no arms"),
+        ("--arms seed.yaml", "arm a: seed is set by the comparison"),
+        ("--arms updates.yaml --evaluations 9", "arm a: updates is set by the comparison"),
+        ("--methods tmpo --seed abc", "seed 'abc'"),
+        ("--methods tmpo --seconds inf", "must be above 0"),
+        ("--methods tmpo --seconds 9 --jobs 2", "leave --jobs out"),
         ("--arms list.yaml", "arm x: write NAME: {setting: value}"),
         ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),
         ("--arms unknown.yaml", "unknown key lerning_rate, did you mean learning_rate"),
@@ -167,6 +212,9 @@ def test_one_that_fails_does_not_stop_the_others(flags: list[str], capsys: pytes
 def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str], more: str, message: str) -> None:
     Path("arms.yaml").write_text("a: {}\n")
     Path("list.yaml").write_text("x: [1]\n")
+    for name, text in (("base", "base: {}"), ("dots", "..: {}"), ("empty", "{}"), ("seed", "a: {seed: 1}"),
+                       ("updates", "a: {updates: 1}")):  # fmt: skip
+        Path(f"{name}.yaml").write_text(f"{text}\n")
     Path("steps.yaml").write_text("a: {}\nb: {eval_steps: 5}\n")
     Path("unknown.yaml").write_text("a: {lerning_rate: 1}\n")
     assert start(flags, *more.split()) == 2
@@ -178,10 +226,10 @@ def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[s
 
 
 def measured(score: float, cosine: float, updates: int = 0) -> compare_report.Measured:
-    """Three prompts, two pictures; an update of 100 evaluations in the rollout and 10 in the replay, two prompts, 2 seconds."""
+    """Three prompts that differ, two pictures. An update: two prompts, 100 evaluations in the rollout, 10 in the replay."""
     evaluation = Evaluation(
         prompts=["a", "b", "c"],
-        scores={"right": np.full((3, 2), score)},
+        scores={"right": score * np.array([[0.5, 0.5], [1, 1], [1.5, 1.5]])},
         lgmd=np.array([0.1, 0.2, 0.3]),
         cosine=np.full(3, cosine),
         latent_std=0.5 * (1 + score),
@@ -197,8 +245,9 @@ def measured(score: float, cosine: float, updates: int = 0) -> compare_report.Me
 def test_figures_by_hand() -> None:
     base = measured(0.0, 0.4)
     found = compare_report.figures([measured(0.2, 0.3, 5), measured(0.4, 0.3, 5)], base.evaluation)
-    assert found["right"]["mean"] == pytest.approx(0.3) and found["right"]["spread"] == pytest.approx(0.1)
-    assert found["gain"]["right"] == pytest.approx({"mean": 0.3, "low": 0.3, "high": 0.3})
+    assert found["right"]["mean"] == pytest.approx(0.3) and found["right"]["spread"] == pytest.approx(0.2 / 2**0.5)
+    # Means of three draws of .15, .3, .45: one in 27 is the least.
+    assert found["gain"]["right"] == pytest.approx({"mean": 0.3, "low": 0.15, "high": 0.45})
     assert found["gain"]["cosine diversity"]["mean"] == pytest.approx(-0.1)
     assert found["latent std, change"]["mean"] == pytest.approx(0.3)
     assert found["evaluations/update"]["mean"] == 2 * (100 + 2 * 10) and found["evaluations"]["mean"] == 5 * 240
@@ -206,5 +255,5 @@ def test_figures_by_hand() -> None:
     text = compare_report.table(
         {"base": compare_report.figures([base], base.evaluation), "x": found}, ["right", "LGMD"]
     )
-    assert text.splitlines()[2] == "| base |  |  |  | 0.000 | 0.200 |  |"
-    assert text.splitlines()[3] == "| x | 5 | 240 | 2.00 | 0.300 ± 0.100 | 0.200 ± 0.000 | +30.0% ± 10.0% |"
+    assert text.splitlines()[2] == "| base |  |  |  |  | 0.000 | 0.200 |  |"
+    assert text.splitlines()[3] == "| x | 2 | 5 | 240 | 2.00 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def make(load: Callable[..., Backbone], tmp_path: Path) -> Make:
         settings: dict[str, Any] = {
             "method": method, "prompts_per_update": 2, "prompts_per_batch": 2, "branch_late": (1, 2, 3), "kappa": 1e9,
             "guidance": 1.0, "resolution": (32, 32), "max_sequence_length": 0, "lora_rank": 4, "lora_alpha": 8,
-            "updates": 20, "learning_rate": 1e-2, "kernel": "flow_sde", "max_grad_norm": 1e9, "clip": 1e-3,
+            "updates": 20, "learning_rate": 1e-2, "kernel": "flow_sde", "max_grad_norm": 1e9, "clip": 1e-3, "sample_every": 0,
         }  # fmt: skip
         if method == "gardo":
             settings |= {"auxiliary": ("channel-1", "channel-2"), "kl_weight": 0.5}
@@ -273,7 +274,7 @@ def test_gardo_compares_with_its_copy_and_renews_it(make: Make) -> None:
     before = {name: value.detach().clone() for name, value in trainer.lora.items()}
     trainer.update()
     assert all(torch.equal(value, trainer.held[name]) for name, value in before.items())
-    assert trainer.gate.age == 0
+    assert trainer.gate.age == 1
 
 
 def test_gardo_resumes_to_the_bit(make: Make) -> None:
@@ -296,6 +297,41 @@ def test_gardo_resumes_to_the_bit(make: Make) -> None:
         second.resume(make("flow-grpo").save())
 
 
+def test_gardo_saves_its_state_as_of_the_last_whole_update(make: Make) -> None:
+    """An update that fails has moved the gate, and will be done again."""
+    whole, broken = make("gardo"), make("gardo")
+    for _ in range(5):
+        expected = whole.update()
+    reporter: Any = SimpleNamespace(update=lambda metrics: None)
+    score, calls = broken.scorers[0].score, 0
+
+    def fail(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ValueError("no more")
+        return score(*arguments)
+
+    broken.scorers[0].score = fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no more"):
+        broken.train(reporter)
+    again = make("gardo")
+    again.resume(checkpoint.checkpoints(broken.run)[-1])
+    assert again.done == 3
+    for _ in range(2):
+        got = again.update()
+    assert whole.gate is not None and again.gate is not None and again.gate.state() == whole.gate.state()
+    assert {k: v for k, v in got.items() if k != "seconds"} == {k: v for k, v in expected.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("method", ["flow-grpo", "mix-grpo", "tree-grpo"])
+def test_equal_rewards_train_nothing(make: Make, method: str) -> None:
+    """Rounding noise must not be normalised into an advantage."""
+    trainer = make(method)
+    trainer.scorers[0].score = lambda images, prompts, metadata=None: 0.5 + 1e-6 * torch.randn(len(images))  # type: ignore
+    assert trainer.update()["advantage_std"] < 0.05
+
+
 # -- what makes no sense -------------------------------------------------------------------------------------------
 
 
@@ -310,6 +346,14 @@ def test_gardo_resumes_to_the_bit(make: Make) -> None:
         ({"method": "gardo", "kl_weight": 0.04}, "needs auxiliary scorers"),
         ({"method": "gardo", "auxiliary": ("sharpness",)}, "kl_weight above 0"),
         ({"auxiliary": ("sharpness",)}, "auxiliary sharpness belongs to method gardo"),
+        (
+            {"method": "gardo", "kl_weight": 0.04, "auxiliary": ("shapes",)},
+            "name each once, and others than the reward",
+        ),
+        (
+            {"method": "gardo", "kl_weight": 0.04, "auxiliary": ("ocr", "ocr")},
+            "name each once, and others than the reward",
+        ),
     ],
 )
 def test_combinations_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

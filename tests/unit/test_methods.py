@@ -140,7 +140,8 @@ def test_gate_widens_when_suspicion_grows_and_narrows_when_it_falls() -> None:
 
 def test_reference_is_renewed_by_kl_or_age() -> None:
     gate = gardo.Gate()
-    assert [gate.renew() for _ in range(16)] == [False] * 15 + [True]
+    # Every 15 updates, the first time when 15 are done.
+    assert [update for update in range(50) if gate.renew()] == [15, 30, 45]
     gate.kl = 1.01 * gardo.KL_LIMIT
     assert gate.renew() and gate.kl == 0 and not gate.renew()
     other = gardo.Gate()

@@ -39,8 +39,9 @@ class Parked:
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
         """As the scorer does."""
-        self.scorer.to(self.device)
         try:
+            # Also what was on the way when the device was full goes back.
+            self.scorer.to(self.device)
             return self.scorer.score(images, prompts, metadata)
         finally:
             self.scorer.to(torch.device("cpu"))
