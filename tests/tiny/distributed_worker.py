@@ -1,4 +1,5 @@
-"""One of several processes in test_distributed.py: `torchrun distributed_worker.py MODEL RUN ddp|fsdp FILE RESUME_OR_-`.
+"""One of several processes in test_distributed.py: `torchrun distributed_worker.py MODEL RUN ddp|fsdp FILE
+RESUME_OR_- UPDATES METHOD`.
 
 Two updates of one prompt per process, a checkpoint and an export; the first process writes gradients and weights to FILE.
 """
@@ -25,6 +26,8 @@ SETTINGS = {
     "replay_batch": 5,
 }  # fmt: skip
 
+GARDO = {"kernel": "flow_sde", "auxiliary": ("green", "blue"), "kl_weight": 30.0}
+
 
 class RedScorer:
     name = "red"
@@ -34,12 +37,45 @@ class RedScorer:
         return means[:, 0] - means[:, 2]
 
 
-def run(model: str, folder: Path, accelerator: Accelerator | None, prompts: int, resume: str, updates: int) -> dict:
+class Channel:
+    def __init__(self, name, number):
+        self.name, self.number = name, number
+
+    def score(self, images, prompts, metadata=None):
+        return torch.from_numpy(images[..., self.number].astype("float32") / 255).mean((1, 2))
+
+
+class Corner:
+    name = "corner"
+
+    def __call__(self, images):
+        return torch.from_numpy(images[:, :4, :4].astype("float32") / 255).flatten(1)
+
+
+def run(
+    model: str,
+    folder: Path,
+    accelerator: Accelerator | None,
+    prompts: int,
+    resume: str,
+    updates: int,
+    method: str = "tmpo",
+) -> dict:
     """Trains and returns the first update's gradients, the weights at the end and the figures of each update."""
     torch.manual_seed(0)
-    config = TrainConfig(**SETTINGS, prompts_per_update=prompts)
+    own = GARDO if method == "gardo" else {}
+    config = TrainConfig(**{**SETTINGS, **own}, prompts_per_update=prompts, method=method)
     backbone = load_backbone(model, torch.float32, torch.device("cpu"), 0)
-    trainer = Trainer(config, folder, backbone, [RedScorer()], PROMPTS, accelerator)
+    trainer = Trainer(
+        config,
+        folder,
+        backbone,
+        [RedScorer()],
+        PROMPTS,
+        accelerator,
+        [Channel(name, i + 1) for i, name in enumerate(config.auxiliary)],
+        Corner(),
+    )
     if resume != "-":
         trainer.resume(Path(resume))
     gradients, figures = {}, []
@@ -57,7 +93,7 @@ def run(model: str, folder: Path, accelerator: Accelerator | None, prompts: int,
 
 def main() -> None:
     torch.set_num_threads(1)
-    model, folder, kind, file, resume, updates = sys.argv[1:]
+    model, folder, kind, file, resume, updates, method = sys.argv[1:]
     plugin = None
     if kind == "fsdp":
         plugin = FullyShardedDataParallelPlugin(
@@ -70,7 +106,7 @@ def main() -> None:
         # On a CPU accelerate takes DDP by itself.
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
-    result = run(model, Path(folder), accelerator, 1, resume, int(updates))
+    result = run(model, Path(folder), accelerator, 1, resume, int(updates), method)
     if accelerator.is_main_process:
         torch.save(result, file)
     accelerator.wait_for_everyone()

@@ -51,15 +51,16 @@ def one(worker: ModuleType, tiny_model: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """`two(kind, resume="-")`: three updates on two processes, the folder of their run beside the figures."""
-    done: dict[tuple[str, str], dict[str, Any]] = {}
+    done: dict[tuple[str, str, str], dict[str, Any]] = {}
 
-    def two(kind: str, resume: str = "-") -> dict[str, Any]:
-        if (kind, resume) not in done:
+    def two(kind: str, resume: str = "-", method: str = "tmpo") -> dict[str, Any]:
+        if (kind, resume, method) not in done:
             folder = tmp_path_factory.mktemp(kind)
-            process = torchrun(str(WORKER), str(tiny_model), str(folder), kind, str(folder / "result.pt"), resume, "3")
+            file = folder / "result.pt"
+            process = torchrun(str(WORKER), str(tiny_model), str(folder), kind, str(file), resume, "3", method)
             assert process.returncode == 0, process.stderr[-3000:]
-            done[kind, resume] = torch.load(folder / "result.pt", weights_only=True) | {"folder": folder}
-        return done[kind, resume]
+            done[kind, resume, method] = torch.load(file, weights_only=True) | {"folder": folder}
+        return done[kind, resume, method]
 
     return two
 
@@ -91,6 +92,27 @@ def test_resume_continues_as_if_nothing_had_happened(two: Callable[..., dict[str
     assert resumed["figures"] == straight["figures"][2:]
     for name, value in straight["lora"].items():
         assert torch.equal(resumed["lora"][name], value), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gardo_ranks_over_all_processes(
+    worker: ModuleType, tiny_model: Path, tmp_path: Path, two: Callable[..., dict[str, Any]], kind: str
+) -> None:
+    """Its gate, its penalty and its copy are those of one process with all prompts, and are resumed."""
+    one = worker.run(str(tiny_model), tmp_path, None, 2, "-", 3, "gardo")
+    straight = two(kind, method="gardo")
+    # In the second update it is over the limit, and the copy is renewed.
+    assert [line["kl_reference"] > 0 for line in one["figures"]] == [False, True, False]
+    for expected, got in zip(one["figures"], straight["figures"], strict=True):
+        assert got["gated"] == expected["gated"] > 0
+        for name in ("kl_reference", "grad_norm", "reward/red", "reward/blue"):
+            assert got[name] == pytest.approx(expected[name], rel=5e-3, abs=2e-5), name
+    states = [json.loads((f / "checkpoint-2/state.json").read_text())["gate"] for f in (tmp_path, straight["folder"])]
+    assert states[0]["age"] == states[1]["age"] == 2 and states[0]["share"] == states[1]["share"]
+    assert states[1]["memory"] == pytest.approx(states[0]["memory"], rel=1e-4)
+    assert load_file(straight["folder"] / "checkpoint-2/reference.safetensors").keys() == one["lora"].keys()
+    resumed = two(kind, str(straight["folder"] / "checkpoint-2"), "gardo")
+    assert resumed["figures"] == straight["figures"][2:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
