@@ -57,7 +57,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{backbone.architecture}/lora",
             "modelspec.implementation": "diffusers",
-            "modelspec.title": f"TMPO LoRA ({about.get('rewards', '')})",
+            "modelspec.title": f"{about.get('method', 'tmpo').upper()} LoRA ({about.get('rewards', '')})",
             **{f"tmpo.{key}": value for key, value in about.items()},
             "tmpo.version": __version__,
         }

@@ -131,7 +131,7 @@ def curves(
     series += [("lgmd", "LGMD of the leaves"), ("latent_std", "latent standard deviation")]
     # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
     if all("kl_reference" in line for line in metrics):
-        series.append(("kl_reference", "KL to the base, per dimension"))
+        series.append(("kl_reference", "KL to the reference, per dimension"))
     if any(line["ratio_mean"] != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
     panels = len(series) + bool(evaluations)
