@@ -17,7 +17,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPCo
 
 from tmpo_trainer.config import ConfigError
 from tmpo_trainer.demo.build import make_tokenizer
-from tmpo_trainer.rewards import clip, clipscore, hpsv2, imagereward, pickscore, weights
+from tmpo_trainer.rewards import clip, clipscore, hpsv2, imagereward, openclip, pickscore
 
 CPU = torch.device("cpu")
 WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 50, 12
@@ -176,7 +176,8 @@ def open_clip() -> OpenClip:
 
 @torch.no_grad()
 def test_hps_key_map_gives_open_clips_features(open_clip: OpenClip, tmp_path: Path) -> None:
-    model = hpsv2.build(tmp_path / "hps.pt", open_clip.state_dict()).eval()
+    tensors = open_clip.state_dict()
+    model = openclip.build_transformers("hpsv2", tmp_path / "hps.pt", tensors, openclip.config_of(tensors)).eval()
     pixels = torch.randn(3, 3, 224, 224)
     torch.testing.assert_close(
         model.get_image_features(pixels).pooler_output, open_clip.encode_image(pixels), atol=1e-5, rtol=1e-5
@@ -197,8 +198,15 @@ def test_hps_checkpoints_of_both_shapes_are_read(open_clip: OpenClip, tmp_path: 
     open_clip.float()
     file = tmp_path / "hps.pt"
     torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, file)
-    model = hpsv2.build(file, weights.state("hpsv2", file, "state_dict"))
-    assert all(value.dtype == torch.float32 for value in model.parameters())
+    make_tokenizer().save_pretrained(tmp_path)
+    scorer = hpsv2.load(CPU, str(file))
+    assert all(value.dtype == torch.float32 for value in scorer.towers.model.parameters())
+
+
+def test_a_checkpoints_own_picture_size(open_clip: OpenClip) -> None:
+    tensors = {**open_clip.state_dict(), "visual.positional_embedding": torch.zeros(5 * 5 + 1, WIDTH)}
+    vision: Any = openclip.config_of(tensors).vision_config
+    assert vision.image_size == 5 * 56
 
 
 def test_padding_keeps_the_whole_picture() -> None:
@@ -243,7 +251,7 @@ def test_preprocessing_is_pinned(kind: str, size: tuple[int, int]) -> None:
     [("  A   Red\nCircle ", "a red circle"), ("Tom &amp;amp; Jerry", "tom & jerry"), ("caf\u00e9", "caf\u00e9")],
 )
 def test_hps_cleans_prompts_as_open_clip_does(prompt: str, cleaned: str) -> None:
-    assert hpsv2.clean(prompt) == cleaned
+    assert openclip.clean(prompt) == cleaned
 
 
 # ImageReward

@@ -87,20 +87,21 @@ class ClipTowers:
     """A frozen CLIP model. Features have unit length and are float32, whatever the towers run in.
 
     Args:
+        model: a transformers CLIPModel; subclasses take others.
         prepare: images -> pixel values `[N, 3, H, W]`. clean: what is done to a prompt before the tokenizer.
         device: where it runs, in float16 on a GPU.
     """
 
     def __init__(
         self,
-        model: CLIPModel,
+        model: Any,
         tokenizer: Any,
         prepare: Prepare,
         device: torch.device,
         clean: Callable[[str], str] = str,
         batch: int = BATCH,
     ):
-        self.model: Any = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.prepare, self.clean, self.batch = tokenizer, prepare, clean, batch
         #: exp(logit_scale), float32.
         self.scale = model.logit_scale.detach().float().exp().cpu()
@@ -118,8 +119,7 @@ class ClipTowers:
         found = []
         for first in range(0, len(images), self.batch):
             pixels = self.prepare([Image.fromarray(image) for image in images[first : first + self.batch]])
-            output: Any = self.model.get_image_features(pixels.to(self.device, self._dtype))
-            found.append(_unit(output.pooler_output))
+            found.append(_unit(self._encode_images(pixels.to(self.device, self._dtype))))
         return torch.cat(found)
 
     @torch.no_grad()
@@ -128,20 +128,25 @@ class ClipTowers:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         for first in range(0, len(missing), self.batch):
             chosen = missing[first : first + self.batch]
-            tokens = self.tokenizer(
-                [self.clean(prompt) for prompt in chosen],
-                padding="max_length",
-                max_length=self.model.config.text_config.max_position_embeddings,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            output: Any = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            self._texts.update(zip(chosen, _unit(output.pooler_output), strict=True))
+            self._texts.update(zip(chosen, _unit(self._encode_texts(chosen)), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
     def cosine(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
         """Cosine of every image with its prompt, float32 `[N]`."""
         return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixels).pooler_output
+
+    def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            [self.clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        return self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
 
 
 def _unit(features: Tensor) -> Tensor:

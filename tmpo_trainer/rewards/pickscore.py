@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .clip import TOKENIZER, ClipScorer, load_clip
+from .clip import TOKENIZER, ClipScorer
+from .openclip import load_towers
 from .weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
@@ -14,10 +15,10 @@ def load(device: torch.device, path: str | None = None) -> ClipScorer:
     """exp(logit_scale) * cos of a ViT-H/14 CLIP. Flow-GRPO divides it by 26, which a z-score within the group undoes.
 
     Args:
-        path: a folder with the model, in place of the hub's.
+        path: a folder or file with the model, see `openclip.load_towers`, in place of the hub's.
 
     Raises:
         ConfigError: the weights cannot be had.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
-    return ClipScorer("pickscore", load_clip("pickscore", folder, device))
+    return ClipScorer("pickscore", load_towers("pickscore", folder, device))
