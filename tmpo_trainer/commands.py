@@ -98,7 +98,7 @@ def score(arguments: Sequence[str]) -> int:
     parser = _parser(
         "score",
         "Scores picture files and prints a table. A picture's prompt is --prompt, its line of --prompts, the .txt beside "
-        "it, or what ComfyUI or A1111 wrote into the PNG.",
+        "it, or what ComfyUI (PNG) or A1111 (PNG, JPEG, WebP) wrote into it.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders of pictures")
     prompts = parser.add_mutually_exclusive_group()
