@@ -42,6 +42,8 @@ class TrainConfig(BaseModel):
     """Hosts beside this machine that a `remote` reward may be on."""
     remote_timeout: float = Field(120, gt=0)
     """Seconds within which a `remote` reward has to answer."""
+    pickscore_scale: Literal["raw", "flow"] = "raw"
+    """`flow` divides PickScore by 26, as Flow-GRPO does. A z-score undoes it: for reward_norm `none`, and reports."""
     reward_norm: Literal["zscore", "none"] = "zscore"
     """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw."""
     method: Literal["tmpo"] = "tmpo"
@@ -199,6 +201,8 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"reward_models {entry}: write NAME=PATH")
             if name not in self.reward:
                 raise ValueError(f"reward_models {entry}: {name} is none of the rewards {' '.join(self.reward)}")
+        if self.pickscore_scale != "raw" and "pickscore" not in self.reward:
+            raise ValueError(f"pickscore_scale {self.pickscore_scale} is for the reward pickscore alone")
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
         if self.kernel == "cps" and self.eta > 1:

@@ -138,8 +138,17 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
 def scorers(config: TrainConfig, device: torch.device) -> list[Scorer]:
     """The scorers of a run. Raises ConfigError for weights that cannot be had."""
     paths = dict(entry.split("=", 1) for entry in config.reward_models)
-    remote = {"hosts": config.remote_hosts, "timeout": config.remote_timeout}
-    found = [load_scorer(name, device, paths.get(name), **remote) for name in config.reward]
+    found = [
+        load_scorer(
+            name,
+            device,
+            paths.get(name),
+            hosts=config.remote_hosts,
+            timeout=config.remote_timeout,
+            pickscore_scale=config.pickscore_scale,
+        )
+        for name in config.reward
+    ]
     if config.offload_scorers:
         return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
     return found

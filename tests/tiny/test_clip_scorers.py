@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 
-from tmpo_trainer.config import ConfigError
+from tmpo_trainer import loading
+from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.demo.build import make_tokenizer
-from tmpo_trainer.rewards import clip, clipscore, hpsv2, imagereward, openclip, pickscore
+from tmpo_trainer.rewards import Parked, clip, clipscore, hpsv2, imagereward, openclip, pickscore
 
 CPU = torch.device("cpu")
 WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 50, 12
@@ -428,6 +430,14 @@ def test_clipscore_is_a_thirtieth_of_the_formula(clip_folder: Path, images: np.n
     )
 
 
+def test_pickscores_scale_is_a_setting(clip_folder: Path, images: np.ndarray) -> None:
+    raw = pickscore.load(CPU, str(clip_folder)).score(images, PROMPTS)
+    settings: dict[str, Any] = {"reward": ("pickscore",), "reward_models": (f"pickscore={clip_folder}",)}
+    for scale, divisor in (("raw", 1), ("flow", 26)):
+        (scorer,) = loading.scorers(TrainConfig(**settings, pickscore_scale=scale), CPU)
+        torch.testing.assert_close(divisor * scorer.score(images, PROMPTS), raw)
+
+
 def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -444,3 +454,64 @@ def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ConfigError) as caught:
             load(CPU)
         assert all(part in str(caught.value) for part in (*parts, "no connection")) and "\n" not in str(caught.value)
+
+
+# Parked
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward"])
+def test_parking_changes_no_score(
+    name: str, clip_folder: Path, network: imagereward.ImageReward, bert: Any, images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The weights are where they are wanted while the scorer works, and go back: read off what modules are told."""
+    scorer: Any
+    if name == "pickscore":
+        scorer = pickscore.load(CPU, str(clip_folder))
+    elif name == "hpsv2":
+        scorer = hpsv2.HpsScorer(pickscore.load(CPU, str(clip_folder)).towers)
+    else:
+        scorer = imagereward.ImageRewardScorer(network, bert, CPU)
+    expected = scorer.score(images, PROMPTS)
+    assert expected.std() > 1e-4
+    events: list[str] = []
+    move, run = nn.Module.to, nn.Module.__call__
+
+    def to(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+        events.extend(str(found) for found in (*arguments, *options.values()) if isinstance(found, torch.device))
+        return move(module, *arguments, **options)
+
+    def call(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        events.append("works")
+        return run(module, *arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    # The same device by another name.
+    parked = Parked(scorer, torch.device("cpu:0"))
+    scorer.towers._texts.clear() if name != "imagereward" else None
+    assert torch.equal(parked.score(images, PROMPTS), expected)
+    assert [event for event, _ in itertools.groupby(events)] == ["cpu", "cpu:0", "works", "cpu"]
+    assert parked.name == name
+
+
+@pytest.mark.parametrize("fails", ["score", "to"])
+def test_a_parked_scorer_that_fails_comes_back(fails: str, images: np.ndarray) -> None:
+    """While it scores, or half-way to a device without room."""
+
+    class Failing:
+        name, device = "failing", ""
+
+        def to(self, device: torch.device) -> None:
+            self.device = str(device)
+            if fails == "to" and self.device == "cpu:0":
+                raise RuntimeError("out of memory")
+
+        def score(self, *arguments: Any) -> Tensor:
+            assert self.device == "cpu:0"
+            raise ValueError("no such picture")
+
+    scorer = Failing()
+    with pytest.raises((RuntimeError, ValueError), match="out of memory" if fails == "to" else "no such picture"):
+        Parked(scorer, torch.device("cpu:0")).score(images, PROMPTS)
+    assert scorer.device == "cpu"

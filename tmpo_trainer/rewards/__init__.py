@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -38,9 +38,9 @@ class Parked:
         scorer.to(torch.device("cpu"))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
-        """As the scorer does."""
-        self.scorer.to(self.device)
+        """As the scorer does. Whatever it raises, even for want of memory on the way there, its weights come back."""
         try:
+            self.scorer.to(self.device)
             return self.scorer.score(images, prompts, metadata)
         finally:
             self.scorer.to(torch.device("cpu"))
@@ -82,12 +82,14 @@ def load_scorer(
     path: str | None = None,
     hosts: Sequence[str] = (),
     timeout: float = 120,
+    pickscore_scale: Literal["raw", "flow"] = "raw",
 ) -> Scorer:
     """A scorer by its name.
 
     Args:
         device: where it runs; by default the CPU. path: of its weights, in place of the hub's; the URL of a remote one.
         hosts: beside this machine, that a remote scorer may be on. timeout: seconds for a reply of it.
+        pickscore_scale: see `pickscore`.
 
     Raises:
         ConfigError: it is not known, or its weights cannot be had.
@@ -97,7 +99,8 @@ def load_scorer(
         from . import remote
 
         return remote.load(remote_address(name, path), hosts, timeout, name)
-    return importlib.import_module(f".{name}", __name__).load(device or torch.device("cpu"), path)
+    more = {"scale": pickscore_scale} if name == "pickscore" else {}
+    return importlib.import_module(f".{name}", __name__).load(device or torch.device("cpu"), path, **more)
 
 
 def score_all(

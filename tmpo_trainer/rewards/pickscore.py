@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from .clip import TOKENIZER, ClipScorer
@@ -11,8 +13,13 @@ from .weights import Source, existing, hub_folder
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 
 
-def load(device: torch.device, path: str | None = None) -> ClipScorer:
-    """exp(logit_scale) * cos of a ViT-H/14 CLIP. Flow-GRPO divides it by 26, which a z-score within the group undoes.
+#: `raw` as its authors print it; `flow` a 26th, about 1, as Flow-GRPO has it.
+Scale = Literal["raw", "flow"]
+DIVISORS: dict[Scale, float] = {"raw": 1, "flow": 26}
+
+
+def load(device: torch.device, path: str | None = None, scale: Scale = "raw") -> ClipScorer:
+    """exp(logit_scale) * cos of a ViT-H/14 CLIP.
 
     Args:
         path: a folder or file with the model, see `openclip.load_towers`, in place of the hub's.
@@ -21,4 +28,4 @@ def load(device: torch.device, path: str | None = None) -> ClipScorer:
         ConfigError: the weights cannot be had.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
-    return ClipScorer("pickscore", load_towers("pickscore", folder, device))
+    return ClipScorer("pickscore", load_towers("pickscore", folder, device), DIVISORS[scale])
