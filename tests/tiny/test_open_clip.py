@@ -79,7 +79,8 @@ folder = Path(sys.argv[2]).parent
 for kind in ("gelu", "quick"):
     (folder / kind).mkdir()
     torch.save({"state_dict": model.state_dict()}, folder / kind / "open_clip_pytorch_model.bin")
-(folder / "quick" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
+    config = {"quick_gelu": True} if kind == "quick" else {}
+    (folder / kind / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
 out["scores"], out["towers"] = {}, set()
 for kind, module in (("gelu", hpsv2), ("gelu", clipscore), ("gelu", pickscore), ("quick", clipscore)):
     scorer = module.load(torch.device("cpu"), str(folder / kind / "open_clip_pytorch_model.bin"))
@@ -137,19 +138,27 @@ def test_scores_are_the_same_both_ways(theirs: dict, without_open_clip: None, ki
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_the_activation_comes_from_the_file_beside(theirs: dict, tmp_path: Path, without_open_clip: None) -> None:
-    """The scores with OpenAI's differ; a config that is none is one line."""
+def test_activation_and_normalisation_come_from_the_file_beside(
+    theirs: dict, tmp_path: Path, without_open_clip: None
+) -> None:
+    """The scores with OpenAI's activation differ. A config that is missing or none is one line."""
     plain, quick = theirs["scores"]["gelu", "clipscore"], theirs["scores"]["quick", "clipscore"]
     assert (plain - quick).abs().max() > 1e-4
-    save_file(theirs["state"], tmp_path / "model.safetensors")
-    beside = tmp_path / "open_clip_config.json"
-    for text in ("no json", "[]", "{}", '{"model_cfg": "ViT"}'):
-        beside.write_text(text)
+    file, beside = tmp_path / "model.safetensors", tmp_path / "open_clip_config.json"
+    save_file(theirs["state"], file)
+    for text in (None, "no json", "[]", "{}", '{"model_cfg": "ViT"}', '{"model_cfg": {}, "preprocess_cfg": {"mean": 1}}',
+                 '{"model_cfg": {}, "preprocess_cfg": {"resize_mode": "squash"}}'):  # fmt: skip
+        if text is not None:
+            beside.write_text(text)
         with pytest.raises(ConfigError, match=r"clipscore.*open_clip_config\.json") as caught:
-            clipscore.load(CPU, str(tmp_path / "model.safetensors"))
+            clipscore.load(CPU, str(file))
         assert "\n" not in str(caught.value)
-    beside.write_text(json.dumps({"model_cfg": {"quick_gelu": True}}))
-    scorer = clipscore.load(CPU, str(tmp_path / "model.safetensors"))
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "shortest"}
+    beside.write_text(json.dumps({"model_cfg": {"quick_gelu": True}, "preprocess_cfg": half}))
+    scorer = clipscore.load(CPU, str(file))
+    white = scorer.towers.prepare([Image.new("RGB", (300, 250), "white")])
+    torch.testing.assert_close(white, torch.ones(1, 3, 224, 224))
+    scorer.towers.prepare = clip.crop(224)
     found = scorer.score(theirs["pictures"][1].numpy()[None], PROMPTS[:1])
     torch.testing.assert_close(found, quick[1, :1], atol=1e-6, rtol=1e-6)
 
@@ -168,6 +177,7 @@ def test_an_open_clip_that_cannot_be_imported_is_done_without(
 
 def test_a_file_that_is_no_checkpoint_is_one_line(theirs: dict, tmp_path: Path, without_open_clip: None) -> None:
     file = tmp_path / "model.safetensors"
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
     for tensors in ({"text_model.x": torch.zeros(2)}, {k: v for k, v in theirs["state"].items() if "ln_post" not in k}):
         save_file(tensors, file)
         for load in (pickscore.load, clipscore.load):

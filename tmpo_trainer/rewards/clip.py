@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .weights import Source, hub_folder, told
@@ -31,10 +32,14 @@ BATCH = 32
 Prepare = Callable[[Sequence[Image.Image]], Tensor]
 
 
-def crop(size: int) -> Prepare:
-    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, CLIP's mean and std. `[N, 3, size, size]`."""
+def crop(size: int, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD) -> Prepare:
+    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, mean and std. `[N, 3, size, size]`."""
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_convert_rgb=True,
+        image_mean=list(mean),
+        image_std=list(std),
     )
     return lambda images: processor(list(images), return_tensors="pt")["pixel_values"]
 

@@ -10,12 +10,14 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..errors import ConfigError
 from .clip import VOCABULARY, ClipTowers, Prepare, crop, load_clip, load_tokenizer
@@ -180,7 +182,7 @@ def load_checkpoint(
     """The towers of a checkpoint's file (.pt, .bin or .safetensors).
 
     Args:
-        prepare: `clip.crop` or `clip.pad`. quick_gelu: whether its activation is OpenAI's approximation.
+        prepare: size -> preprocessing, as `clip.crop` and `clip.pad`. quick_gelu: as OpenAI's weights need it.
 
     Raises:
         ConfigError: it cannot be read, or is no CLIP in open_clip's names.
@@ -205,21 +207,41 @@ def load_checkpoint(
     return OpenClipTowers(build_open_clip(open_clip, scorer, file, tensors, config), tokenizer, pixels, device)
 
 
-def wants_quick_gelu(scorer: str, file: Path) -> bool:
-    """What the hub's `open_clip_config.json` beside a checkpoint says of it; the weights do not tell. Raises ConfigError."""
+def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
+    """What the weights do not tell, from the hub's `open_clip_config.json` beside them.
+
+    OpenAI's need another activation, LAION's ViT-L/14 another mean and std: a guess would give plausible, wrong scores.
+
+    Returns:
+        whether the activation is OpenAI's approximation of gelu; the preprocessing.
+
+    Raises:
+        ConfigError: it is not there, cannot be read, or wants pictures prepared in a way that we have not.
+    """
     beside = file.with_name("open_clip_config.json")
     if not beside.is_file():
-        return False
+        raise ConfigError(
+            f"reward {scorer}: {file} needs the {beside.name} of its hub repository beside it (of a transformers model give "
+            "the folder)"
+        )
     with told(f"reward {scorer}", beside):
-        return bool(dict(json.loads(beside.read_text(encoding="utf-8"))["model_cfg"]).get("quick_gelu", False))
+        found = json.loads(beside.read_text(encoding="utf-8"))
+        model, pictures = dict(found["model_cfg"]), dict(found.get("preprocess_cfg", {}))
+        mean = [float(value) for value in pictures.get("mean", OPENAI_CLIP_MEAN)]
+        std = [float(value) for value in pictures.get("std", OPENAI_CLIP_STD)]
+        for key, ours in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+            if pictures.get(key, ours) != ours:
+                raise ValueError(f"{key} {pictures[key]!r} is not supported, only {ours}")
+    return bool(model.get("quick_gelu", False)), partial(crop, mean=mean, std=std)
 
 
 def load_towers(scorer: str, path: Path, device: torch.device) -> ClipTowers:
-    """The towers of a transformers CLIPModel's folder or of a checkpoint's file, preprocessed as CLIP does.
+    """The towers of a transformers CLIPModel's folder, or of a checkpoint's file with its `open_clip_config.json` beside it.
 
     Raises:
         ConfigError: it is neither.
     """
     if path.is_dir():
         return load_clip(scorer, path, device)
-    return load_checkpoint(scorer, path, device, crop, wants_quick_gelu(scorer, path))
+    quick_gelu, prepare = described(scorer, path)
+    return load_checkpoint(scorer, path, device, prepare, quick_gelu)
