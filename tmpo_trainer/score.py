@@ -28,9 +28,9 @@ DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 BATCH = 32
 #: Inputs that hold a prompt in ComfyUI's text nodes, the most telling first.
 COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
-#: What A1111 writes behind the prompt.
 #: Columns of diversity in a .csv.
 MEASURES = ("cosine diversity", "vendi")
+#: What A1111 writes behind the prompt.
 A1111_END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")
 
 
@@ -99,18 +99,20 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int) and isinstance(value[1], int)
 
 
-def user_comment(image: Image.Image) -> str | None:
-    """The comment in a picture's EXIF, where A1111 puts its parameters in a JPEG or WebP. None if there is none."""
+def _exif_parameters(image: Image.Image) -> str | None:
+    """What A1111 wrote into the EXIF of a JPEG or WebP; not what a camera or another program did."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    if not isinstance(comment, bytes) or len(comment) <= 8:
+    if not isinstance(comment, bytes):
         return None
-    # Eight bytes name the encoding.
-    return comment[8:].decode("utf-16-be" if comment.startswith(b"UNICODE") else "utf-8", "replace")
+    # Exif 2.32, 4.6.5: eight bytes name the encoding. A1111's UTF-16 is big-endian, others' as the rest of the EXIF.
+    encodings = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le")}.get(comment[:8], ())
+    read = [comment[8:].decode(encoding, "replace") for encoding in encodings]
+    return next((text for text in read if A1111_END.search(f"\n{text}")), None)
 
 
 def embedded_prompt(image: Image.Image) -> str | None:
-    """The prompt that ComfyUI (`prompt`) or A1111 (`parameters`) wrote into a PNG, or A1111 into a JPEG or WebP; or None."""
-    parameters, graph = image.info.get("parameters") or user_comment(image), image.info.get("prompt")
+    """The prompt that ComfyUI (`prompt` of a PNG) or A1111 (`parameters` of a PNG, or EXIF) wrote into a file, or None."""
+    parameters, graph = image.info.get("parameters") or _exif_parameters(image), image.info.get("prompt")
     if isinstance(parameters, str) and parameters.strip():
         return A1111_END.split(f"\n{parameters}", maxsplit=1)[0].strip() or None
     if isinstance(graph, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 
-from tmpo_trainer.config import ConfigError
+from tmpo_trainer import loading
+from tmpo_trainer.config import ConfigError, TrainConfig
 from tmpo_trainer.demo.build import make_tokenizer
-from tmpo_trainer.rewards import (
-    Parked,
-    clip,
-    clipscore,
-    hpsv2,
-    imagereward,
-    load_scorer,
-    open_clip_file,
-    pickscore,
-    weights,
-)
+from tmpo_trainer.rewards import Parked, clip, clipscore, hpsv2, imagereward, openclip, pickscore
 
 CPU = torch.device("cpu")
 WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 50, 12
@@ -99,38 +91,6 @@ def test_pickscore_is_the_formula(clip_folder: Path, images: np.ndarray) -> None
     torch.testing.assert_close(alone, scores, atol=1e-5, rtol=1e-5)
     scorer.towers.batch = 3
     torch.testing.assert_close(scorer.score(images, PROMPTS), scores, atol=1e-5, rtol=1e-5)
-
-
-def test_pickscore_as_flow_grpo_scales_it(clip_folder: Path, images: np.ndarray) -> None:
-    raw, flow = (
-        load_scorer("pickscore", CPU, str(clip_folder), pickscore_scale=scale).score(images, ["a cat"] * len(images))
-        for scale in ("raw", "flow")
-    )
-    torch.testing.assert_close(flow * 26, raw)
-    assert raw.abs().min() > 0
-
-
-def test_a_parked_scorer_scores_alike_and_its_weights_go_back(clip_folder: Path, images: np.ndarray) -> None:
-    """Also when it fails. A device that differs from where the weights wait by its name alone."""
-    scorer, there = pickscore.load(CPU, str(clip_folder)), torch.device("cpu:0")
-    expected = scorer.score(images, ["a cat"] * len(images))
-    while_scoring: list[torch.device] = []
-    inner = scorer.towers.encode_images
-
-    def encode(pixels: Tensor) -> Tensor:
-        while_scoring.append(scorer.towers.device)
-        return inner(pixels)
-
-    scorer.towers.encode_images = encode
-    parked = Parked(scorer, there)
-    assert scorer.towers.device == CPU
-    for _ in range(2):
-        assert torch.equal(parked.score(images, ["a cat"] * len(images)), expected)
-        assert set(while_scoring) == {there} and scorer.towers.device == CPU
-    scorer.towers.encode_images = lambda pixels: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        parked.score(images, ["a cat"] * len(images))
-    assert scorer.towers.device == CPU
 
 
 def test_a_prompt_is_encoded_once(clip_folder: Path, images: np.ndarray) -> None:
@@ -218,7 +178,8 @@ def open_clip() -> OpenClip:
 
 @torch.no_grad()
 def test_hps_key_map_gives_open_clips_features(open_clip: OpenClip, tmp_path: Path) -> None:
-    model = open_clip_file.build("hpsv2", tmp_path / "hps.pt", open_clip.state_dict()).eval()
+    tensors = open_clip.state_dict()
+    model = openclip.build_transformers("hpsv2", tmp_path / "hps.pt", tensors, openclip.config_of(tensors)).eval()
     pixels = torch.randn(3, 3, 224, 224)
     torch.testing.assert_close(
         model.get_image_features(pixels).pooler_output, open_clip.encode_image(pixels), atol=1e-5, rtol=1e-5
@@ -239,8 +200,15 @@ def test_hps_checkpoints_of_both_shapes_are_read(open_clip: OpenClip, tmp_path: 
     open_clip.float()
     file = tmp_path / "hps.pt"
     torch.save({"state_dict": tensors, "epoch": 3} if wrapped else tensors, file)
-    model = open_clip_file.build("hpsv2", file, weights.state("hpsv2", file, "state_dict"))
-    assert all(value.dtype == torch.float32 for value in model.parameters())
+    make_tokenizer().save_pretrained(tmp_path)
+    scorer = hpsv2.load(CPU, str(file))
+    assert all(value.dtype == torch.float32 for value in scorer.towers.model.parameters())
+
+
+def test_a_checkpoints_own_picture_size(open_clip: OpenClip) -> None:
+    tensors = {**open_clip.state_dict(), "visual.positional_embedding": torch.zeros(5 * 5 + 1, WIDTH)}
+    vision: Any = openclip.config_of(tensors).vision_config
+    assert vision.image_size == 5 * 56
 
 
 def test_padding_keeps_the_whole_picture() -> None:
@@ -285,7 +253,7 @@ def test_preprocessing_is_pinned(kind: str, size: tuple[int, int]) -> None:
     [("  A   Red\nCircle ", "a red circle"), ("Tom &amp;amp; Jerry", "tom & jerry"), ("caf\u00e9", "caf\u00e9")],
 )
 def test_hps_cleans_prompts_as_open_clip_does(prompt: str, cleaned: str) -> None:
-    assert open_clip_file.clean(prompt) == cleaned
+    assert openclip.clean(prompt) == cleaned
 
 
 # ImageReward
@@ -462,6 +430,14 @@ def test_clipscore_is_a_thirtieth_of_the_formula(clip_folder: Path, images: np.n
     )
 
 
+def test_pickscores_scale_is_a_setting(clip_folder: Path, images: np.ndarray) -> None:
+    raw = pickscore.load(CPU, str(clip_folder)).score(images, PROMPTS)
+    settings: dict[str, Any] = {"reward": ("pickscore",), "reward_models": (f"pickscore={clip_folder}",)}
+    for scale, divisor in (("raw", 1), ("flow", 26)):
+        (scorer,) = loading.scorers(TrainConfig(**settings, pickscore_scale=scale), CPU)
+        torch.testing.assert_close(divisor * scorer.score(images, PROMPTS), raw)
+
+
 def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -478,3 +454,64 @@ def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ConfigError) as caught:
             load(CPU)
         assert all(part in str(caught.value) for part in (*parts, "no connection")) and "\n" not in str(caught.value)
+
+
+# Parked
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward"])
+def test_parking_changes_no_score(
+    name: str, clip_folder: Path, network: imagereward.ImageReward, bert: Any, images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The weights are where they are wanted while the scorer works, and go back: read off what modules are told."""
+    scorer: Any
+    if name == "pickscore":
+        scorer = pickscore.load(CPU, str(clip_folder))
+    elif name == "hpsv2":
+        scorer = hpsv2.HpsScorer(pickscore.load(CPU, str(clip_folder)).towers)
+    else:
+        scorer = imagereward.ImageRewardScorer(network, bert, CPU)
+    expected = scorer.score(images, PROMPTS)
+    assert expected.std() > 1e-4
+    events: list[str] = []
+    move, run = nn.Module.to, nn.Module.__call__
+
+    def to(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+        events.extend(str(found) for found in (*arguments, *options.values()) if isinstance(found, torch.device))
+        return move(module, *arguments, **options)
+
+    def call(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        events.append("works")
+        return run(module, *arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    # The same device by another name.
+    parked = Parked(scorer, torch.device("cpu:0"))
+    scorer.towers._texts.clear() if name != "imagereward" else None
+    assert torch.equal(parked.score(images, PROMPTS), expected)
+    assert [event for event, _ in itertools.groupby(events)] == ["cpu", "cpu:0", "works", "cpu"]
+    assert parked.name == name
+
+
+@pytest.mark.parametrize("fails", ["score", "to"])
+def test_a_parked_scorer_that_fails_comes_back(fails: str, images: np.ndarray) -> None:
+    """While it scores, or half-way to a device without room."""
+
+    class Failing:
+        name, device = "failing", ""
+
+        def to(self, device: torch.device) -> None:
+            self.device = str(device)
+            if fails == "to" and self.device == "cpu:0":
+                raise RuntimeError("out of memory")
+
+        def score(self, *arguments: Any) -> Tensor:
+            assert self.device == "cpu:0"
+            raise ValueError("no such picture")
+
+    scorer = Failing()
+    with pytest.raises((RuntimeError, ValueError), match="out of memory" if fails == "to" else "no such picture"):
+        Parked(scorer, torch.device("cpu:0")).score(images, PROMPTS)
+    assert scorer.device == "cpu"

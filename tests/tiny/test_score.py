@@ -106,20 +106,37 @@ def test_the_prompt_of_an_a1111_picture(tmp_path: Path, text: str, prompt: str |
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     with Image.open(tmp_path / "a.png") as image:
         assert score.embedded_prompt(image) == prompt
-    # Elsewhere the same text is EXIF's user comment, as UTF-16.
-    for name, comment in (("jpg", b"UNICODE\0" + text.encode("utf-16-be")), ("webp", b"ASCII\0\0\0" + text.encode())):
-        exif = Image.Exif()
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{name}", exif=exif)
-        with Image.open(tmp_path / f"a.{name}") as image:
-            assert score.embedded_prompt(image) == prompt
 
 
-def test_a_picture_without_a_prompt(tmp_path: Path) -> None:
-    for name in ("png", "jpg", "webp"):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"a.{name}")
-        with Image.open(tmp_path / f"a.{name}") as image:
-            assert score.embedded_prompt(image) is None
+@pytest.mark.parametrize("ending", ["jpg", "webp"])
+@pytest.mark.parametrize(
+    ("comment", "prompt"),
+    [
+        (
+            b"UNICODE\0" + "a d\u00f6g, \u4f60\nNegative prompt: ugly\nSteps: 20".encode("utf-16-be"),
+            "a d\u00f6g, \u4f60",
+        ),
+        (b"UNICODE\0" + "a dog\nSteps: 20".encode("utf-16-le"), "a dog"),
+        (b"ASCII\0\0\0a dog,\nsitting\nSteps: 20", "a dog,\nsitting"),
+        (b"ASCII\0\0\0Steps: 20", None),
+        # A camera's, and what is no text.
+        (b"ASCII\0\0\0in the garden", None),
+        (b"JIS\0\0\0\0\0a dog\nSteps: 20", None),
+        (b"", None),
+    ],
+    ids=["big-endian", "little-endian", "ascii", "no prompt", "camera", "jis", "empty"],
+)
+def test_the_prompt_in_the_exif_of_an_a1111_picture(
+    tmp_path: Path, ending: str, comment: bytes, prompt: str | None
+) -> None:
+    file = tmp_path / f"a.{ending}"
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    Image.new("RGB", (8, 8)).save(file, exif=exif)
+    with Image.open(file) as image:
+        assert score.embedded_prompt(image) == prompt
+    if prompt is not None:
+        assert score.open_images([file], None, None)[0].prompt == prompt
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def load_scorer(
     path: str | None = None,
     hosts: Sequence[str] = (),
     timeout: float = 120,
-    pickscore_scale: str = "raw",
+    pickscore_scale: Literal["raw", "flow"] = "raw",
 ) -> Scorer:
     """A scorer by its name.
 

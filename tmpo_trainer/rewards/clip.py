@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from . import clip_file
@@ -32,10 +33,14 @@ BATCH = 32
 Prepare = Callable[[Sequence[Image.Image]], Tensor]
 
 
-def crop(size: int) -> Prepare:
-    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, CLIP's mean and std. `[N, 3, size, size]`."""
+def crop(size: int, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD) -> Prepare:
+    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, mean and std. `[N, 3, size, size]`."""
     processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, do_convert_rgb=True
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_convert_rgb=True,
+        image_mean=list(mean),
+        image_std=list(std),
     )
     return lambda images: processor(list(images), return_tensors="pt")["pixel_values"]
 
@@ -88,6 +93,7 @@ class ClipTowers:
     """A frozen CLIP model. Features have unit length and are float32, whatever the towers run in.
 
     Args:
+        model: a transformers CLIPModel; subclasses take others.
         prepare: images -> pixel values `[N, 3, H, W]`. clean: what is done to a prompt before the tokenizer.
         device: where it runs, in float16 on a GPU.
     """
@@ -119,25 +125,8 @@ class ClipTowers:
         found = []
         for first in range(0, len(images), self.batch):
             pixels = self.prepare([Image.fromarray(image) for image in images[first : first + self.batch]])
-            found.append(_unit(self.encode_images(pixels.to(self.device, self._dtype))))
+            found.append(_unit(self._encode_images(pixels.to(self.device, self._dtype))))
         return torch.cat(found)
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Features of any length of pixel values `[n, 3, H, W]`: `[n, D]`."""
-        output: Any = self.model.get_image_features(pixels)
-        return output.pooler_output
-
-    def encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        """Features of any length: `[n, D]`."""
-        tokens = self.tokenizer(
-            [self.clean(prompt) for prompt in prompts],
-            padding="max_length",
-            max_length=self.model.config.text_config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        output: Any = self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        return output.pooler_output
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
@@ -145,12 +134,25 @@ class ClipTowers:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         for first in range(0, len(missing), self.batch):
             chosen = missing[first : first + self.batch]
-            self._texts.update(zip(chosen, _unit(self.encode_texts(chosen)), strict=True))
+            self._texts.update(zip(chosen, _unit(self._encode_texts(chosen)), strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
     def cosine(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
         """Cosine of every image with its prompt, float32 `[N]`."""
         return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixels).pooler_output
+
+    def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            [self.clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        return self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -176,16 +178,10 @@ class ClipScorer:
 
 
 def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
-    """The towers of a folder or one .safetensors file with a transformers CLIPModel, or of a checkpoint of open_clip.
+    """The towers of a folder, or one .safetensors file, with a transformers CLIPModel, preprocessed as CLIP does.
 
-    Preprocessed as CLIP does. Raises ConfigError if it is none.
+    Raises ConfigError if it is none.
     """
-    # It needs this module.
-    from .open_clip_file import is_open_clip, load_open_clip
-
-    if folder.is_file() and is_open_clip(folder):
-        # The model of clipscore is OpenAI's, that of pickscore LAION's.
-        return load_open_clip(scorer, folder, crop(224), device, "gelu" if scorer == "pickscore" else "quick_gelu")
     if folder.is_file():
         model: Any = clip_file.build(scorer, folder)
         folder = folder.parent

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from .clip import TOKENIZER, ClipScorer, load_clip
+from .clip import TOKENIZER, ClipScorer
+from .openclip import load_towers
 from .weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("openai/clip-vit-large-patch14", ("config.json", "model.safetensors")), TOKENIZER)
 
 
 def load(device: torch.device, path: str | None = None) -> ClipScorer:
-    """The scorer; `path` is the model's folder or file, in place of the hub's. Raises ConfigError without weights."""
+    """The scorer; `path`, see `openclip.load_towers`, is in place of the hub's model. Raises ConfigError without weights."""
     folder = existing("clipscore", path) if path else hub_folder("clipscore", SOURCES[0])
-    return ClipScorer("clipscore", load_clip("clipscore", folder, device), divisor=30)
+    return ClipScorer("clipscore", load_towers("clipscore", folder, device), divisor=30)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .clip import TOKENIZER, ClipTowers, pad
-from .open_clip_file import load_open_clip
+from .openclip import load_checkpoint
 from .weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), TOKENIZER)
@@ -36,11 +36,10 @@ def load(device: torch.device, path: str | None = None) -> HpsScorer:
     """The scorer.
 
     Args:
-        path: the checkpoint, .pt or .safetensors in open_clip's names, in place of the hub's; a tokenizer beside it is
-            used in place of the hub's.
+        path: the checkpoint, .pt or .safetensors in open_clip's names, in place of the hub's.
 
     Raises:
         ConfigError: the weights cannot be had or are others.
     """
     file = existing("hpsv2", path) if path else hub_folder("hpsv2", SOURCES[0]) / SOURCES[0][1][0]
-    return HpsScorer(load_open_clip("hpsv2", file, pad(224), device))
+    return HpsScorer(load_checkpoint("hpsv2", file, device, pad))

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from .clip import TOKENIZER, ClipScorer, load_clip
+from .clip import TOKENIZER, ClipScorer
+from .openclip import load_towers
 from .weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 
 
-#: What Flow-GRPO divides the score by, to bring it near 1. A z-score within the group undoes it.
-FLOW_SCALE = 26.0
+#: `raw` as its authors print it; `flow` a 26th, about 1, as Flow-GRPO has it.
+Scale = Literal["raw", "flow"]
+DIVISORS: dict[Scale, float] = {"raw": 1, "flow": 26}
 
 
-def load(device: torch.device, path: str | None = None, scale: str = "raw") -> ClipScorer:
+def load(device: torch.device, path: str | None = None, scale: Scale = "raw") -> ClipScorer:
     """exp(logit_scale) * cos of a ViT-H/14 CLIP.
 
     Args:
-        path: a folder with the model, or its model.safetensors, in place of the hub's.
-        scale: `raw`, or `flow` for the score over FLOW_SCALE.
+        path: a folder or file with the model, see `openclip.load_towers`, in place of the hub's.
 
     Raises:
         ConfigError: the weights cannot be had.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
-    return ClipScorer("pickscore", load_clip("pickscore", folder, device), FLOW_SCALE if scale == "flow" else 1.0)
+    return ClipScorer("pickscore", load_towers("pickscore", folder, device), DIVISORS[scale])
