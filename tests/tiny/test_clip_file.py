@@ -88,9 +88,9 @@ def test_what_is_no_whole_model_is_told(folder: Path, tmp_path: Path) -> None:
         save_file(content, tmp_path / f"{name}.safetensors")
         with pytest.raises(ConfigError, match=f"reward pickscore: .*{name}.safetensors (is )?{said}"):
             pickscore.load(CPU, str(tmp_path / f"{name}.safetensors"))
-    (tmp_path / "x.pt").write_bytes(b"x")
+    (tmp_path / "x.safetensors").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"cannot be read .*: give a folder with the model, or its model.safetensors"):
-        pickscore.load(CPU, str(tmp_path / "x.pt"))
+        pickscore.load(CPU, str(tmp_path / "x.safetensors"))
 
 
 @pytest.mark.parametrize(
