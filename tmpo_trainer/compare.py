@@ -306,7 +306,8 @@ def compare(
         print(f"tmpo_trainer: {path.name} failed, see {path / 'log.txt'}", file=sys.stderr)
     lost = {path.name for path in failed}
     measured = measure(arms, folder, evaluation_seed, lost)
-    compare_report.write(folder, measured, budget, sorted(lost))
+    if any(measured[arm.name] for arm in arms):
+        compare_report.write(folder, measured, budget, sorted(lost))
     return 1 if lost else 0
 
 

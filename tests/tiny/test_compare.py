@@ -133,10 +133,10 @@ def test_a_comparison_is_killed_goes_on_and_grows(
 
 
 def test_a_budget_of_seconds_is_tried_first(flags: list[str]) -> None:
-    assert start(flags, "--methods", "tmpo", "--seconds", "1.5") == 0
+    # So large a kappa that all updates cost the same.
+    assert start(flags, "--methods", "tmpo", "--seconds", "1.5", "--kappa", "1e9") == 0
     updates = yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]["tmpo"]["updates"]
     trial = [json.loads(line) for line in Path("out/trials/tmpo/metrics.jsonl").read_text().splitlines()]
-    # All of its updates cost the same: 8 leaves; rollout, reference, replay.
     seconds = [line["seconds"]["total"] for line in trial[1:]]
     assert updates == max(1, int(1.5 * len(seconds) / sum(seconds)))
     assert len(Path("out/tmpo-seed0/metrics.jsonl").read_text().splitlines()) == updates
