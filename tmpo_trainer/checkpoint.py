@@ -1,9 +1,9 @@
 """Atomic checkpoints and exact resume.
 
 A checkpoint folder holds `lora.safetensors` and `ema.safetensors` (float32 masters), `optimizer.pt` and `state.json`, with
-GARDO also `reference.safetensors`. It is
-written under another name, flushed to disk and renamed, so a kill at any moment leaves only whole checkpoints. Noise, branch
-steps and prompt order are functions of (seed, update): no generator state has to survive for them.
+GARDO also `reference.safetensors`. It is written under another name, flushed to disk and renamed, so a kill at any moment
+leaves only whole checkpoints. Noise, branch steps and prompt order are functions of (seed, update): no generator state has to
+survive for them.
 """
 
 from __future__ import annotations

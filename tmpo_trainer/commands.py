@@ -210,6 +210,8 @@ def compare(arguments: Sequence[str]) -> int:
                 )
     if not named:
         raise ConfigError(f"{namespace.arms} names no arms: write NAME: {{setting: value}}")
+    if "updates" in flags and (namespace.evaluations or namespace.seconds):
+        raise ConfigError("--updates beside --evaluations or --seconds: there is one budget: leave --updates out")
     if namespace.seconds and namespace.jobs > 1:
         raise ConfigError("--seconds with --jobs: runs at the same time slow each other down; leave --jobs out")
     # The noise of the evaluation; those of training are --seeds.

@@ -73,7 +73,7 @@ def figures(runs: Sequence[Measured], base: Evaluation) -> dict[str, Any]:
     found["gain"] = {}
     for name, before in measures(base).items():
         after = np.mean([measures(run.evaluation)[name] for run in runs], axis=0)
-        found["gain"][name] = numbers(paired_gain(before, after))
+        found["gain"][name] = paired_gain(before, after)
     return found
 
 
@@ -112,12 +112,7 @@ def write(
     text = table(found, names)
     target = next(iter(base.scores))
     gains = [
-        f"| {arm} | "
-        + " | ".join(
-            f"{row['gain'][n]['mean']:+.3f} [{row['gain'][n]['low']:+.3f}, {row['gain'][n]['high']:+.3f}]"
-            for n in names
-        )
-        + " |"
+        f"| {arm} | " + " | ".join("{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["gain"][name]) for name in names) + " |"
         for arm, row in found.items()
         if arm != "base"
     ]
@@ -133,17 +128,16 @@ def write(
     if failed:
         about += f" Failed and not in the table: {', '.join(failed)}."
     head = ["", *(f"{name}, change" for name in names)]
-    content = [
+    sections = [
         "# Comparison", about, text,
         "Change against the base, with 95% bootstrap intervals over prompts of the mean over seeds:",
         "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *gains]),
         "![reward, diversity, time](pareto.png)", "![training curves](curves.png)", "![pictures](samples.png)",
     ]  # fmt: skip
-    write_text(folder / "table.md", "\n\n".join(content) + "\n")
-    write_text(
-        folder / "table.json",
-        json.dumps({"budget": dict(budget), "failed": list(failed), "arms": found}, indent=2) + "\n",
-    )
+    write_text(folder / "table.md", "\n\n".join(sections) + "\n")
+    arms = {arm: row | {"gain": {n: numbers(gain) for n, gain in row["gain"].items()}} for arm, row in found.items()}
+    content = {"budget": dict(budget), "failed": list(failed), "arms": arms}
+    write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     plots(folder, runs, found, target)
     samples(folder / "samples.png", runs)
     print(text)

@@ -145,32 +145,12 @@ def loss(
         rewards: `[K]`, combined. anchor: `[E]`, log pi - log pi_ref, for `anchor: ref`. features: `[K, D]`, for gardo.
     """
     leaf_edges, parent = index.leaf_edges, index.edge_parent
-    if config.method == "tmpo-step-balance":
-        return objectives.subtree_balance_loss(
-            log_probs,
-            old_log_probs,
-            shift,
-            leaf_edges,
-            parent,
-            rewards,
-            config.beta(update),
-            config.clip,
-            config.baseline,
-        )
     if config.method.startswith("tmpo"):
-        return objectives.softmax_tb_loss(
-            log_probs,
-            old_log_probs,
-            shift,
-            leaf_edges,
-            parent,
-            rewards,
-            config.beta(update),
-            config.clip,
-            config.baseline,
-            anchor,
-            config.anchor_weight,
-        )
+        beta = config.beta(update)
+        common = (log_probs, old_log_probs, shift, leaf_edges, parent, rewards, beta, config.clip, config.baseline)
+        if config.method == "tmpo-step-balance":
+            return objectives.subtree_balance_loss(*common)
+        return objectives.softmax_tb_loss(*common, anchor, config.anchor_weight)
     if config.method == "gardo":
         assert features is not None
         leaf = grpo.diverse_advantage(rewards, features)

@@ -63,6 +63,13 @@ def edge_mean(leaf_values: Tensor, leaf_edges: Tensor, edges: int) -> Tensor:
     return total / torch.bincount(flat, minlength=edges)
 
 
+def level_means(edge_values: Tensor, leaf_edges: Tensor) -> Tensor:
+    """The sum over levels of the mean of edge values `[E]`. A scalar."""
+    # An edge on k of the K paths stands for k / K of them: over one level these sum to 1.
+    count = torch.bincount(leaf_edges.flatten(), minlength=len(edge_values))
+    return (count.to(edge_values.dtype) / len(leaf_edges) * edge_values).sum()
+
+
 def subtract_sibling_mean(edge_values: Tensor, edge_parent: Tensor) -> Tensor:
     """Subtracts from each edge value `[E]` the mean over the edges of the same parent (itself included): `[E]`."""
     parents = int(edge_parent.max()) + 1
@@ -112,11 +119,7 @@ def softmax_tb_loss(
     log_ratio = log_probs - old_log_probs + shift.detach()
     if baseline == "siblings":
         weight = subtract_sibling_mean(edge_mean(advantage, leaf_edges, len(log_probs)), edge_parent)
-        surrogate = clipped_surrogate(log_ratio, weight, clip)
-        # An edge on k of the K paths stands for k / K of them: over one level these sum to 1, hence a mean per level.
-        count = torch.bincount(leaf_edges.flatten(), minlength=len(log_probs))
-        share = count.to(log_probs.dtype) / len(rewards)
-        loss = -(share * surrogate).sum()
+        loss = -level_means(clipped_surrogate(log_ratio, weight, clip), leaf_edges)
     elif baseline in ("none", "group"):
         log_ratio = path_sum(log_ratio, leaf_edges)
         weight = advantage - advantage.mean() if baseline == "group" else advantage
@@ -169,7 +172,7 @@ def subtree_balance_loss(
     if baseline == "siblings":
         advantage = subtract_sibling_mean(advantage, edge_parent)
     log_ratio = log_probs - old_log_probs + shift.detach()
-    loss = -(count / len(rewards) * clipped_surrogate(log_ratio, advantage, clip)).sum()
+    loss = -level_means(clipped_surrogate(log_ratio, advantage, clip), leaf_edges)
     return loss, {
         **target_figures(rewards, beta, path_sum(detached, leaf_edges)),
         "advantage_mean": advantage.mean().item(),

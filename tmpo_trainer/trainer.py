@@ -436,7 +436,7 @@ class Trainer:
         if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = number
-        print("\nstopping after this update and saving; again to stop at once", file=sys.stderr)
+        print("\nstopping after this update and saving; Ctrl-C to stop at once", file=sys.stderr)
 
 
 def summarise(name: str, values: list[float]) -> float:

@@ -200,6 +200,7 @@ def test_a_run_that_cannot_be_measured_is_left_out(
         ("--arms updates.yaml --evaluations 9", "arm a: updates is set by the comparison"),
         ("--methods tmpo --seed abc", "seed 'abc'"),
         ("--methods tmpo --seconds inf", "must be above 0"),
+        ("--methods tmpo --evaluations 9 --updates 3", "one budget: leave --updates out"),
         ("--methods tmpo --seconds 9 --jobs 2", "leave --jobs out"),
         ("--arms list.yaml", "arm x: write NAME: {setting: value}"),
         ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),
@@ -247,8 +248,8 @@ def test_figures_by_hand() -> None:
     found = compare_report.figures([measured(0.2, 0.3, 5), measured(0.4, 0.3, 5)], base.evaluation)
     assert found["right"]["mean"] == pytest.approx(0.3) and found["right"]["spread"] == pytest.approx(0.2 / 2**0.5)
     # Means of three draws of .15, .3, .45: one in 27 is the least.
-    assert found["gain"]["right"] == pytest.approx({"mean": 0.3, "low": 0.15, "high": 0.45})
-    assert found["gain"]["cosine diversity"]["mean"] == pytest.approx(-0.1)
+    assert found["gain"]["right"] == pytest.approx((0.3, 0.15, 0.45))
+    assert found["gain"]["cosine diversity"][0] == pytest.approx(-0.1)
     assert found["latent std, change"]["mean"] == pytest.approx(0.3)
     assert found["evaluations/update"]["mean"] == 2 * (100 + 2 * 10) and found["evaluations"]["mean"] == 5 * 240
     assert found["s/update"]["mean"] == 2 and found["updates"]["mean"] == 5
@@ -257,3 +258,16 @@ def test_figures_by_hand() -> None:
     )
     assert text.splitlines()[2] == "| base |  |  |  |  | 0.000 | 0.200 |  |"
     assert text.splitlines()[3] == "| x | 2 | 5 | 240 | 2.00 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
+
+
+def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
+    """It says nothing about others: infinite in the table, null in JSON, which has no infinity."""
+    runs = {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}
+    for run in (runs["base"][0], runs["x"][0]):
+        found = run.evaluation
+        found.prompts, found.shown, found.images = ["a"], [0], found.images[:1]
+        found.scores, found.lgmd, found.cosine = {"right": found.scores["right"][:1]}, found.lgmd[:1], found.cosine[:1]
+    compare_report.write(tmp_path, runs, {})
+    assert "| x | +0.100 [-inf, +inf] |" in (tmp_path / "table.md").read_text()
+    gain = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]["gain"]["right"]
+    assert gain == {"mean": pytest.approx(0.1), "low": None, "high": None}
