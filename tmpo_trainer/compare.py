@@ -133,8 +133,6 @@ class Training:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 flags = ["--config", str(settings)]
             folder.mkdir(parents=True, exist_ok=True)
-            # Of another LoRA, if there is one.
-            (folder / "evaluation.npz").unlink(missing_ok=True)
             if self.start(flags, folder / "log.txt", lock) != 0:
                 return False
             bar.update()
@@ -355,7 +353,7 @@ def measure(
                     continue
                 try:
                     attach(backbone, path)
-                    evaluation = held.stored(path / "evaluation.npz", bar.update)
+                    evaluation = held.stored(path / "evaluation.npz", bar.update, path / export.FILE_NAME)
                 except (ConfigError, ValueError) as error:
                     bar.write(f"tmpo_trainer: {path.name} cannot be measured: {error}", file=sys.stderr)
                     without.add(path.name)

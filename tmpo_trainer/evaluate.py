@@ -226,25 +226,32 @@ class HeldOut:
         self._base = self.stored(self.file, progress)
         return self._base
 
-    def stored(self, file: Path | None, progress: Callable[[int], Any] | None = None) -> Evaluation:
-        """What a file holds of an earlier measurement with the same settings; else `measure`, and the file is written."""
-        told = [self._read(file) if self.accelerator is None or self.accelerator.is_main_process else None]
+    def stored(
+        self, file: Path | None, progress: Callable[[int], Any] | None = None, lora: Path | None = None
+    ) -> Evaluation:
+        """What a file holds of an earlier measurement with the same settings; else `measure`, and the file is written.
+
+        Args:
+            lora: the file of the LoRA that is measured: a measurement of another one does not count.
+        """
+        key = self._key if lora is None else f"{self._key} {hashlib.sha256(lora.read_bytes()).hexdigest()}"
+        told = [self._read(file, key) if self.accelerator is None or self.accelerator.is_main_process else None]
         if self.accelerator is not None and self.accelerator.num_processes > 1:
             broadcast_object_list(told)
         if told[0] is None:
             found = self.measure(progress)
-            self._write(file, found)
+            self._write(file, found, key)
             return found
         if progress is not None:
             progress(len(self.prompts.texts))
         return told[0]
 
-    def _read(self, file: Path | None) -> Evaluation | None:
+    def _read(self, file: Path | None, key: str) -> Evaluation | None:
         if file is None or not file.exists():
             return None
         try:
             with np.load(file) as stored:
-                if str(stored["key"]) != self._key:
+                if str(stored["key"]) != key:
                     return None
                 return Evaluation(
                     prompts=self.prompts.texts,
@@ -259,14 +266,14 @@ class HeldOut:
             # Cut short: it is only kept to save time.
             return None
 
-    def _write(self, file: Path | None, found: Evaluation) -> None:
+    def _write(self, file: Path | None, found: Evaluation, key: str) -> None:
         if file is None or (self.accelerator is not None and not self.accelerator.is_main_process):
             return
         temporary = file.with_name(f".{file.name}")
         with temporary.open("wb") as out:
             np.savez_compressed(
                 out,
-                key=np.array(self._key),
+                key=np.array(key),
                 lgmd=found.lgmd,
                 cosine=found.cosine,
                 latent_std=np.array(found.latent_std),
