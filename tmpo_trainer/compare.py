@@ -114,6 +114,8 @@ class Training:
 
     def _one(self, settings: Path, folder: Path, bar: tqdm[Any]) -> bool:
         """Trains one run, or goes on with it. False if it failed or is not ours to touch; then a line says why."""
+        if self.stopped:
+            return False
         with settings.with_suffix(".lock").open("w") as lock:
             if not _locked(lock):
                 bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
