@@ -123,7 +123,7 @@ class TrainConfig(BaseModel):
     anchor: Literal["none", "ref"] = "none"
     """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
     anchor_weight: float = Field(1.0, gt=0)
-    """lambda: the weight of the anchor's log-ratio, which is summed over latent dimensions."""
+    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
     logp_reduce: Literal["mean", "sum"] = "mean"
     """How log-probabilities are reduced over latent dimensions (paper: mean)."""
     inner_updates: int = Field(1, ge=1)
