@@ -94,6 +94,7 @@ def test_a_comparison_is_killed_goes_on_and_grows(
     assert process.wait(60) == 130
     assert process.stderr is not None and b"the same command goes on" in process.stderr.read()
     assert list(tmp_path.glob("out/tmpo-seed0/checkpoint-*")) and not (metrics.parent / FILE_NAME).exists()
+    assert not (tmp_path / "out/flow-grpo-seed0").exists(), "never begun"
 
     capsys.readouterr()
     assert cli.main(command) == 0
