@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tmpo_trainer import cli, loading, tree
+from tmpo_trainer import tree
+from tmpo_trainer.commands import loading
+from tmpo_trainer.commands.flags import configure, parse
 from tmpo_trainer.rewards import load_scorer
-from tmpo_trainer.trainer import Trainer
+from tmpo_trainer.training.loop import Trainer
 
 #: For the gradient of the latents' standard deviation: Euler steps, batches, prompts and pictures each.
 STEPS, BATCHES, PROMPTS, IMAGES = 20, 6, 7, 8
@@ -60,7 +62,7 @@ def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:
 
 
 def main() -> int:
-    actions, flags = cli.parse(sys.argv[1:])
+    actions, flags = parse(sys.argv[1:])
     flags = {
         "updates": "32",
         **flags,
@@ -69,7 +71,7 @@ def main() -> int:
         "max_grad_norm": "1e9",
         "kl_weight": "0",
     }
-    config, preset = cli.configure(actions, flags, None)
+    config, preset = configure(actions, flags, None)
     if config.threads:
         torch.set_num_threads(config.threads)
     backbone = loading.load_model(config, loading.choose_device(config.device))

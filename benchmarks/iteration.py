@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 
-from tmpo_trainer import cli, loading
+from tmpo_trainer.commands import loading
+from tmpo_trainer.commands.flags import configure, parse
 from tmpo_trainer.rewards import load_scorer
-from tmpo_trainer.trainer import Trainer
+from tmpo_trainer.training.loop import Trainer
 
 
 def main() -> int:
-    actions, flags = cli.parse(sys.argv[1:])
+    actions, flags = parse(sys.argv[1:])
     flags.setdefault("updates", "8")
-    config, preset = cli.configure(actions, flags, None)
+    config, preset = configure(actions, flags, None)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = loading.choose_device(config.device)

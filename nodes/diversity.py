@@ -10,7 +10,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tmpo_trainer import diversity, grids, selection
+from ..tmpo_trainer import diversity, selection
+from ..tmpo_trainer.pictures import grids
 from .images import pixels, to_image
 from .scoring import groups
 from .types import CATEGORY, ScoresSocket
@@ -21,7 +22,7 @@ FEATURES = ["efficientnet-lite0", "facebook/dinov2-large"]
 
 @lru_cache(maxsize=2)
 def _features(name: str) -> Any:
-    from ..tmpo_trainer.features import load_features
+    from ..tmpo_trainer.evaluation.features import load_features
 
     return load_features(name, torch.device("cpu"))
 

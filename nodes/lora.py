@@ -14,7 +14,9 @@ import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..tmpo_trainer import diversity, grids, lora_file
+from ..tmpo_trainer import diversity
+from ..tmpo_trainer.lora import file as lora_file
+from ..tmpo_trainer.pictures import grids
 from .demo_model import FOLDER
 from .diversity import feature_vectors
 from .images import pixels, to_image

@@ -20,8 +20,8 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..tmpo_trainer.checkpoint import read_metrics
-from ..tmpo_trainer.lora_file import FILE_NAME
+from ..tmpo_trainer.files import read_metrics
+from ..tmpo_trainer.lora.file import FILE_NAME
 from .images import to_image
 from .types import CATEGORY, inside
 
@@ -181,7 +181,7 @@ class TrainingMonitor(io.ComfyNode):
 
     @classmethod
     def execute(cls, run) -> io.NodeOutput:
-        from ..tmpo_trainer import charts
+        from ..tmpo_trainer.pictures import charts
 
         folder = inside(run, "run")
         lines = read_metrics(folder / "metrics.jsonl")

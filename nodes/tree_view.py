@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
-from ..tmpo_trainer import tree_picture
+from ..tmpo_trainer.pictures import tree as tree_picture
 from .images import thumbs, to_image, unlike
 from .tree_sampler import MOST_LEAVES
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket

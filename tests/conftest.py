@@ -1,16 +1,36 @@
-"""A pipeline with random weights, of the demo model's classes but smaller, for tests that need a whole model."""
+"""What tests share: tiny pipelines with random weights, settings that fit them, a made-up reward, trainers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextConfig
+from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.demo import build
+from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.training.loop import Trainer
 
 torch.set_num_threads(1)
 
@@ -22,10 +42,6 @@ def clip_config() -> Callable[[int], CLIPTextConfig]:
     """`clip_config(width)`: a one-layer CLIP text encoder over the demo model's tokenizer."""
 
     def clip_config(width: int) -> CLIPTextConfig:
-        from transformers import CLIPTextConfig
-
-        from tmpo_trainer.demo import build
-
         tokenizer = build.make_tokenizer()
         return CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -46,15 +62,10 @@ def clip_config() -> Callable[[int], CLIPTextConfig]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[int], CLIPTextConfig]) -> Path:
     """Folder of a `StableDiffusion3Pipeline` without T5: pictures of up to 128 x 128 in multiples of 16."""
-    diffusers = pytest.importorskip("diffusers")
-    from transformers import CLIPTextModelWithProjection
-
-    from tmpo_trainer.demo import build
-
     torch.manual_seed(0)
     tokenizer = build.make_tokenizer()
     text_config = clip_config(TEXT_WIDTH)
-    vae = diffusers.AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 16, 16),
@@ -65,7 +76,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[
         scaling_factor=build.SD3_SCALE,
         shift_factor=build.SD3_SHIFT,
     )
-    transformer = diffusers.SD3Transformer2DModel(
+    transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=16,
@@ -92,3 +103,208 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[
     folder = tmp_path_factory.mktemp("tiny") / "model"
     pipeline.save_pretrained(folder)
     return folder
+
+
+PROMPTS = ("a red circle", "two blue squares", "a green triangle", "a pink circle and a cyan square")
+
+
+WIDTH = 32
+
+
+def t5() -> tuple[Any, Any]:
+    """A one-layer T5 encoder and its tokenizer, over letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(chr(c) for c in range(ord("a"), ord("z") + 1))]
+    config = T5Config(vocab_size=len(pieces), d_model=WIDTH, d_kv=16, d_ff=WIDTH, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces])
+
+
+def small_vae(scale: float, shift: float) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=1,
+        scaling_factor=scale,
+        shift_factor=shift,
+    )
+
+
+def wake(transformer: Any) -> None:
+    """Fresh projections are timid. With these, velocities are of order 1 and prompt and guidance matter."""
+    with torch.no_grad():
+        transformer.proj_out.weight.normal_(std=0.2)
+        transformer.context_embedder.weight.mul_(4)
+        for name in ("text_embedder", "guidance_embedder"):
+            if hasattr(transformer.time_text_embed, name):
+                getattr(transformer.time_text_embed, name).linear_1.weight.mul_(4)
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(
+    tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[int], CLIPTextConfig]
+) -> Callable[[bool], Path]:
+    """`tiny_flux(dev)`: with guidance input and shifted sigmas as FLUX.1-dev, or without as FLUX.1-schnell."""
+    made: dict[bool, Path] = {}
+
+    def tiny_flux(dev: bool) -> Path:
+        if dev not in made:
+            torch.manual_seed(0)
+            transformer = FluxTransformer2DModel(
+                in_channels=64,
+                num_layers=2,
+                num_single_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=WIDTH,
+                pooled_projection_dim=WIDTH,
+                guidance_embeds=dev,
+                axes_dims_rope=(4, 6, 6),
+            )
+            wake(transformer)
+            encoder, tokenizer = t5()
+            pipeline = FluxPipeline(
+                scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dev, shift=3.0 if dev else 1.0),
+                vae=small_vae(0.3611, 0.1159),
+                text_encoder=CLIPTextModel(clip_config(WIDTH)),
+                tokenizer=build.make_tokenizer(),
+                text_encoder_2=encoder,
+                tokenizer_2=tokenizer,
+                transformer=transformer,
+            )
+            made[dev] = tmp_path_factory.mktemp("flux") / "model"
+            pipeline.save_pretrained(made[dev])
+        return made[dev]
+
+    return tiny_flux
+
+
+@pytest.fixture(scope="session")
+def tiny_sd35(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[int], CLIPTextConfig]) -> Path:
+    """A tiny SD3.5-Medium: a second attention in its first block, rms-normalised queries and keys, and T5."""
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        caption_projection_dim=WIDTH,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    wake(transformer)
+    encoder, tokenizer = t5()
+    wide = T5EncoderModel(T5Config(**{**encoder.config.to_dict(), "d_model": 2 * WIDTH}))
+    clips = [CLIPTextModelWithProjection(clip_config(WIDTH)) for _ in range(2)]
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=small_vae(1.5305, 0.0609),
+        text_encoder=clips[0],
+        tokenizer=build.make_tokenizer(),
+        text_encoder_2=clips[1],
+        tokenizer_2=build.make_tokenizer(),
+        text_encoder_3=wide,
+        tokenizer_3=tokenizer,
+        transformer=transformer,
+    )
+    folder = tmp_path_factory.mktemp("sd35") / "model"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+class RedScorer:
+    """Mean red less mean blue of a picture, about -0.1..0.1. Deterministic and blind to the prompt."""
+
+    name = "red"
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> torch.Tensor:
+        assert len(images) == len(prompts)
+        means = torch.from_numpy(images.astype(np.float32) / 255).mean((1, 2))
+        return means[:, 0] - means[:, 2]
+
+
+@pytest.fixture(scope="session")
+def red_scorer() -> RedScorer:
+    return RedScorer()
+
+
+@pytest.fixture(scope="session")
+def load(tiny_model: Path) -> Callable[..., Backbone]:
+    """A fresh backbone of the tiny model."""
+
+    def load(max_sequence_length: int = 0) -> Backbone:
+        return load_backbone(str(tiny_model), torch.float32, torch.device("cpu"), max_sequence_length)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def load_stock(tiny_model: Path) -> Callable[[], StableDiffusion3Pipeline]:
+    """A fresh diffusers pipeline of the tiny model. That it has no T5 must be said, or diffusers refuses the folder."""
+
+    def load() -> StableDiffusion3Pipeline:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_model, text_encoder_3=None, tokenizer_3=None)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+def load_folder(folder: Path, config: TrainConfig) -> Backbone:
+    return load_backbone(str(folder), torch.float32, torch.device("cpu"), config.max_sequence_length)
+
+
+@pytest.fixture
+def make_trainer(load: Callable[..., Backbone], red_scorer: RedScorer, tmp_path: Path) -> Callable[..., Trainer]:
+    """`make_trainer(setting=value, ...)`: a trainer of a fresh tiny model, or of `folder` or `backbone`, in
+    `tmp_path`.
+
+    The tree branches at steps 1, 2 and 3 of 6 unless told otherwise: 96 evaluations in a rollout, 12 in a replay.
+    """
+
+    def make(
+        scorer: Any = red_scorer,
+        prompts: Sequence[str] = PROMPTS,
+        folder: Path | None = None,
+        backbone: Backbone | None = None,
+        **changes: Any,
+    ) -> Trainer:
+        settings: dict[str, Any] = {
+            "prompts_per_update": 2,
+            "branch_late": (1, 2, 3),
+            # So large that the Beta distribution is its mean.
+            "kappa": 1e9,
+            "guidance": 1.0,
+            "resolution": (32, 32),
+            "max_sequence_length": 0,
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "updates": 20,
+            "learning_rate": 1e-3,
+        }
+        config = TrainConfig(**{**settings, **changes})
+        if backbone is None:
+            backbone = load(config.max_sequence_length) if folder is None else load_folder(folder, config)
+        return Trainer(config, tmp_path, backbone, [scorer], prompts)
+
+    return make
+
+
+@pytest.fixture
+def shake() -> Callable[[Trainer, float], None]:
+    """Moves the LoRA of a trainer away from zero, so that A and B both have gradients."""
+
+    def shake(trainer: Trainer, scale: float = 0.05) -> None:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in trainer.lora.values():
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+    return shake

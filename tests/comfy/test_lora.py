@@ -21,7 +21,7 @@ from torch import Tensor
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
 from tmpo_trainer.backbones.sd3 import SD3Backbone
-from tmpo_trainer.export import export_lora
+from tmpo_trainer.lora.export import export_lora
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no checkout of ComfyUI")

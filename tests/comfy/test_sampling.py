@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tmpo_trainer import loading, table, tree
-from tmpo_trainer.config import TrainConfig
+from tmpo_trainer import tree
+from tmpo_trainer.commands import loading
+from tmpo_trainer.lora import attach
+from tmpo_trainer.settings.config import TrainConfig
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH names no checkout of ComfyUI")
@@ -392,7 +394,7 @@ def test_a_trained_lora_changes_the_pictures_as_in_diffusers(pack: Any) -> None:
     leaves, _ = sample(pack, model=pack.lora.apply_lora(pack.model, pack.lora.DEMO_FILE, 1.0))
     backbone = loading.load_model(TrainConfig(max_sequence_length=0), torch.device("cpu"))
     with torch.inference_mode(False):
-        table.attach(backbone, REPOSITORY / "tmpo_trainer" / "demo" / "lora")
+        attach.attach(backbone, REPOSITORY / "tmpo_trainer" / "demo" / "lora")
     start = pack.comfy.sample.prepare_noise(empty()["samples"], SEED)
     source = tree.keyed_noise((SEED, 0), (16, 8, 8))
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tmpo_trainer import memory, tree
+from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone, load_skeleton
-from tmpo_trainer.config import TrainConfig
 from tmpo_trainer.rewards.shapes import ShapesScorer
-from tmpo_trainer.trainer import Trainer
+from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.training import memory
+from tmpo_trainer.training.loop import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 REPOSITORY = Path(__file__).parents[2]

@@ -15,9 +15,10 @@ import torch
 from huggingface_hub.constants import ENDPOINT
 from PIL import Image
 
-from tmpo_trainer.fetch import GitFile, git_blob
+from tmpo_trainer.commands.fetch import GitFile
+from tmpo_trainer.hub import git_blob
 from tmpo_trainer.rewards import load_scorer
-from tmpo_trainer.rewards.weights import hub_folder
+from tmpo_trainer.rewards.parts.weights import hub_folder
 
 pytestmark = pytest.mark.slow
 

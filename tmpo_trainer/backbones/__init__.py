@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..settings.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import tree
-from ..config import LoraTargets
+from ..settings.config import LoraTargets
 from .text import Features, TextCache, default_folder, features_of
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..errors import ConfigError
+from ..settings.errors import ConfigError
 from .base import Backbone
 
 #: VAE scaling factors tell apart VAEs of the same shape: a wrong one gives grey or garish pictures, not an error.

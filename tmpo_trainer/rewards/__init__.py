@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..errors import ConfigError, suggest
-from ..prompts import PromptList
+from ..prompts.lists import PromptList
+from ..settings.errors import ConfigError, suggest
 
 
 class Scorer(Protocol):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .clip import TOKENIZER, ClipScorer
-from .openclip import load_towers
-from .weights import Source, existing, hub_folder
+from .parts.clip import TOKENIZER, ClipScorer
+from .parts.openclip import load_towers
+from .parts.weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("openai/clip-vit-large-patch14", ("config.json", "model.safetensors")), TOKENIZER)
 

@@ -20,21 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, suggest
+from ..settings.errors import ConfigError, suggest
 from . import clipscore
-from .clip import TOKENIZER, load_clip
-from .detect import (
-    CLASSES,
-    COLORS,
-    THRESHOLD,
-    Box,
-    ColorClassifier,
-    Detection,
-    Detector,
-    cut,
-    load_detector,
-)
-from .weights import Source, existing, hub_folder
+from .parts.clip import TOKENIZER, load_clip
+from .parts.detect import CLASSES, COLORS, THRESHOLD, Box, ColorClassifier, Detection, Detector, cut, load_detector
+from .parts.weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (
     ("facebook/mask2former-swin-small-coco-instance", ("config.json", "model.safetensors")),

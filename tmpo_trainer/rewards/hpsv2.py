@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .clip import TOKENIZER, ClipTowers, pad
-from .openclip import load_checkpoint
-from .weights import Source, existing, hub_folder
+from .parts.clip import TOKENIZER, ClipTowers, pad
+from .parts.openclip import load_checkpoint
+from .parts.weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), TOKENIZER)
 

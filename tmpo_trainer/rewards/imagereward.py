@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..errors import ConfigError
-from .clip import BATCH, crop
-from .weights import Source, existing, fill, hub_folder, state, told
+from ..hub import told
+from ..settings.errors import ConfigError
+from .parts.clip import BATCH, crop
+from .parts.weights import Source, existing, fill, hub_folder, state
 
 SOURCES: tuple[Source, ...] = (
     ("zai-org/ImageReward", ("ImageReward.pt",)),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..settings.errors import ConfigError
 
 QUOTED = re.compile(r'["“]([^"“”]+)["”]')
 #: The longest side for the text detector. Letters of a twentieth of the picture's height are still found.

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from .clip import TOKENIZER, ClipScorer
-from .openclip import load_towers
-from .weights import Source, existing, hub_folder
+from .parts.clip import TOKENIZER, ClipScorer
+from .parts.openclip import load_towers
+from .parts.weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..settings.errors import ConfigError
 
 #: Seconds to wait before each further try, where the server cannot be reached or says that it is busy.
 PAUSES = (1.0, 3.0, 10.0, 20.0)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..demo import domain
-from ..errors import ConfigError
+from ..settings.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..settings.errors import ConfigError
 
 #: ITU-R BT.601.
 LUMA = np.array([0.299, 0.587, 0.114])

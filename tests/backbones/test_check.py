@@ -1,0 +1,158 @@
+"""What a model's configs and file headers tell against a run, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tmpo_trainer.backbones import load_backbone, load_skeleton
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.commands import main
+
+
+@pytest.fixture
+def copy(tiny_flux: Callable[[bool], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny FLUX in a working directory; loading weights fails the test."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_flux(True), "flux")
+    (tmp_path / "good.txt").write_text("a red circle\n")
+
+    def heavy(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(Backbone, "load", heavy)
+    return tmp_path / "flux"
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def split_weights(folder: Path) -> None:
+    """Claims a second shard that is not there."""
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("a.safetensors"))
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    weights.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "VAE of SD3": (
+        lambda f: edit(f / "vae/config.json", scaling_factor=1.5305, shift_factor=0.0609),
+        ["scaling_factor 1.5305, that of SD3", "transformer is FLUX's", "take the VAE of the same model"],
+    ),
+    "VAE of SDXL": (
+        lambda f: edit(f / "vae/config.json", latent_channels=4),
+        ["its VAE makes 4 channels, its transformer takes 16"],
+    ),
+    "VAE without shift": (lambda f: edit(f / "vae/config.json", shift_factor=None), ["lacks scaling_factor or shift"]),
+    "another transformer": (
+        lambda f: edit(f / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"]),
+        ["names SD3Transformer2DModel as its transformer", "FluxPipeline needs FluxTransformer2DModel"],
+    ),
+    "another scheduler": (
+        lambda f: edit(f / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
+        ["names DDIMScheduler as its scheduler", "needs FlowMatchEulerDiscreteScheduler"],
+    ),
+    "no transformer": (
+        lambda f: edit(f / "model_index.json", transformer=[None, None]),
+        ["names None as its transformer"],
+    ),
+    "no text encoder": (lambda f: shutil.rmtree(f / "text_encoder_2"), ["has no folder text_encoder_2/"]),
+    "config that is none": (lambda f: (f / "vae/config.json").write_text("{"), ["cannot be loaded", "vae"]),
+    "no weights": (
+        lambda f: (f / "transformer/diffusion_pytorch_model.safetensors").unlink(),
+        ["has no weights in transformer/: the download is not complete"],
+    ),
+    "a shard is missing": (split_weights, ["b.safetensors is missing: the download is not complete"]),
+    "damaged index": (
+        lambda f: (f / "transformer/x.safetensors.index.json").write_text("[]"),
+        ["x.safetensors.index.json is damaged"],
+    ),
+    "cut short": (
+        lambda f: (f / "text_encoder_2/model.safetensors").write_bytes(
+            (f / "text_encoder_2/model.safetensors").read_bytes()[:-10]
+        ),
+        ["text_encoder_2/model.safetensors is damaged or cut short", "download it again"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_before_weights_are_loaded(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    change, blame = FAULTS[fault]
+    change(copy)
+    flags = "--model flux --prompts good.txt --eval-prompts good.txt --no-report --resolution 32 32 --output-dir out"
+    assert main.main(flags.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tmpo_trainer: model flux")
+    for part in blame:
+        assert part in line
+    assert not Path("out").exists()
+
+
+def test_positions_without_noise_are_told_before_weights_are_loaded(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--model flux --prompts good.txt --eval-prompts good.txt --no-report --resolution 32 32 --output-dir out"
+    assert main.main([*flags.split(), "--rollout-steps", "40", "--branch-late", "1", "4", "39"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "branch_late [1, 4, 39]: step 39 of 40" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "blame"),
+    [
+        ("transformer_blocks.0.attn.to_q", (32, 48), "transformer_blocks.0.attn.to_q is (32, 4) x (4, 48), of another model"),
+        ("transformer_blocks.7.attn.to_q", (32, 32), "transformer_blocks.7.attn.to_q is no LoRA target here"),
+    ],
+)  # fmt: skip
+def test_a_lora_of_another_model(
+    copy: Path, capsys: pytest.CaptureFixture[str], module: str, shape: tuple[int, int], blame: str
+) -> None:
+    outputs, inputs = shape
+    name = f"transformer.{module}"
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(4, inputs), f"{name}.lora_B.weight": torch.ones(outputs, 4)},
+        "lora.safetensors",
+    )
+    flags = "--model flux --prompts good.txt --eval-prompts good.txt --no-report --resolution 32 32 --output-dir out"
+    assert main.main([*flags.split(), "--init-lora", "lora.safetensors"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert blame in line
+
+
+@pytest.fixture(params=["flux-dev", "flux-schnell", "sd35", "sd3"])
+def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path, tiny_model: Path) -> Path:
+    if request.param.startswith("flux"):
+        return tiny_flux(request.param == "flux-dev")
+    return tiny_sd35 if request.param == "sd35" else tiny_model
+
+
+@pytest.mark.parametrize("targets", ["paper", "attention", "text", "all-linear"])
+def test_a_skeleton_has_the_geometry_of_its_model(model: Path, tmp_path: Path, targets: Any) -> None:
+    skeleton = load_skeleton(str(model), torch.float32, 12)
+    backbone = load_backbone(str(model), torch.float32, torch.device("cpu"), 12, ["a red circle"], tmp_path)
+    assert skeleton.device.type == "meta"
+    assert skeleton.latent_shape(32, 64) == backbone.latent_shape(32, 64)
+    assert torch.equal(skeleton.sigmas(6, 32, 64), backbone.sigmas(6, 32, 64))
+    assert skeleton.architecture == backbone.architecture
+    assert skeleton.text_tokens(model, 12) == backbone.encode(["a red circle"]).tokens.shape[1]
+    # The layers that get a LoRA are those that peft finds.
+    backbone.transformer.add_adapter(backbone.adapter(targets, 4, 8))
+    found = {
+        name.removesuffix(".lora_A.default.weight"): (value.shape[1], len(backbone.transformer.get_parameter(up)))
+        for name, value in backbone.transformer.named_parameters()
+        if name.endswith(".lora_A.default.weight")
+        for up in [name.replace("lora_A", "lora_B")]
+    }
+    assert skeleton.target_shapes(targets) == found

@@ -1,0 +1,267 @@
+"""Ways to load a transformer, and to run it: a single file, four bits, two calls for guidance, compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import Backbone, single_file
+from tmpo_trainer.lora import export
+from tmpo_trainer.settings.errors import ConfigError
+
+TOKENS = 12
+PROMPTS = ["a red circle", "two blue squares"]
+CPU = torch.device("cpu")
+
+
+def velocity(backbone: Backbone, guidance: float = 3.5) -> Tensor:
+    x = torch.randn(4, *backbone.latent_shape(32, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return backbone.velocity(PROMPTS, guidance)(x, torch.full((4,), 0.7))
+
+
+def load(folder: Path, **options: Any) -> Backbone:
+    return load_backbone(str(folder), torch.float32, CPU, TOKENS, **options)
+
+
+# A single file
+
+
+def halves_swapped(value: Tensor) -> Tensor:
+    first, second = value.chunk(2)
+    return torch.cat([second, first])
+
+
+def original_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stability's names for diffusers' SD3 transformer, which ComfyUI keeps. Queries, keys and values are one tensor."""
+    outside = {
+        "pos_embed.pos_embed": "pos_embed",
+        "pos_embed.proj": "x_embedder.proj",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "context_embedder": "context_embedder",
+        "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+    }
+    streams = {
+        "x_block": {
+            "norm1.linear": "adaLN_modulation.1",
+            "attn.norm_q": "attn.ln_q",
+            "attn.norm_k": "attn.ln_k",
+            "attn.to_out.0": "attn.proj",
+            "attn2.norm_q": "attn2.ln_q",
+            "attn2.norm_k": "attn2.ln_k",
+            "attn2.to_out.0": "attn2.proj",
+            "ff.net.0.proj": "mlp.fc1",
+            "ff.net.2": "mlp.fc2",
+        },
+        "context_block": {
+            "norm1_context.linear": "adaLN_modulation.1",
+            "attn.norm_added_q": "attn.ln_q",
+            "attn.norm_added_k": "attn.ln_k",
+            "attn.to_add_out": "attn.proj",
+            "ff_context.net.0.proj": "mlp.fc1",
+            "ff_context.net.2": "mlp.fc2",
+        },
+    }
+    fused = {
+        ("x_block", "attn"): ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("x_block", "attn2"): ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+        ("context_block", "attn"): ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    }
+    blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("transformer_blocks."))
+    found: dict[str, Tensor] = {"pos_embed": state["pos_embed.pos_embed"]}
+    for ending in (".weight", ".bias"):
+        for ours, theirs in outside.items():
+            if ours + ending in state:
+                value = state[ours + ending]
+                found[theirs + ending] = halves_swapped(value) if ours == "norm_out.linear" else value
+        for i in range(blocks):
+            for stream, names in streams.items():
+                for ours, theirs in names.items():
+                    key = f"transformer_blocks.{i}.{ours}{ending}"
+                    if key in state:
+                        # The last block's text modulation is of the continuous kind, with its halves the other way round.
+                        swap = ours == "norm1_context.linear" and i == blocks - 1
+                        value = halves_swapped(state[key]) if swap else state[key]
+                        found[f"joint_blocks.{i}.{stream}.{theirs}{ending}"] = value
+            for (stream, attention), names3 in fused.items():
+                keys = [f"transformer_blocks.{i}.{name}{ending}" for name in names3]
+                if keys[0] in state:
+                    value = torch.cat([state[key] for key in keys])
+                    found[f"joint_blocks.{i}.{stream}.{attention}.qkv{ending}"] = value
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."], ids=["bare", "prefixed"])
+def test_a_single_file_takes_the_place_of_the_transformer(tiny_sd35: Path, tmp_path: Path, prefix: str) -> None:
+    state = load_file(tiny_sd35 / "transformer" / "diffusion_pytorch_model.safetensors")
+    # Not the folder's own weights, or nothing would be shown.
+    state = {key: value * 1.1 if "ff" in key else value for key, value in state.items()}
+    file = tmp_path / "transformer.safetensors"
+    save_file({prefix + key: value.contiguous() for key, value in original_names(state).items()}, file)
+    backbone = load(tiny_sd35, transformer=file)
+    loaded = backbone.transformer.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    assert not torch.allclose(velocity(backbone), velocity(load(tiny_sd35)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "blame"),
+    [
+        ({"a.weight": torch.float32, "a.scale_weight": torch.float32}, {}, "has scaled 8-bit weights"),
+        ({"scaled_fp8": torch.float32}, {}, "has scaled 8-bit weights"),
+        ({"guidance_in.x": torch.float32}, {"nf4": True}, "cannot be quantised as it is read"),
+        ({"double_blocks.0.x": torch.float32}, {}, "is of FLUX.1-schnell, the model of FLUX.1-dev"),
+    ],
+)
+def test_a_single_file_that_would_load_wrongly_is_refused(
+    tiny_flux: Callable[[bool], Path], tmp_path: Path, names: dict[str, Any], options: dict[str, Any], blame: str
+) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(4).to(dtype) for name, dtype in names.items()}, file)
+    with pytest.raises(ConfigError, match=r"--transformer .*other\.safetensors") as caught:
+        load(tiny_flux(True), transformer=file, **options)
+    assert blame in str(caught.value)
+
+
+def test_names_of_newer_comfyui_become_the_original_ones(tmp_path: Path) -> None:
+    """End to end in tests/comfy, with ComfyUI's own file of FLUX."""
+    file = tmp_path / "flux.safetensors"
+    names = ["double_blocks.0.img_attn.norm.query_norm", "single_blocks.0.norm.key_norm"]
+    written = {f"{name}.weight": torch.full((2,), float(i)) for i, name in enumerate(names)}
+    save_file({**written, "final_layer.linear.weight": torch.ones(2, 2)}, file)
+    found = single_file(file)
+    assert isinstance(found, dict)
+    assert found.keys() == {f"{names[0]}.scale", f"{names[1]}.scale", "final_layer.linear.weight"}
+    assert found[f"{names[1]}.scale"].tolist() == [1, 1]
+    save_file({f"{name}.scale": torch.ones(2) for name in names}, file)
+    assert single_file(file) == str(file)
+
+
+@pytest.mark.parametrize("lacking", ["joint_blocks.1.x_block.attn.ln_q.weight", "joint_blocks.2."])
+def test_a_single_file_that_lacks_something_is_refused(tiny_sd35: Path, tmp_path: Path, lacking: str) -> None:
+    """A weight, or a whole block: then diffusers' conversion finds nothing amiss."""
+    state = load_file(tiny_sd35 / "transformer" / "diffusion_pytorch_model.safetensors")
+    names = {key: value for key, value in original_names(state).items() if not key.startswith(lacking)}
+    assert len(names) < len(original_names(state))
+    file = tmp_path / "less.safetensors"
+    save_file({key: value.contiguous() for key, value in names.items()}, file)
+    with pytest.raises(ConfigError, match=r"--transformer .*less\.safetensors"):
+        load(tiny_sd35, transformer=file)
+
+
+def test_a_single_file_of_another_model_is_one_line(tiny_sd35: Path, tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, file)
+    with pytest.raises(ConfigError, match=r"other\.safetensors") as caught:
+        load(tiny_sd35, transformer=file)
+    assert "\n" not in str(caught.value)
+
+
+# Guidance in two calls
+
+
+def test_guidance_in_two_calls_is_the_same(tiny_sd35: Path) -> None:
+    backbone = load(tiny_sd35)
+    rows: list[int] = []
+    backbone.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    together = velocity(backbone)
+    backbone.split_guidance = True
+    apart = velocity(backbone)
+    assert rows == [8, 4, 4]
+    torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
+
+
+# Four bits
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes quantises on a CPU as well; diffusers asks for a GPU before it tries."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **kwargs: None)
+
+
+@pytest.fixture(params=["flux", "sd35"])
+def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path) -> Path:
+    return tiny_flux(True) if request.param == "flux" else tiny_sd35
+
+
+def test_nf4_is_a_rough_copy_that_trains(
+    without_gpu: None, model: Path, make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    import bitsandbytes
+
+    exact = velocity(load(model))
+    backbone = load(model, nf4=True)
+    linear = [part for part in backbone.transformer.modules() if isinstance(part, torch.nn.Linear)]
+    assert linear and all(isinstance(part, bitsandbytes.nn.Linear4bit) for part in linear)
+    for part in linear:
+        # A layout for some processors, which wants wider layers than these.
+        part.support_avx512bf16_for_cpu = False
+    assert {part.weight.quant_type for part in linear} == {"nf4"}
+    error = (velocity(backbone) - exact).norm() / exact.norm()
+    # Random weights take it worse than trained ones; another model would be further off than 1.
+    assert 0.005 < error < 0.5
+    before = [part.weight.clone() for part in linear]
+    settings = {"max_sequence_length": TOKENS, "guidance": 3.5, "resolution": (32, 48), "learning_rate": 1e-2}
+    trainer = make_trainer(backbone=backbone, prompts=PROMPTS, **settings)
+    figures = [trainer.update() for _ in range(2)]
+    assert all(line["replay_ratio_error"] < 1e-4 for line in figures)
+    # The adapter has learnt, the four bits have not moved.
+    assert all(value.dtype == torch.float32 for value in trainer.lora.values())
+    assert any(value.any() for name, value in trainer.lora.items() if "lora_B" in name)
+    assert all(torch.equal(part.weight, old) for part, old in zip(linear, before, strict=True))
+    assert export.export_lora(backbone, tmp_path, {})
+    assert {value.dtype for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values()} == {
+        torch.float32
+    }
+
+
+# Compiled blocks
+
+
+def test_compiled_blocks_train_alike(
+    tiny_flux: Callable[[bool], Path], make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's tracer alone: its code generator would take minutes."""
+    compiled: list[str] = []
+
+    def compile_eagerly(self: Any, *arguments: Any, **options: Any) -> None:
+        compiled.append(type(self).__name__)
+        original(self, *arguments, **options, backend="eager")
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    losses = {}
+    for compile in (False, True):
+        trainer = make_trainer(
+            folder=tiny_flux(True),
+            max_sequence_length=TOKENS,
+            resolution=(32, 48),
+            prompts_per_update=1,
+            rollout_steps=3,
+            branch_early=(1, 2),
+            branch_late=(1, 2),
+            branching=2,
+            compile=compile,
+        )
+        figures = trainer.update()
+        losses[compile] = figures["grad_norm"]
+        assert figures["replay_ratio_error"] < 1e-4
+    assert set(compiled) == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)

@@ -1,0 +1,275 @@
+"""`compare`: budgets, arms, resumption, and the figures of its table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from tmpo_trainer.commands import arms, main
+from tmpo_trainer.evaluation import comparison as compare_report
+from tmpo_trainer.evaluation.held_out import Evaluation
+from tmpo_trainer.lora.export import FILE_NAME
+from tmpo_trainer.methods.base import Planner, cost, evaluations
+from tmpo_trainer.settings.config import TrainConfig
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def flags(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of runs of the tiny model, in a working directory of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("train.txt").write_text("a red circle\ntwo blue squares\n")
+    Path("held.txt").write_text("a green triangle\na pink circle\ntwo red squares\n")
+    return f"""--model {tiny_model} --reward sharpness --prompts train.txt --eval-prompts held.txt --threads 1 --rollout-steps 6
+        --branching 2 --branch-early 1 2 3 --branch-late 1 2 3 --resolution 32 32 --lora-rank 4 --lora-alpha 8 --kernel flow_sde
+        --learning-rate 1e-2 --ema-every 1 --max-sequence-length 0 --guidance 1 --eval-images 2 --eval-steps 4 --baseline none
+        --kl-weight 0.03 --features efficientnet-lite0""".split()
+
+
+def start(flags: list[str], *more: str) -> int:
+    return main.main(["compare", *more, "--output-dir", "out", *flags])
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+# -- budgets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tmpo", "flow-grpo", "tree-grpo"])
+def test_the_most_updates_within_a_budget(load: Callable[..., Any], method: str) -> None:
+    """Positions move with the length of a run, so its cost is that of its own schedule."""
+    config = TrainConfig(method=method, kernel="flow_sde", kl_weight=0.03, branch_late=(1, 3, 4), prompts_per_update=2)
+    sigmas = load(0).sigmas(6, 32, 32)
+
+    def total(updates: int) -> float:
+        planner = Planner(config.model_copy(update={"updates": updates}), sigmas)
+        return 2 * sum(cost(evaluations(config, planner.plan(u))) for u in range(updates))
+
+    for budget in (total(1), 20_000, total(57)):
+        found = arms.updates_within(config, sigmas, budget)
+        assert total(found) <= budget < total(found + 1)
+    assert arms.updates_within(config, sigmas, 1) == 1
+
+
+# -- whole comparisons ---------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_killed_goes_on_and_grows(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two methods at one number of evaluations; SIGTERM in the midst; then a third arm and another seed."""
+    command = ["compare", "--methods", "tmpo", "flow-grpo", "--evaluations", "2500", "--output-dir", "out", *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tmpo_trainer", *command],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    metrics = tmp_path / "out/tmpo-seed0/metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.05)
+        assert process.poll() is None, process.communicate()[1].decode()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert process.stderr is not None and b"the same command goes on" in process.stderr.read()
+    assert list(tmp_path.glob("out/tmpo-seed0/checkpoint-*")) and not (metrics.parent / FILE_NAME).exists()
+    assert not (tmp_path / "out/flow-grpo-seed0").exists(), "never begun"
+
+    capsys.readouterr()
+    assert main.main(command) == 0
+    known = yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]
+    lines = {name: Path(f"out/{name}-seed0/metrics.jsonl").read_text().splitlines() for name in known}
+    assert {name: len(found) for name, found in lines.items()} == {n: arm["updates"] for n, arm in known.items()}
+    # The tree: 8 leaves, 4 + 4 * ... nodes; chains cost several times as much.
+    assert known["tmpo"]["updates"] > 2 * known["flow-grpo"]["updates"]
+    table = json.loads(Path("out/table.json").read_text())["arms"]
+    for name in ("tmpo", "flow-grpo"):
+        spent = table[name]["evaluations"]["mean"]
+        assert spent <= 2500 < spent + 2 * table[name]["evaluations/update"]["mean"]
+    text = capsys.readouterr().out
+    assert "| base |" in text and "| flow-grpo |" in text and "±" not in text
+    for picture in ("pareto.png", "curves.png", "samples.png"):
+        assert min(Image.open(f"out/{picture}").size) > 100
+
+    before = {path: path.stat().st_mtime_ns for path in Path("out").glob("*-seed0/*")}
+    Path("arms.yaml").write_text("tmpo: {method: tmpo}\ngroup.1: {method: tmpo, baseline: group}\n")
+    command[1:4] = ["--arms", "arms.yaml", "--seeds", "0", "1"]
+    assert main.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what is there is not done again"
+    table = json.loads(Path("out/table.json").read_text())["arms"]
+    assert set(table) == {"base", "tmpo", "group.1"}
+    first, second = table["tmpo"]["sharpness"]["runs"]
+    assert table["tmpo"]["sharpness"]["spread"] == pytest.approx(abs(first - second) / 2**0.5)
+    assert first != second and table["tmpo"]["sharpness"]["mean"] == pytest.approx((first + second) / 2)
+    assert table["tmpo"]["gain"]["sharpness"]["mean"] == pytest.approx(
+        table["tmpo"]["sharpness"]["mean"] - table["base"]["sharpness"]["mean"]
+    )
+
+    capsys.readouterr()
+    assert main.main([*command, "--kappa", "3"]) == 2
+    assert "arm tmpo has kappa 6.0, not 3.0" in complaint(capsys)
+    assert main.main([*command[:-1], "0.03", "--evaluations", "9"]) == 2
+    assert "another --output-dir" in complaint(capsys)
+
+
+def test_a_budget_of_seconds_is_tried_first(flags: list[str]) -> None:
+    # So large a kappa that all updates cost the same.
+    assert start(flags, "--methods", "tmpo", "--seconds", "1.5", "--kappa", "1e9") == 0
+    updates = yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]["tmpo"]["updates"]
+    trial = [json.loads(line) for line in Path("out/trials/tmpo/metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds"]["total"] for line in trial[1:]]
+    assert updates == max(1, int(1.5 * len(seconds) / sum(seconds)))
+    assert len(Path("out/tmpo-seed0/metrics.jsonl").read_text().splitlines()) == updates
+
+
+def test_one_that_fails_does_not_stop_the_others(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    # A learning rate that overflows at once.
+    Path("arms.yaml").write_text("bad: {learning_rate: 1.0e+30}\ngood: {learning_rate: 1.0e-3}\n")
+    assert start(flags, "--arms", "arms.yaml", "--updates", "3") == 1
+    out, err = capsys.readouterr()
+    assert "bad-seed0 failed, see" in err and "| good | 1 | 3 |" in out and "| bad |" not in out
+    assert "Failed and not in the table: bad-seed0" in Path("out/table.md").read_text()
+    assert "the gradient of update 1 is nan" in Path("out/bad-seed0/log.txt").read_text()
+
+
+def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that still goes on, and one with other settings in a folder of that name."""
+    import fcntl
+
+    other = Path("out/tmpo-seed0")
+    other.mkdir(parents=True)
+    (other / "config.yaml").write_text("method: tmpo\nupdates: 7\n")
+    assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
+    assert "holds a run with other settings: move it away" in capsys.readouterr().err
+    assert (other / "config.yaml").exists()
+    (other / "config.yaml").unlink()
+    with Path("out/settings/tmpo-seed0.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
+        assert "tmpo-seed0 is still being trained by another process" in capsys.readouterr().err
+    assert start(flags, "--methods", "tmpo", "--updates", "1") == 0
+
+
+def test_a_run_that_cannot_be_measured_is_left_out(
+    flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start(flags, "--methods", "tmpo", "--updates", "1", "--seeds", "0", "1") == 0
+    # Another LoRA in its place: the stored measurement is not of that one.
+    file = Path("out/tmpo-seed1") / FILE_NAME
+    tensors = load_file(file)
+    save_file({name: torch.full_like(value, torch.nan) for name, value in tensors.items()}, file)
+    capsys.readouterr()
+    assert start(flags, "--methods", "tmpo", "--updates", "1", "--seeds", "0", "1") == 1
+    out, err = capsys.readouterr()
+    assert "tmpo-seed1 cannot be measured" in err and "not finite" in err and "| tmpo | 1 | 1 |" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--methods tmpo grpo", "grpo"),
+        ("--methods tmpo --seeds 1 1", "names one twice"),
+        ("--evaluations 0", "must be above 0"),
+        ("--evaluations 5 --seconds 5", "not allowed with"),
+        ("--methods tmpo --arms arms.yaml", "not allowed with"),
+        ("--arms missing.yaml", "missing.yaml"),
+        ("--arms base.yaml", "arm base: write NAME"),
+        ("--arms dots.yaml", "arm ..: write NAME"),
+        ("--arms empty.yaml", "names no arms"),
+        ("--arms seed.yaml", "arm a: seed is set by the comparison"),
+        ("--arms updates.yaml --evaluations 9", "arm a: updates is set by the comparison"),
+        ("--methods tmpo --seed abc", "seed 'abc'"),
+        ("--methods tmpo --seconds inf", "must be above 0"),
+        ("--methods tmpo --evaluations 9 --updates 3", "one budget: leave --updates out"),
+        ("--methods tmpo --seconds 9 --jobs 2", "leave --jobs out"),
+        ("--arms list.yaml", "arm x: write NAME: {setting: value}"),
+        ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),
+        ("--arms unknown.yaml", "unknown key lerning_rate, did you mean learning_rate"),
+        ("--methods tmpo --baseline group --kappa 0", "kappa"),
+        ("--methods tmpo --resume latest", "no --resume"),
+        ("--methods tmpo --nonsense 1", "unknown flag --nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str], more: str, message: str) -> None:
+    Path("arms.yaml").write_text("a: {}\n")
+    Path("list.yaml").write_text("x: [1]\n")
+    for name, text in (("base", "base: {}"), ("dots", "..: {}"), ("empty", "{}"), ("seed", "a: {seed: 1}"),
+                       ("updates", "a: {updates: 1}")):  # fmt: skip
+        Path(f"{name}.yaml").write_text(f"{text}\n")
+    Path("steps.yaml").write_text("a: {}\nb: {eval_steps: 5}\n")
+    Path("unknown.yaml").write_text("a: {lerning_rate: 1}\n")
+    assert start(flags, *more.split()) == 2
+    assert message in complaint(capsys)
+    assert not Path("out").exists()
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def measured(score: float, cosine: float, updates: int = 0) -> compare_report.Measured:
+    """Three prompts that differ, two pictures. An update: two prompts, 100 evaluations in the rollout, 10 in the replay."""
+    evaluation = Evaluation(
+        prompts=["a", "b", "c"],
+        scores={"right": score * np.array([[0.5, 0.5], [1, 1], [1.5, 1.5]])},
+        lgmd=np.array([0.1, 0.2, 0.3]),
+        cosine=np.full(3, cosine),
+        latent_std=0.5 * (1 + score),
+        shown=[0, 2],
+        images=np.zeros((2, 2, 8, 8, 3), np.uint8),
+    )
+    line = {
+        "evaluations/rollout": 100.0, "evaluations/replay": 10.0, "seconds": {"total": 2.0}, "reward/right": score,
+    }  # fmt: skip
+    return compare_report.Measured(evaluation, [line] * updates, 2)
+
+
+def test_figures_by_hand() -> None:
+    base = measured(0.0, 0.4)
+    found = compare_report.figures([measured(0.2, 0.3, 5), measured(0.4, 0.3, 5)], base.evaluation)
+    assert found["right"]["mean"] == pytest.approx(0.3) and found["right"]["spread"] == pytest.approx(0.2 / 2**0.5)
+    # Means of three draws of .15, .3, .45: one in 27 is the least.
+    assert found["gain"]["right"] == pytest.approx((0.3, 0.15, 0.45))
+    assert found["gain"]["cosine diversity"][0] == pytest.approx(-0.1)
+    assert found["latent std, change"]["mean"] == pytest.approx(0.3)
+    assert found["evaluations/update"]["mean"] == 2 * (100 + 2 * 10) and found["evaluations"]["mean"] == 5 * 240
+    assert found["s/update"]["mean"] == 2 and found["updates"]["mean"] == 5
+    text = compare_report.table(
+        {"base": compare_report.figures([base], base.evaluation), "x": found}, ["right", "LGMD"]
+    )
+    assert text.splitlines()[2] == "| base |  |  |  |  | 0.000 | 0.200 |  |"
+    assert text.splitlines()[3] == "| x | 2 | 5 | 240 | 2.00 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
+
+
+def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
+    """It says nothing about others: infinite in the table, null in JSON, which has no infinity."""
+    runs = {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}
+    for run in (runs["base"][0], runs["x"][0]):
+        found = run.evaluation
+        found.prompts, found.shown, found.images = ["a"], [0], found.images[:1]
+        found.scores, found.lgmd, found.cosine = {"right": found.scores["right"][:1]}, found.lgmd[:1], found.cosine[:1]
+    compare_report.write(tmp_path, runs, {})
+    assert "| x | +0.100 [-inf, +inf] |" in (tmp_path / "table.md").read_text()
+    gain = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]["gain"]["right"]
+    assert gain == {"mean": pytest.approx(0.1), "low": None, "high": None}

@@ -1,0 +1,232 @@
+"""LoRAs: what `inspect` says of a file, runs that start from one, and how one is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.training_utils import cast_training_params
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.commands import main
+from tmpo_trainer.evaluation import held_out
+from tmpo_trainer.lora import adapter as lora
+from tmpo_trainer.lora import file as lora_file
+from tmpo_trainer.lora.export import export_lora
+from tmpo_trainer.lora.file import FILE_NAME
+from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.training import memory
+from tmpo_trainer.training.loop import Trainer
+
+ABOUT = {"method": "tmpo", "step": "1", "rewards": "red", "base_model": "local"}
+Shake = Callable[[Trainer, float], None]
+
+
+def picture(trainer: Trainer) -> Tensor:
+    how = held_out.Sampling(4, 5, 1.0, (32, 32), batch=4)
+    return torch.cat([x.flatten(0, 1) for x, _ in held_out.sample(trainer.backbone, ["a red circle"], 2, how)])
+
+
+@pytest.fixture
+def trained(make_trainer: Callable[..., Trainer], shake: Shake) -> Trainer:
+    trainer = make_trainer(lora_rank=4, lora_alpha=8)
+    shake(trainer, 0.2)
+    return trainer
+
+
+@pytest.fixture
+def file(trained: Trainer, tmp_path: Path) -> Path:
+    export_lora(trained.backbone, tmp_path, ABOUT)
+    return tmp_path / FILE_NAME
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], object], **metadata: str) -> None:
+    with safe_open(file, "pt") as opened:
+        kept = opened.metadata()
+    state = load_file(file)
+    change(state)
+    save_file(state, file, kept | metadata)
+
+
+# Starting from one
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 6, "lora_alpha": 3}], ids=["same", "larger"])
+def test_a_run_starts_with_the_files_pictures(
+    trained: Trainer, file: Path, make_trainer: Callable[..., Trainer], settings: dict[str, int]
+) -> None:
+    expected = picture(trained)
+    fresh = make_trainer(**{"lora_rank": 4, "lora_alpha": 8, **settings, "init_lora": file})
+    torch.testing.assert_close(picture(fresh), expected, atol=1e-4, rtol=0)
+    with fresh.averaged():
+        torch.testing.assert_close(picture(fresh), expected, atol=1e-4, rtol=0)
+    with fresh.reference():
+        assert (picture(fresh) - expected).abs().max() > 1e-2
+    fresh.update()
+    assert (picture(fresh) - expected).abs().max() > 1e-4
+
+
+def test_fewer_modules_leave_the_others_at_zero(
+    make_trainer: Callable[..., Trainer], shake: Shake, tmp_path: Path
+) -> None:
+    attention = make_trainer(lora_targets="attention")
+    shake(attention, 0.2)
+    export_lora(attention.backbone, tmp_path, ABOUT)
+    fresh = make_trainer(init_lora=tmp_path)
+    torch.testing.assert_close(picture(fresh), picture(attention), atol=1e-4, rtol=0)
+    assert len(fresh.lora) > len(attention.lora)
+
+
+def test_the_strength_in_the_file_counts(trained: Trainer, file: Path, make_trainer: Callable[..., Trainer]) -> None:
+    """A file whose alpha / rank is 2, said by alpha keys, holds half of the same lora_B."""
+
+    def halve(state: dict[str, Tensor]) -> None:
+        for key in list(state):
+            if ".lora_B." in key:
+                state[key] = state[key] / 2
+                state[key.replace(".lora_B.weight", ".alpha")] = torch.tensor(8.0)
+
+    rewrite(file, halve)
+    fresh = make_trainer(init_lora=file)
+    torch.testing.assert_close(picture(fresh), picture(trained), atol=1e-4, rtol=0)
+
+
+def test_a_file_that_does_not_fit_is_refused(
+    trained: Trainer, file: Path, make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"has rank 4, the run 2: give --lora-rank 4"):
+        make_trainer(lora_rank=2, init_lora=file)
+    with pytest.raises(ConfigError, match=r"ff.* is no LoRA target here"):
+        make_trainer(lora_targets="attention", init_lora=file)
+    with pytest.raises(ConfigError, match="does not exist: give a LoRA's safetensors file"):
+        make_trainer(init_lora=tmp_path / "missing.safetensors")
+
+    def widen(state: dict[str, Tensor]) -> None:
+        key = next(key for key in state if ".lora_A." in key)
+        state[key] = torch.cat([state[key], state[key]], 1)
+
+    rewrite(file, widen)
+    with pytest.raises(ConfigError, match="of another model"):
+        make_trainer(init_lora=file)
+
+
+# inspect
+
+
+def test_inspect_prints_what_it_was_trained_on(
+    file: Path, capsys: pytest.CaptureFixture[str], trained: Trainer
+) -> None:
+    assert main.main(["inspect", str(file)]) == 0
+    text = capsys.readouterr().out
+    for word in ("tmpo", "red", "local", "stable-diffusion-v3-medium/lora", f"{len(trained.lora) // 2}, "):
+        assert word in text
+    assert "rank            4" in text and "NO" not in text
+    # A run's folder does as well.
+    assert main.main(["inspect", str(file.parent)]) == 0
+    assert capsys.readouterr().out == text
+
+
+BREAKS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, str]]] = {
+    "every lora_A has its lora_B": (lambda state: state.pop(next(iter(state))), {}),
+    "all numbers are finite": (lambda state: next(iter(state.values())).view(-1)[:1].fill_(float("nan")), {}),
+    "it differs from zero": (lambda state: [v.zero_() for k, v in state.items() if ".lora_B." in k], {}),
+    "alpha is folded in": (
+        lambda state: None,
+        {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'},
+    ),
+    "module names are those of": (
+        lambda state: [state.update({k.replace("transformer", "unet"): state.pop(k)}) for k in list(state)],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("claim", BREAKS)
+def test_inspect_finds_each_fault(file: Path, capsys: pytest.CaptureFixture[str], claim: str) -> None:
+    change, metadata = BREAKS[claim]
+    rewrite(file, change, **metadata)
+    assert main.main(["inspect", str(file)]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NO ")]
+    assert len(wrong) == 1 and claim in wrong[0]
+
+
+def test_inspect_of_something_else_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for name, complaint in (
+        ("missing.safetensors", "does not exist"),
+        ("text.safetensors", "cannot be read as safetensors"),
+        ("other.safetensors", "holds no LoRA"),
+    ):
+        assert main.main(["inspect", str(tmp_path / name)]) == 2
+        error = capsys.readouterr().err
+        assert complaint in error and str(tmp_path / name) in error and error.count("\n") == 1
+    assert main.main(["inspect"]) == 2
+
+
+def test_the_change_of_a_module_is_measured() -> None:
+    down, up = torch.randn(3, 7), torch.randn(5, 3)
+    assert lora_file.delta_norm(down, up) == pytest.approx((up @ down).norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "metadata", "family"),
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_q", {}, "flux"),
+        ("transformer.transformer_blocks.0.attn.to_q", {}, "sd3"),
+        ("transformer.transformer_blocks.0.attn.to_q", {"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
+        ("unet.down_blocks.0.attentions.0.to_q", {}, "unknown"),
+    ],
+)
+def test_the_family_is_told_from_names_and_metadata(module: str, metadata: dict[str, str], family: str) -> None:
+    state = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
+    assert lora_file.split(state, metadata).family == family
+
+
+# attach
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd35"])
+def test_beside_bfloat16_layers_it_computes_in_bfloat16(
+    kind: str, tiny_flux: Callable[[bool], Path], tiny_sd35: Path, tmp_path: Path
+) -> None:
+    """Nearly the gradient of peft's own float32 path, in float32 weights, and no float32 copies of activations."""
+    folder = tiny_flux(True) if kind == "flux" else tiny_sd35
+    gradients, peaks, starts = [], [], []
+    for ours in (True, False):
+        backbone = load_backbone(str(folder), torch.bfloat16, torch.device("cpu"), 12, ["a red circle"], tmp_path)
+        config = backbone.adapter("paper", 4, 8)
+        torch.manual_seed(0)
+        if ours:
+            lora.attach(backbone.transformer, config)
+        else:
+            backbone.transformer.add_adapter(config)
+            cast_training_params(backbone.transformer, dtype=torch.float32)
+        parameters = {n: p for n, p in backbone.transformer.named_parameters() if p.requires_grad}
+        starts.append({name: value.detach().clone() for name, value in parameters.items()})
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for value in parameters.values():
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+        network = backbone.velocity(["a red circle"], 1.0)
+        x = torch.randn(6, *backbone.latent_shape(64, 64), generator=generator)
+
+        def work(network: Any = network, x: Tensor = x) -> None:
+            network(x, torch.full((6,), 0.5)).float().square().mean().backward()
+
+        peaks.append(memory._peak(backbone.transformer, work, gradient=True))
+        assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in parameters.values())
+        gradients.append({name: p.grad for name, p in parameters.items()})
+    # peft's random lora_A is kept.
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[1])
+    flat = [torch.cat([value.flatten() for value in found.values()]) for found in gradients]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.999
+    assert flat[0].norm().item() == pytest.approx(flat[1].norm().item(), rel=0.02)
+    assert peaks[0] < 0.9 * peaks[1]

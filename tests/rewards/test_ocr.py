@@ -1,0 +1,144 @@
+"""The `ocr` reward reads rendered phrases for real."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from tmpo_trainer.prompts import rendering
+from tmpo_trainer.rewards import ocr
+
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+FACES = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "STIXGeneralBol.ttf")
+COLOURS = ("black", "navy", "darkred", "darkgreen", "white", "gold", "purple", "teal")
+SIDE = 512
+
+
+def render(phrase: str, generator: random.Random, rotation: float = 10, noise: float = 12) -> np.ndarray:
+    """A phrase in a random face, size, colour, place and rotation on a random plain ground, with noise."""
+    font = ImageFont.truetype(str(FONTS / generator.choice(FACES)), generator.randint(20, 60))
+    left, _, right, _ = font.getbbox(phrase)
+    # Long phrases on two lines.
+    words = phrase.split()
+    if right - left > SIDE - 60 and len(words) > 1:
+        half = (len(words) + 1) // 2
+        phrase = f"{' '.join(words[:half])}\n{' '.join(words[half:])}"
+    colour = generator.choice(COLOURS)
+    light = colour in ("white", "gold")
+    ground = tuple(generator.randint(0, 70) if light else generator.randint(170, 255) for _ in range(3))
+    text = Image.new("RGBA", (SIDE, SIDE))
+    draw = ImageDraw.Draw(text)
+    box = draw.multiline_textbbox((0, 0), phrase, font=font)
+    width, height = box[2] - box[0], box[3] - box[1]
+    place = (generator.uniform(10, max(11, SIDE - 20 - width)), generator.uniform(60, SIDE - 80 - height))
+    draw.multiline_text(place, phrase, font=font, fill=colour)
+    text = text.rotate(generator.uniform(-rotation, rotation), Image.Resampling.BICUBIC)
+    sheet = Image.new("RGB", (SIDE, SIDE), ground)
+    sheet.paste(text, mask=text)
+    grain = np.random.default_rng(generator.randrange(2**32)).normal(0, noise, (SIDE, SIDE, 3))
+    return (np.asarray(sheet) + grain).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def scorer() -> ocr.OcrScorer:
+    return ocr.OcrScorer()
+
+
+@pytest.fixture(scope="module")
+def phrases() -> list[str]:
+    targets = [entry["target"] for entry in rendering.generate("heldout", 240)]
+    return list(dict.fromkeys(targets))[:100]
+
+
+@pytest.fixture(scope="module")
+def pictures(phrases: list[str]) -> np.ndarray:
+    generator = random.Random(0)
+    return np.stack([render(phrase, generator) for phrase in phrases])
+
+
+def test_it_reads_a_hundred_phrases(scorer: ocr.OcrScorer, phrases: list[str], pictures: np.ndarray) -> None:
+    """Five faces, sizes, colours, up to 10 degrees, noise: nearly all right; the phrase of another picture is wrong."""
+    assert len(phrases) == 100
+    start = time.perf_counter()
+    right = scorer.score(pictures, [f'a sign that says "{phrase}"' for phrase in phrases])
+    seconds = (time.perf_counter() - start) / len(phrases)
+    wrong = scorer.score(pictures, [f'a sign that says "{phrase}"' for phrase in [*phrases[1:], phrases[0]]])
+    print(
+        f"right {right.mean():.3f} (exact {(right == 1).float().mean():.2f}), wrong {wrong.mean():.3f}, {seconds:.3f} s"
+    )
+    assert right.mean() >= 0.95
+    assert wrong.mean() <= 0.35
+    assert (right >= wrong).all()
+
+
+def test_pictures_are_read_in_their_own_order(scorer: ocr.OcrScorer, phrases: list[str], pictures: np.ndarray) -> None:
+    """However many engines share them: all at once is as one by one, and as one engine."""
+    together = scorer.read(pictures[:7])
+    assert together == [scorer.read(picture[None])[0] for picture in pictures[:7]]
+    assert together == ocr.OcrScorer(engines=1).read(pictures[:7]) == ocr.OcrScorer(engines=3).read(pictures[:7])
+
+
+def test_an_empty_picture_scores_0_and_part_of_a_text_in_between(scorer: ocr.OcrScorer) -> None:
+    blank = np.full((1, 128, 128, 3), 255, np.uint8)
+    assert scorer.score(blank, ['a sign that says "open"']).tolist() == [0]
+    sign = Image.fromarray(np.full((256, 512, 3), 255, np.uint8))
+    ImageDraw.Draw(sign).text((40, 90), "OPEN", font=ImageFont.truetype(str(FONTS / FACES[0]), 60), fill="black")
+    scores = scorer.score(np.asarray(sign)[None], ["a sign"], [{"target": "open late"}])
+    # Four of eight letters are missing.
+    assert scores.tolist() == [0.5] and str(scores.dtype) == "torch.float32"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "read", "score"),
+    [
+        ("Open Late", "open  LATE", 1),
+        ("open", "re-open at 9", 1),
+        ("open", "opne", 0.5),
+        ("open", "oper", 0.75),
+        ("open", "", 0),
+        ("open", "something altogether different", 0),
+        ("abcde", "abXcde", 0.8),
+        ("a b", "ab", 1),
+    ],
+)
+def test_similarity(wanted: str, read: str, score: float) -> None:
+    assert ocr.similarity(wanted, read) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metadata", "text"),
+    [
+        ('a sign with "first" and "second"', None, "first"),
+        ("a sign with “curly quotes”", None, "curly quotes"),
+        ('a sign with "quoted"', {"target": "given"}, "given"),
+        ('a sign with "quoted"', {"tag": "other"}, "quoted"),
+    ],
+)
+def test_the_text_that_is_wanted(prompt: str, metadata: Any, text: str) -> None:
+    assert ocr.target(prompt, metadata) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "metadata"),
+    [
+        ("a sign", None),
+        ("a sign that says 'open'", {}),
+        ('a sign with " "', None),
+        ('a sign with ""', None),
+        ('a sign with "open"', {"target": ""}),
+        ('a sign with "open"', {"target": 5}),
+    ],
+)
+def test_no_text_is_an_error_that_names_the_prompt(scorer: ocr.OcrScorer, prompt: str, metadata: Any) -> None:
+    with pytest.raises(ValueError, match="no text to render") as error:
+        ocr.check(prompt, metadata)
+    assert repr(prompt) in str(error.value)
+    with pytest.raises(ValueError, match="no text to render"):
+        scorer.score(np.zeros((1, 64, 64, 3), np.uint8), [prompt], [metadata])

@@ -1,0 +1,82 @@
+"""Choosing pictures, heat maps and charts: what the nodes compute."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tmpo_trainer import selection
+from tmpo_trainer.pictures import charts, grids
+
+
+def test_boltzmann_by_hand() -> None:
+    """Scores 1, 2, 3 have z-scores -sqrt(1.5), 0, sqrt(1.5)."""
+    q = selection.boltzmann(torch.tensor([1.0, 2.0, 3.0]), 2.0)
+    weights = [math.exp(-2 * math.sqrt(1.5)), 1, math.exp(2 * math.sqrt(1.5))]
+    assert q.tolist() == pytest.approx([weight / sum(weights) for weight in weights])
+    assert selection.boltzmann(torch.tensor([1.0, 2.0, 3.0]), 0.0).tolist() == pytest.approx([1 / 3] * 3)
+    assert selection.boltzmann(torch.full((4,), 7.0), 5.0).tolist() == pytest.approx([0.25] * 4)
+
+
+def test_effective_number() -> None:
+    assert selection.effective_number(torch.full((8,), 1 / 8)) == pytest.approx(8)
+    assert selection.effective_number(torch.tensor([0.0, 1.0, 0.0])) == pytest.approx(1)
+    assert selection.effective_number(torch.tensor([0.5, 0.25, 0.25])) == pytest.approx(1 / 0.375)
+
+
+def test_best_is_stable() -> None:
+    scores = torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0])
+    assert selection.best(scores, 2) == [1, 2]
+    assert selection.best(scores, 9) == [1, 2, 4, 3, 0]
+
+
+def test_most_diverse_is_greedy_max_min() -> None:
+    """Points on a line at 0, 1, 5, 6, 10: from 0 comes 10, then 5; of those allowed only."""
+    points = torch.tensor([0.0, 1.0, 5.0, 6.0, 10.0])
+    distances = (points[:, None] - points).abs()
+    assert selection.most_diverse(distances, 3, [0, 1, 2, 3, 4], 0) == [0, 4, 2]
+    assert selection.most_diverse(distances, 3, [0, 1, 3], 0) == [0, 3, 1]
+    assert selection.most_diverse(distances, 9, [1, 3], 3) == [3, 1]
+
+
+def test_sample_follows_the_weights() -> None:
+    weights = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    draws = [selection.sample(weights, 1, seed)[0] for seed in range(2000)]
+    shares = np.bincount(draws, minlength=4) / 2000
+    assert shares == pytest.approx([0.6, 0.3, 0.1, 0.0], abs=0.04)
+    assert selection.sample(weights, 3, 5) == selection.sample(weights, 3, 5)
+    assert all(sorted(selection.sample(weights, 3, seed)) == [0, 1, 2] for seed in range(20))
+    assert sorted(selection.sample(weights, 4, 0)) == [0, 1, 2, 3]
+
+
+def test_heat_map() -> None:
+    """A cell is darker the nearer to 0, and stands where its row and column are."""
+    values = np.array([[0.0, 0.5, 1.0], [0.5, 0.0, 0.25], [1.0, 0.25, 0.0]])
+    picture = np.asarray(grids.heat_map(values, cell=20, digits=None)).astype(int)
+    assert picture.shape == (90, 90, 3)
+    middle = {(r, c): picture[30 + 20 * r + 10, 30 + 20 * c + 10] for r in range(3) for c in range(3)}
+    assert (middle[0, 0] == grids.RAMP[0]).all() and (middle[0, 2] == grids.RAMP[-1]).all()
+    light = [middle[0, 0].sum(), middle[1, 2].sum(), middle[0, 1].sum(), middle[0, 2].sum()]
+    assert light == sorted(light)
+    assert (np.asarray(grids.heat_map(values, 40)) != np.asarray(grids.heat_map(values, 40, None))).any()
+    # Copies of one another: no division by 0.
+    assert grids.heat_map(np.zeros((4, 4))).size == (30 + 96, 30 + 96)
+
+
+def test_charts_draw_every_series() -> None:
+    x = list(range(1, 41))
+    rising = [0.01 * i for i in x]
+    picture = charts.draw(x, {"a": rising, "b": [1.0] * 40, "c": rising[::-1]})
+    assert picture.size == (2 * charts.PANEL[0], 2 * charts.PANEL[1])
+    panels = np.asarray(picture).reshape(2, charts.PANEL[1], 2, charts.PANEL[0], 3)
+    blue = (panels == (0x1F, 0x77, 0xB4)).all(-1)
+    # The strong line of a rising series is higher on the right (rows count from the top), of a falling one on the left.
+    for (row, column), rises in (((0, 0), True), ((1, 0), False)):
+        rows, columns = np.nonzero(blue[row, :, column])
+        left, right = rows[columns < 200].mean(), rows[columns > 300].mean()
+        assert (right < left) == rises
+    assert blue[0, :, 1].any() and not blue[1, :, 1].any()
+    assert charts.draw([1], {"a": [2.0]}).size == charts.PANEL

@@ -1,0 +1,409 @@
+"""Runs that end early and go on, through the CLI: bit for bit what one uninterrupted run gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tmpo_trainer.commands import loading, main
+from tmpo_trainer.files import read_metrics
+from tmpo_trainer.lora.export import FILE_NAME
+from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.training import checkpoint
+from tmpo_trainer.training.progress import Reporter
+
+REPOSITORY = Path(__file__).parents[2]
+UPDATES, CALLS_PER_UPDATE = 20, 2
+
+#: The CLI with a reward that means something for pictures of random weights, and that can end the process.
+RUNNER = """
+import os, signal, sys
+import torch
+from tmpo_trainer.commands import loading
+from tmpo_trainer.commands.main import main
+from tmpo_trainer.training import checkpoint
+
+calls = flushes = 0
+
+class Red:
+    name = "red"
+
+    def score(self, images, prompts, metadata=None):
+        global calls
+        calls += 1
+        if calls == int(os.environ.get("KILL_AT_SCORE", 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        means = torch.from_numpy(images.astype("float32") / 255).mean((1, 2))
+        return means[:, 0] - means[:, 2]
+
+def flush(path, flush=checkpoint.flush):
+    global flushes
+    flushes += 1
+    if flushes == int(os.environ.get("KILL_AT_FLUSH", 0)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(path)
+
+checkpoint.flush = flush
+loading.load_scorer = lambda name, *more, **rest: Red()
+sys.exit(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a run of 20 short updates with a checkpoint every 5."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("# four of the domain\na red circle\ntwo blue squares\na green triangle\n\na pink circle\n")
+    text = f"""--model {tiny_model} --reward shapes --prompts {prompts} --eval-prompts {prompts} --no-report --threads 1
+        --updates {UPDATES} --checkpoint-every 5 --sample-every 0 --prompts-per-update {CALLS_PER_UPDATE}
+        --prompts-per-batch 1 --rollout-steps 6 --branching 2 --branch-early 1 2 3 --branch-late 1 3 4 --resolution 32 32
+        --lora-rank 4 --lora-alpha 8 --learning-rate 1e-2 --ema-every 2 --max-sequence-length 0 --guidance 1"""
+    return text.split()
+
+
+class Scorer:
+    """As in RUNNER; `at` calls it does something else first, whose result, if any, is the score."""
+
+    name = "red"
+
+    def __init__(self, score: Callable[..., torch.Tensor]):
+        self.red = score
+        self.calls = 0
+        self.at: dict[int, Callable[[int], Any]] = {}
+
+    def score(self, images: Any, prompts: Sequence[str], metadata: Any = None) -> torch.Tensor:
+        self.calls += 1
+        instead = self.at[self.calls](len(images)) if self.calls in self.at else None
+        return self.red(images, prompts) if instead is None else instead
+
+
+@pytest.fixture
+def scorer(monkeypatch: pytest.MonkeyPatch, red_scorer: Any) -> Scorer:
+    """The scorer of runs within this process."""
+    scorer = Scorer(red_scorer.score)
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: scorer)
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def whole(flags: list[str], red_scorer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run in one go. Do not write to it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
+        assert main.main([*flags, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it to spoil."""
+    shutil.copytree(whole, tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if "checkpoint" in path.name)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """Every bit of LoRA and average, and every figure. (safetensors writes metadata in a random order, so not bytes.)"""
+    checkpoint_files = [f"checkpoint-{UPDATES}/{name}" for name in ("lora.safetensors", "ema.safetensors")]
+    for name in (FILE_NAME, *checkpoint_files):
+        ours, theirs = (load_file(path / name) for path in (folder, whole))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    with safe_open(folder / FILE_NAME, "pt") as ours, safe_open(whole / FILE_NAME, "pt") as theirs:
+        assert ours.metadata() == theirs.metadata()
+    assert [line["update"] for line in metrics(folder)] == list(range(1, UPDATES + 1))
+    assert metrics(folder) == metrics(whole)
+
+
+def subprocess_run(arguments: list[str], directory: Path, **environment: int) -> subprocess.CompletedProcess[str]:
+    """RUNNER with these arguments in another process."""
+    script = directory / "runner.py"
+    script.write_text(RUNNER)
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **{k: str(v) for k, v in environment.items()}}
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=directory, env=variables, text=True, capture_output=True, timeout=300
+    )  # fmt: skip
+
+
+def test_a_whole_run(whole: Path) -> None:
+    """What the comparisons below stand on: it learns, every update differs, old checkpoints are gone."""
+    assert names(whole) == ["checkpoint-15", "checkpoint-20"]
+    lora = load_file(whole / FILE_NAME)
+    assert any(value.any() for key, value in lora.items() if ".lora_B." in key)
+    lines = metrics(whole)
+    assert len({line["reward/red"] for line in lines}) == UPDATES
+    assert len({tuple(line["branch_steps"]) for line in lines}) > 1
+    assert {path.name for path in whole.iterdir()} == {
+        "checkpoint-15", "checkpoint-20", "config.yaml", "env.json", "metrics.jsonl", FILE_NAME
+    }  # fmt: skip
+    assert sorted(path.name for path in (whole / "checkpoint-20").iterdir()) == sorted(checkpoint.FILES)
+
+
+def test_killed_twice_and_resumed_is_the_same(flags: list[str], whole: Path, tmp_path: Path) -> None:
+    """kill -9 in update 13, then kill -9 while the next checkpoint is being written, then to the end."""
+    folder = tmp_path / "outputs" / "killed"
+    killed = subprocess_run(
+        [*flags, "--output-dir", str(folder)], tmp_path, KILL_AT_SCORE=12 * CALLS_PER_UPDATE + 1
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert names(folder) == ["checkpoint-10", "checkpoint-5"] and not (folder / FILE_NAME).exists()
+    assert [line["update"] for line in metrics(folder)] == list(range(1, 13))
+    # A kill can also cut the last line short.
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 13, "branch_st')
+
+    again = subprocess_run(["--resume", str(folder)], tmp_path, KILL_AT_FLUSH=3)
+    assert again.returncode == -signal.SIGKILL, again.stderr
+    assert names(folder) == [".checkpoint-15.tmp", "checkpoint-10", "checkpoint-5"]
+
+    finished = subprocess_run(["--resume", "latest"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming in" in finished.stderr
+    assert names(folder) == ["checkpoint-15", "checkpoint-20"]
+    assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_130(
+    flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:  # fmt: skip
+    folder, handler = tmp_path / "run", signal.getsignal(number)
+    scorer.at[6 * CALLS_PER_UPDATE + 1] = lambda count: os.kill(os.getpid(), number)
+    assert main.main([*flags, "--output-dir", str(folder)]) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"tmpo_trainer: stopped by {number.name} after update 7; saved, continue with --resume {folder}"
+    assert names(folder) == ["checkpoint-5", "checkpoint-7"] and not (folder / FILE_NAME).exists()
+    assert signal.getsignal(number) is handler
+    assert main.main(["--resume", str(folder)]) == 0
+    assert_same(folder, whole)
+
+
+def test_a_second_signal_stops_at_once(flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path) -> None:
+    """In the middle of update 7: what is saved is update 6, whole."""
+    folder = tmp_path / "run"
+    scorer.at[6 * CALLS_PER_UPDATE + 1] = lambda count: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)][:0]
+    assert main.main([*flags, "--output-dir", str(folder)]) == 130
+    assert names(folder) == ["checkpoint-5", "checkpoint-6"]
+    assert main.main(["--resume", str(folder)]) == 0
+    assert_same(folder, whole)
+
+
+def test_a_signal_from_outside(flags: list[str], tmp_path: Path) -> None:
+    """The module as users start it, with the reward of the domain, and Ctrl-C."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tmpo_trainer", *flags, "--updates", "100000", "--output-dir", str(folder)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, text=True, stderr=subprocess.PIPE
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not read_metrics(folder / "metrics.jsonl"):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    done = len(read_metrics(folder / "metrics.jsonl"))
+    assert f"stopped by SIGINT after update {done}; saved" in errors and "Traceback" not in errors
+    assert checkpoint.find(str(folder), tmp_path).name == f"checkpoint-{done}"
+
+
+def test_a_score_that_is_no_number_stops_and_can_be_resumed(
+    flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 1, the scorer and the prompt named; the last whole update is kept and a mended scorer goes on from it."""
+    folder = tmp_path / "run"
+    scorer.at[7 * CALLS_PER_UPDATE + 2] = lambda count: torch.full((count,), torch.nan)
+    assert main.main([*flags, "--output-dir", str(folder)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("tmpo_trainer: failed after update 7: reward red gave nan for image 0 of prompt '")
+    assert last.endswith(f"(kept checkpoint-7, continue with --resume {folder})")
+    assert names(folder) == ["checkpoint-5", "checkpoint-7"]
+    assert checkpoint.load(folder / "checkpoint-7")[3]["update"] == 7
+    assert main.main(["--resume", str(folder)]) == 0
+    assert_same(folder, whole)
+
+
+def test_a_failure_in_the_first_update_can_be_resumed(
+    flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    scorer.at[1] = lambda count: torch.full((count,), torch.inf)
+    assert main.main([*flags, "--output-dir", str(folder)]) == 1
+    assert names(folder) == ["checkpoint-0"]
+    assert main.main(["--resume", str(folder / "checkpoint-0")]) == 0
+    assert_same(folder, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: Path, copied: Path, scorer: Scorer) -> None:
+    (copied / FILE_NAME).unlink()
+    assert main.main(["--resume", str(copied)]) == 0
+    assert scorer.calls == 0
+    assert_same(copied, whole)
+
+
+def test_a_new_run_in_an_old_ones_folder_is_refused(
+    flags: list[str], whole: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*flags, "--output-dir", str(whole)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{whole} already holds a run: continue it with --resume {whole}" in line
+    assert scorer.calls == 0
+
+
+def test_resuming_with_more_updates_goes_on(copied: Path, scorer: Scorer) -> None:
+    assert main.main(["--resume", str(copied), "--updates", "22"]) == 0
+    assert [line["update"] for line in metrics(copied)] == list(range(1, 23))
+
+
+@pytest.mark.parametrize(
+    ("more", "blame"),
+    [
+        (["--lora-rank", "8"], "is of another model or LoRA rank"),
+        (["--seed", "1"], "has seed 0, the settings say 1"),
+        (["--model", "OTHER"], "is of another model or LoRA rank"),
+        (["--preset", "demo"], "no --config or --preset"),
+    ],
+    ids=["rank", "seed", "model", "preset"],
+)
+def test_resuming_with_other_settings_is_refused(
+    copied: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], blame: str
+) -> None:
+    if "OTHER" in more:
+        from diffusers import SD3Transformer2DModel
+
+        other = shutil.copytree(tiny_model, tmp_path / "other")
+        transformer = SD3Transformer2DModel.from_pretrained(tiny_model, subfolder="transformer")
+        shallow = SD3Transformer2DModel.from_config({**transformer.config, "num_layers": 1})
+        shallow.save_pretrained(other / "transformer")
+        more = ["--model", str(other)]
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert main.main(["--resume", str(copied), *more]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tmpo_trainer")]
+    assert blame in line
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+
+
+# -- checkpoints by themselves -------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in between cleans up after it."""
+
+
+def save(folder: Path, update: int, keep: int = 2) -> Path:
+    parameter = torch.nn.Parameter(torch.full((3,), float(update)))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    state = {"seed": 0, "lora_rank": 3}
+    return checkpoint.save(folder, update, {"a": parameter}, {"a": parameter}, optimizer.state_dict(), state, keep)
+
+
+POINTS = [("flush", n) for n in range(1, 7)] + [("save_file", 1), ("save_file", 2), ("rename", 1)]
+
+
+@pytest.mark.parametrize(("function", "call"), POINTS, ids=str)
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int
+) -> None:
+    folder = tmp_path / "outputs" / "run"
+    save(folder, 5)
+    calls = 0
+    owner = Path if function == "rename" else checkpoint
+    original = getattr(owner, function)
+
+    def dying(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, dying)
+        with pytest.raises(Killed):
+            save(folder, 10)
+    # Only the last flush comes after the renaming.
+    expected = 10 if (function, call) == ("flush", 6) else 5
+    for resume in ("latest", str(folder)):
+        found = checkpoint.find(resume, tmp_path / "outputs")
+        assert found == folder / f"checkpoint-{expected}"
+        lora, ema, optimizer, state = checkpoint.load(found)
+        assert state["update"] == expected and set(optimizer) == {"state", "param_groups"}
+        assert lora["a"].tolist() == ema["a"].tolist() == pytest.approx([expected] * 3, abs=0.01)
+    save(folder, 15)
+    assert ".checkpoint-10.tmp" not in names(folder) and "checkpoint-15" in names(folder)
+
+
+def test_old_checkpoints_go_by_number(tmp_path: Path) -> None:
+    for update in (5, 10, 95, 100):
+        save(tmp_path, update, keep=3)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-95"]
+    assert save(tmp_path, 105, keep=1) == tmp_path / "checkpoint-105"
+    assert names(tmp_path) == ["checkpoint-105"]
+
+
+def test_a_run_that_went_back_forgets_what_came_after(tmp_path: Path) -> None:
+    """Resumed from update 5 of 15: what it saves is neither pruned at once nor overshadowed by the old run's later state."""
+    for update in (5, 10, 15):
+        save(tmp_path, update, keep=3)
+    assert save(tmp_path, 7, keep=3).is_dir()
+    assert names(tmp_path) == ["checkpoint-5", "checkpoint-7"]
+    assert checkpoint.find(str(tmp_path), tmp_path).name == "checkpoint-7"
+
+
+def test_latest_is_the_newest_of_all_runs(tmp_path: Path) -> None:
+    for name, update, age in (("a", 50, 300), ("b", 5, 100), ("c", 90, 200)):
+        file = save(tmp_path / name, update) / "state.json"
+        os.utime(file, (time.time() - age,) * 2)
+    assert checkpoint.find("latest", tmp_path) == tmp_path / "b" / "checkpoint-5"
+    assert checkpoint.find(str(tmp_path / "c"), tmp_path) == tmp_path / "c" / "checkpoint-90"
+    with pytest.raises(ConfigError, match="no checkpoint under"):
+        checkpoint.find("latest", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = save(tmp_path, 5)
+    (folder / name).write_bytes((folder / name).read_bytes()[:20])
+    with pytest.raises(ConfigError, match=name) as caught:
+        checkpoint.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_reporter_drops_what_will_be_written_again(tmp_path: Path) -> None:
+    line = {"reward/red": 0.0, "lgmd": 0.0, "ratio_mean": 1.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"update": n, **line}) + "\n" for n in range(1, 5)) + '{"update": 5, "rew')
+    assert [entry["update"] for entry in read_metrics(path)] == [1, 2, 3, 4]
+    unasked = lambda: pytest.fail("nothing to draw was asked for")  # noqa: E731
+    reporter = Reporter(tmp_path, 10, 3, ["red"], unasked, unasked, Accelerator(cpu=True))
+    reporter.update({"update": 4, **line})
+    reporter.close()
+    assert [entry["update"] for entry in metrics(tmp_path)] == [1, 2, 3, 4]

@@ -1,0 +1,597 @@
+"""Updates on the tiny model: exact gradients, counted evaluations, equivalent settings, a reward that rises."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tmpo_trainer import tree
+from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.sd3 import SD3Backbone
+from tmpo_trainer.demo import build
+from tmpo_trainer.methods.base import evaluations
+from tmpo_trainer.settings import presets
+from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.training import checkpoint
+from tmpo_trainer.training.loop import Trainer
+from tmpo_trainer.training.prompt_batch import Clock, Group
+
+MakeTrainer = Callable[..., Trainer]
+Shake = Callable[..., None]
+SLOTS = [(0, "a red circle"), (1, "two blue squares")]
+
+
+class LatentScorer:
+    """Mean of a latent channel. Pictures are rounded to 8 bits, and a pixel that falls the other way moves a reward."""
+
+    name = "latent"
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Any = None) -> Tensor:
+        return torch.from_numpy(images[:, 0].mean((1, 2)))
+
+
+@pytest.fixture
+def exact(make_trainer: MakeTrainer) -> MakeTrainer:
+    """Trainers whose reward is a smooth function of the leaves, and whose gradients are not clipped."""
+
+    def make(**changes: Any) -> Trainer:
+        trainer = make_trainer(scorer=LatentScorer(), **{"max_grad_norm": 1e9, **changes})
+        trainer.backbone.decode = lambda latents, batch: latents.numpy()
+        return trainer
+
+    return make
+
+
+def gradient(trainer: Trainer) -> Tensor:
+    parts = []
+    for parameter in trainer.lora.values():
+        assert parameter.grad is not None
+        parts.append(parameter.grad.flatten())
+    return torch.cat(parts)
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.lora.values()])
+
+
+def off(value: Tensor, expected: Tensor) -> float:
+    """Relative distance of two vectors."""
+    return ((value - expected).norm() / expected.norm()).item()
+
+
+def plan_of(trainer: Trainer) -> tree.TreePlan:
+    return trainer.planner.plan(trainer.done)
+
+
+def make_group(trainer: Trainer, slots: list[tuple[int, str]] = SLOTS, update: int = 0) -> Group:
+    return Group(trainer, Clock(trainer.device), plan_of(trainer), update, slots)
+
+
+# -- the gradient --------------------------------------------------------------------------------------------------
+
+
+def naive_loss(trainer: Trainer, group: Group) -> Tensor:
+    """Algorithm 4 written out: every path of every prompt, one autograd graph, only rollout tensors reused."""
+    config, run = trainer.config, group.rollout
+    losses = []
+    for p, prompt in enumerate(group.prompts):
+        velocity = trainer.backbone.velocity([prompt], config.guidance)
+        log_probs, old, shifts, deltas, kls = [], [], [], [], []
+        for branch in run.branches:
+            x, old_mean, child = (
+                branch.x[p :: group.count],
+                branch.mean[p :: group.count],
+                branch.x_child[p :: group.count],
+            )
+            sigma, after, phi = branch.sigma, branch.sigma_next, config.eta * math.pi / 2
+            std = after * math.sin(phi)
+
+            def cps_mean(x=x, sigma=sigma, after=after, phi=phi, velocity=velocity) -> Tensor:
+                v = velocity(x, torch.full((len(x),), sigma))
+                return (1 - after) * (x - sigma * v) + after * math.cos(phi) * (x + (1 - sigma) * v)
+
+            mean = cps_mean()
+            with torch.no_grad(), trainer.reference():
+                reference = cps_mean()
+            for row, leaf in enumerate(child):
+                parent = row % len(x)
+                normal = torch.distributions.Normal(mean[parent], std)
+                log_probs.append(normal.log_prob(leaf).mean())
+                old.append(torch.distributions.Normal(old_mean[parent], std).log_prob(leaf).mean())
+                before = torch.distributions.Normal(reference[parent], std).log_prob(leaf)
+                deltas.append((normal.log_prob(leaf).double() - before.double()).sum().float())
+                shifts.append(((mean[parent] - old_mean[parent]) ** 2 / (2 * std**2)).mean())
+                kls.append(((mean[parent] - reference[parent]) ** 2 / (2 * std**2)).mean())
+        widths = [len(branch.x_child) // group.count for branch in run.branches]
+        rewards = group.rewards[p]
+        paths = [[sum(widths[:b]) + leaf % w for b, w in enumerate(widths)] for leaf in range(len(rewards))]
+        policy = [sum(deltas[e] if config.anchor == "ref" else log_probs[e] for e in path) for path in paths]
+        weight = config.anchor_weight if config.anchor == "ref" else 1.0
+        advantage = (
+            (config.beta(group.update) * rewards).log_softmax(0) - (weight * torch.stack(policy)).log_softmax(0)
+        ).detach()
+        log_ratio = [new - before + shift.detach() for new, before, shift in zip(log_probs, old, shifts, strict=True)]
+
+        def surrogate(log_ratio: Tensor, a: Tensor) -> Tensor:
+            rho = log_ratio.exp()
+            return torch.min(rho * a, rho.clamp(1 - config.clip, 1 + config.clip) * a)
+
+        if config.baseline == "siblings":
+            below = [
+                torch.stack([a for a, path in zip(advantage, paths, strict=True) if e in path]).mean()
+                for e in range(sum(widths))
+            ]
+            loss, first = torch.zeros(()), 0
+            for width in widths:
+                parents = width // config.branching
+                terms = []
+                for e in range(first, first + width):
+                    siblings = [below[first + c * parents + (e - first) % parents] for c in range(config.branching)]
+                    terms.append(surrogate(log_ratio[e], below[e] - torch.stack(siblings).mean()))
+                loss, first = loss - torch.stack(terms).mean(), first + width
+        else:
+            if config.baseline == "group":
+                advantage = advantage - advantage.mean()
+            per_path = [surrogate(sum(log_ratio[e] for e in path), a) for a, path in zip(advantage, paths, strict=True)]
+            loss = -torch.stack(per_path).mean()
+        losses.append(loss + config.kl_weight * torch.stack(kls).mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"baseline": "group", "guidance": 3.5},
+        {"baseline": "siblings"},
+        {"baseline": "siblings", "kl_weight": 0.5},
+        {"anchor": "ref", "anchor_weight": 0.1, "kl_weight": 0.5, "replay_batch": 5},
+    ],
+    ids=str,
+)
+def test_gradient_is_that_of_the_naive_loss(exact: MakeTrainer, shake: Shake, settings: dict[str, Any]) -> None:
+    """At the rollout's weights, and at others (where ratio, RatioNorm and clipping have something to do)."""
+    trainer = exact(**settings)
+    shake(trainer)
+    group = make_group(trainer)
+    for inner in range(2):
+        trainer.optimizer.zero_grad()
+        figures = group.backward(inner)
+        found = gradient(trainer)
+        loss = naive_loss(trainer, group)
+        expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.lora.values()))])
+        assert off(found, expected) < 1e-4
+        kl = trainer.config.kl_weight * sum(figures.get("kl_reference", [0.0])) / 2
+        assert sum(figures["loss"]) / 2 + kl == pytest.approx(loss.item(), rel=1e-3, abs=1e-6)
+        if inner == 0:
+            assert max(figures["ratio_max"]) == 1.0
+            trainer.optimizer.step()
+            shake(trainer, 0.02)
+        else:
+            assert max(figures["ratio_max"]) > 1.001
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize("kernel", ["cps", "flow_sde", "dance"])
+def test_replay_at_unchanged_weights_gives_ratio_1(
+    make_trainer: MakeTrainer, shake: Shake, kernel: str, guidance: float
+) -> None:
+    trainer = make_trainer(kernel=kernel, guidance=guidance, replay_batch=7)
+    shake(trainer)
+    for _ in range(2):
+        assert trainer.update()["replay_ratio_error"] < 1e-4
+    group = make_group(trainer)
+    shake(trainer, 0.1)
+    assert max(group.backward(0)["replay_ratio_error"]) > 1e-4
+
+
+def test_second_inner_update_has_another_ratio(make_trainer: MakeTrainer) -> None:
+    once, twice = (make_trainer(inner_updates=n, learning_rate=1e-2, max_grad_norm=1e9) for n in (1, 2))
+    first, second = once.update(), twice.update()
+    assert first["ratio_mean"] == first["ratio_max"] == 1.0
+    assert second["ratio_max"] > 1.0001
+    assert once.done == twice.done == 1
+    assert off(weights(once), weights(twice)) > 1e-4
+
+
+# -- settings that must not matter ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prompts_per_batch": 4},
+        {"prompts_per_batch": 3},
+        {"max_batch": 7},
+        {"replay_batch": 5},
+        {"prompts_per_batch": 4, "max_batch": 9, "replay_batch": 6},
+        {"prompts_per_batch": 2, "guidance": 3.5, "kl_weight": 0.5, "anchor": "ref", "anchor_weight": 0.1},
+    ],
+    ids=str,
+)
+def test_batching_does_not_change_an_update(exact: MakeTrainer, shake: Shake, settings: dict[str, Any]) -> None:
+    chunking = ("prompts_per_batch", "max_batch", "replay_batch")
+    plain = exact(prompts_per_update=4, **{k: v for k, v in settings.items() if k not in chunking})
+    chunked = exact(prompts_per_update=4, **settings)
+    figures = []
+    for trainer in (plain, chunked):
+        shake(trainer)
+        figures.append(trainer.update())
+    assert off(gradient(chunked), gradient(plain)) < 1e-5
+    assert off(weights(chunked), weights(plain)) < 1e-5
+    for name, value in figures[0].items():
+        if name not in ("seconds", "replay_ratio_error"):
+            assert figures[1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+def test_gradient_is_the_mean_over_prompts_in_any_order(exact: MakeTrainer, shake: Shake) -> None:
+    trainer = exact(prompts_per_update=4)
+    shake(trainer)
+    start = copy.deepcopy(trainer.lora)
+    metrics = trainer.update()
+    expected = gradient(trainer).clone()
+    with torch.no_grad():
+        for name, parameter in trainer.lora.items():
+            parameter.copy_(start[name])
+    trainer.optimizer.zero_grad()
+    prompts, rewards = trained_prompts(trainer, 0), []
+    for slot in (2, 0, 3, 1):
+        group = make_group(trainer, [(slot, prompts[slot])])
+        group.backward(0)
+        rewards += group.figures["reward/latent"]
+    assert off(gradient(trainer), expected) < 1e-5
+    assert metrics["reward/latent"] == pytest.approx(sum(rewards) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("inner_updates", [1, 2])
+def test_gradients_of_earlier_updates_are_gone(exact: MakeTrainer, inner_updates: int) -> None:
+    """The gradient left by the last of several optimiser steps is that of the same weights and rollout on their own."""
+    trainer = exact(inner_updates=inner_updates, branching=2)
+    trainer.update()
+    alone = exact(inner_updates=inner_updates, branching=2)
+    with torch.no_grad():
+        for name, parameter in alone.lora.items():
+            parameter.copy_(trainer.lora[name])
+    groups = [make_group(alone, [slot], update=1) for slot in enumerate(trained_prompts(alone, 1))]
+    before_last: list[Tensor] = []
+    step = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (before_last.append(weights(trainer)), step())  # pyright: ignore
+    trainer.update()
+    torch.nn.utils.vector_to_parameters(before_last[-1], alone.lora.values())
+    for group in groups:
+        group.backward(inner_updates - 1)
+    assert len(before_last) == inner_updates
+    assert off(gradient(trainer), gradient(alone)) < 1e-5
+
+
+def trained_prompts(trainer: Trainer, update: int) -> list[str]:
+    from tmpo_trainer.prompts.lists import prompt_index
+
+    count, total = trainer.config.prompts_per_update, len(trainer.prompts)
+    return [trainer.prompts[prompt_index(update * count + slot, total, trainer.config.seed)] for slot in range(count)]
+
+
+def test_noise_belongs_to_slot_update_and_seed(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    both = make_group(trainer).rollout
+    for p, slot in enumerate(SLOTS):
+        alone = make_group(trainer, [slot]).rollout
+        torch.testing.assert_close(both.leaves[p::2], alone.leaves, atol=1e-5, rtol=1e-5)
+        for branch, other in zip(both.branches, alone.branches, strict=True):
+            torch.testing.assert_close(branch.x_child[p::2], other.x_child, atol=1e-5, rtol=1e-5)
+    prompt = "a red circle"
+    first = make_group(trainer, [(0, prompt)]).rollout.leaves
+    for other in (
+        make_group(trainer, [(1, prompt)]),
+        make_group(trainer, [(0, prompt)], update=1),
+        make_group(make_trainer(seed=1), [(0, prompt)]),
+    ):
+        assert (other.rollout.leaves - first).abs().flatten(1).amax(1).min() > 0.1
+    torch.testing.assert_close(make_group(trainer, [(0, prompt)]).rollout.leaves, first, atol=0, rtol=0)
+
+
+def test_rewards_reach_their_own_prompt_and_leaf(make_trainer: MakeTrainer) -> None:
+    """A reward that is the picture's mean: recomputed leaf by leaf."""
+    trainer = make_trainer(reward_norm="none")
+    group = make_group(trainer)
+    for p, (slot, prompt) in enumerate(SLOTS):
+        alone = make_group(trainer, [(slot, prompt)])
+        pictures = trainer.backbone.decode(alone.rollout.leaves, 64)
+        torch.testing.assert_close(
+            group.rewards[p], trainer.scorers[0].score(pictures, [prompt] * 27), atol=1e-4, rtol=0
+        )
+    assert (group.rewards[0] - group.rewards[1]).abs().max() > 1e-3
+
+
+# -- evaluations ---------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Counts the rows that pass through a transformer: rollout and other no-grad passes, replay, reference."""
+
+    def __init__(self, backbone: SD3Backbone):
+        self.no_grad = self.grad = self.reference = self.largest = 0
+        self.adapter = next(part for part in backbone.transformer.modules() if hasattr(part, "lora_A"))
+        backbone.transformer.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        rows = len(kwargs["hidden_states"])
+        self.largest = max(self.largest, rows)
+        if self.adapter.disable_adapters:
+            self.reference += rows
+        elif torch.is_grad_enabled():
+            self.grad += rows
+        else:
+            self.no_grad += rows
+
+
+@pytest.mark.parametrize(
+    ("settings", "rollout", "replay", "reference"),
+    [
+        ({}, 96, 12, 0),
+        ({"branch_early": (1, 3, 4), "branch_late": (1, 3, 4)}, 72, 12, 0),
+        ({"branch_early": (2, 3, 4), "branch_late": (2, 3, 4)}, 68, 13, 0),
+        ({"branching": 2}, 32, 6, 0),
+        ({"guidance": 3.5}, 192, 24, 0),
+        ({"anchor": "ref"}, 96, 12, 12),
+        ({"kl_weight": 0.1}, 96, 12, 12),
+        ({"kl_weight": 0.1, "anchor": "ref", "guidance": 2.0}, 192, 24, 24),
+        ({"inner_updates": 2}, 96 + 12, 24, 0),
+        ({"inner_updates": 2, "anchor": "ref"}, 96 + 12, 24, 12),
+    ],
+    ids=str,
+)
+def test_evaluations_per_prompt(
+    make_trainer: MakeTrainer, settings: dict[str, Any], rollout: int, replay: int, reference: int
+) -> None:
+    for prompts_per_batch in (1, 2):
+        trainer = make_trainer(prompts_per_batch=prompts_per_batch, **settings)
+        rows = Rows(trainer.backbone)
+        metrics = trainer.update()
+        assert (rows.no_grad, rows.grad, rows.reference) == (2 * rollout, 2 * replay, 2 * reference)
+        phases = {name: metrics.get(f"evaluations/{name}", 0) for name in ("rollout", "reference", "ratio", "replay")}
+        guided = 2 if settings.get("guidance", 1) > 1 else 1
+        # Latents: guidance evaluates each twice.
+        assert phases == evaluations(trainer.config, trainer.planner.plan(0))
+        assert guided * (phases["rollout"] + phases["ratio"]) == rollout and guided * phases["replay"] == replay
+        assert guided * phases["reference"] == reference
+
+
+def test_batches_stay_within_their_limits(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(prompts_per_batch=2, max_batch=7, replay_batch=5, kl_weight=0.1)
+    rows = Rows(trainer.backbone)
+    trainer.update()
+    assert rows.largest == 6
+
+
+# -- objectives and schedules --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"anchor": "ref", "anchor_weight": 0.04}, {"kl_weight": 0.1}], ids=str)
+def test_anchor_and_kl_are_finite(make_trainer: MakeTrainer, settings: dict[str, Any]) -> None:
+    trainer = make_trainer(learning_rate=1e-2, **settings)
+    first, second = trainer.update(), trainer.update()
+    for metrics in (first, second):
+        assert all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
+    if "kl_weight" in settings:
+        assert first["kl_reference"] == pytest.approx(0, abs=1e-9) and second["kl_reference"] > 1e-9
+    assert torch.isfinite(weights(trainer)).all()
+
+
+def test_reference_and_averaged_put_everything_back(make_trainer: MakeTrainer, shake: Shake) -> None:
+    trainer = make_trainer(ema_every=100)
+    x, sigma = torch.randn(2, 16, 4, 4), torch.tensor([0.5, 0.5])
+    velocity = trainer.backbone.velocity(["a red circle"], 1.0)
+    with torch.no_grad():
+        base = velocity(x, sigma)
+        shake(trainer)
+        trained = velocity(x, sigma)
+        assert (trained - base).abs().max() > 1e-3
+        with trainer.reference():
+            assert torch.equal(velocity(x, sigma), base)
+        # The average is still the initial LoRA, which is zero.
+        with trainer.averaged():
+            torch.testing.assert_close(velocity(x, sigma), base)
+        assert torch.equal(velocity(x, sigma), trained)
+        with pytest.raises(RuntimeError, match="boom"), trainer.averaged():
+            raise RuntimeError("boom")
+        assert torch.equal(velocity(x, sigma), trained)
+
+
+def test_ema(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(ema_decay=0.8, ema_every=2, branching=2, learning_rate=1e-2)
+    expected = {name: value.detach().clone() for name, value in trainer.lora.items()}
+    for update in range(1, 6):
+        trainer.update()
+        if update % 2 == 0:
+            expected = {n: 0.8 * value + 0.2 * trainer.lora[n].detach() for n, value in expected.items()}
+        for name, value in expected.items():
+            torch.testing.assert_close(trainer.ema[name], value)
+    assert off(torch.cat([v.flatten() for v in trainer.ema.values()]), weights(trainer)) > 1e-3
+
+
+def test_learning_rate_is_a_cosine(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(updates=4, learning_rate=1e-3, lr_min_ratio=0.1, branching=2)
+    expected = [1e-3, 1e-3 * (0.55 + 0.45 * math.sqrt(0.5)), 0.55e-3, 1e-3 * (0.55 - 0.45 * math.sqrt(0.5))]
+    for value in expected:
+        assert trainer.update()["learning_rate"] == pytest.approx(value)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(value)
+    assert trainer.learning_rate(4) == pytest.approx(1e-4)
+
+
+def test_gradient_is_clipped(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_grad_norm=1e-3, branching=2)
+    metrics = trainer.update()
+    assert metrics["grad_norm"] > 1e-3
+    assert gradient(trainer).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_late_branch_steps_are_refused(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ConfigError, match=r"branch_late \[1, 3, 5\]: step 5 of 6 ends at sigma 0.0089"):
+        make_trainer(branch_late=(1, 3, 5))
+
+
+def test_a_latent_that_is_no_number_stops_the_update(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(branching=2)
+    trainer.update()
+    with torch.no_grad():
+        next(iter(trainer.lora.values())).fill_(math.nan)
+    before = {name: value.clone() for name, value in trainer.ema.items()}
+    with pytest.raises(ValueError, match=r"non-finite latent in the rollout of update 2, prompts \['"):
+        trainer.update()
+    assert trainer.done == 1 and all(torch.equal(before[n], v) for n, v in trainer.ema.items())
+
+
+@pytest.mark.parametrize("inner", [0, 1])
+def test_half_an_update_is_not_saved(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inner: int
+) -> None:
+    """A failure before the first optimiser step of update 2 leaves update 1 whole; one between two steps does not."""
+    trainer = make_trainer(inner_updates=2, branching=2, sample_every=0)
+    original = Group.backward
+
+    def failing(group: Group, turn: int) -> Any:
+        if group.update == 1 and turn == inner:
+            raise ValueError("boom")
+        return original(group, turn)
+
+    class Silent:
+        def update(self, metrics: dict[str, Any]) -> None:
+            pass
+
+    monkeypatch.setattr(Group, "backward", failing)
+    with pytest.raises(ValueError, match="boom"):
+        trainer.train(Silent())  # pyright: ignore[reportArgumentType]
+    assert trainer.done == 1
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == (["checkpoint-1"] if inner == 0 else [])
+
+
+# -- learning ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_rises(make_trainer: MakeTrainer) -> None:
+    """Against a run that cannot learn, on the same noise, prompts and branch steps."""
+    settings = {
+        "updates": 30, "prompts_per_update": 4, "prompts_per_batch": 4, "baseline": "siblings", "max_grad_norm": 1.0
+    }  # fmt: skip
+    rewards = {}
+    for rate in (0.0, 1e-2):
+        trainer = make_trainer(learning_rate=rate, **settings)
+        start = weights(trainer)
+        rewards[rate] = torch.tensor([trainer.update()["reward/red"] for _ in range(30)])
+        if rate == 0:
+            assert torch.equal(weights(trainer), start)
+            for parameter_name, parameter in trainer.lora.items():
+                if ".lora_B." in parameter_name:
+                    assert not parameter.any()
+            group = make_group(trainer)
+            with trainer.reference():
+                assert torch.equal(make_group(trainer).rollout.leaves, group.rollout.leaves)
+    gain = rewards[1e-2] - rewards[0.0]
+    assert gain[0] == 0
+    assert gain[-5:].mean() > 5 * rewards[0.0].std()
+    assert gain[-5:].min() > gain[1:6].max()
+
+
+# -- overhead ------------------------------------------------------------------------------------------------------
+
+
+def test_overhead_of_an_update(red_scorer: Any, tmp_path: Path) -> None:
+    """At the demo model's size and settings all but a tenth of the time is spent in the network, the VAE and the reward."""
+    torch.manual_seed(0)
+    tokenizer = build.make_tokenizer()
+    encoders = [build.make_text_encoder(tokenizer) for _ in range(2)]
+    model = build.TextToVelocity(encoders, build.make_transformer())
+    build.assemble(build.make_vae(), tokenizer, model).save_pretrained(tmp_path / "model")
+    backbone = load_backbone(str(tmp_path / "model"), torch.float32, torch.device("cpu"), 0)
+    config = TrainConfig(**presets.preset("demo"))
+    trainer = Trainer(config, tmp_path, backbone, [red_scorer], ["a red circle", "two blue squares"])
+    seconds = [trainer.update()["seconds"] for _ in range(3)]
+    assert {"rollout", "reference", "replay", "decode", "reward", "other", "total"} == set(seconds[0])
+    assert sum(s["other"] for s in seconds) < 0.1 * sum(s["total"] for s in seconds)
+    for s in seconds:
+        assert s["total"] == pytest.approx(sum(v for k, v in s.items() if k != "total"))
+
+
+def memory_for(rows: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> list[int]:
+    """Makes the trainer's network run out of memory with gradient and more than `rows` rows, from call `after` on.
+
+    Returns the sizes tried.
+    """
+    tried: list[int] = []
+    original = trainer.backbone.velocity
+
+    def velocity(prompts: Sequence[str], guidance: float) -> tree.Velocity:
+        network = original(prompts, guidance)
+
+        def limited(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                tried.append(len(x))
+                if len(x) > rows and len(tried) > after:
+                    raise torch.OutOfMemoryError("made up")
+            return network(x, sigma)
+
+        return limited
+
+    monkeypatch.setattr(trainer.backbone, "velocity", velocity)
+    return tried
+
+
+def test_out_of_memory_halves_the_replay_and_changes_nothing_else(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, short = make_trainer(), make_trainer()
+    tried = memory_for(3, short, monkeypatch)
+    expected, got = plain.update(), short.update()
+    # 12 parents a prompt: one call of 12, then of 6, then of 3.
+    assert tried == [12, 6, *[3] * 8] and short.replay_batch == 3
+    for name, parameter in plain.lora.items():
+        assert parameter.grad is not None and short.lora[name].grad is not None
+        torch.testing.assert_close(short.lora[name].grad, parameter.grad, atol=1e-7, rtol=1e-4)
+    assert got["loss"] == expected["loss"]
+    assert got["evaluations/replay"] == expected["evaluations/replay"]
+    told = capsys.readouterr().err
+    assert "12 latents in a replay call: 6 from now on" in told and "3 from now on (--replay-batch 3" in told
+    tried.clear()
+    short.update()
+    assert tried == [3] * 8
+
+
+def test_out_of_memory_half_way_begins_the_gradient_again(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was accumulated before must not count twice."""
+    plain, short = make_trainer(), make_trainer(replay_batch=6)
+    tried = memory_for(3, short, monkeypatch, after=3)
+    plain.update(), short.update()
+    assert tried == [6, 6, 6, 6, *[3] * 8]
+    for name, parameter in plain.lora.items():
+        assert parameter.grad is not None and short.lora[name].grad is not None
+        torch.testing.assert_close(short.lora[name].grad, parameter.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_out_of_memory_with_a_single_latent_says_what_helps(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    memory_for(0, trainer, monkeypatch)
+    with pytest.raises(RuntimeError, match="even with 1 latents at a time: try --gradient-checkpointing"):
+        trainer.update()
+
+
+def test_gradient_checkpointing_is_the_same_gradient(make_trainer: Callable[..., Trainer]) -> None:
+    plain, sparing = make_trainer(), make_trainer(gradient_checkpointing=True)
+    assert sparing.backbone.transformer.is_gradient_checkpointing
+    plain.update(), sparing.update()
+    for name, parameter in plain.lora.items():
+        assert parameter.grad is not None and sparing.lora[name].grad is not None
+        torch.testing.assert_close(sparing.lora[name].grad, parameter.grad, atol=1e-8, rtol=1e-5)

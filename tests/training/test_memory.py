@@ -1,0 +1,154 @@
+"""The memory estimate against what a real run of the same network allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tmpo_trainer import tree
+from tmpo_trainer.backbones import load_skeleton
+from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.commands import main
+from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.training import memory
+
+TOKENS = 12
+PLAN = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
+
+
+def settings(**changes: Any) -> TrainConfig:
+    given: dict[str, Any] = {
+        "resolution": (64, 64), "max_sequence_length": TOKENS, "lora_rank": 4, "lora_alpha": 8, "guidance": 3.5,
+        "replay_batch": 6, "max_batch": 9, "decode_batch": 5,
+    }  # fmt: skip
+    return TrainConfig(**given | changes)
+
+
+def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
+    skeleton = load_skeleton(str(folder), torch.float32, TOKENS)
+    skeleton.split_guidance = config.split_guidance
+    return memory.estimate(skeleton, config, [PLAN], skeleton.text_tokens(folder, TOKENS), 0)
+
+
+def part(phases: dict[str, dict[str, int]], phase: str, name: str) -> int:
+    (parts,) = (parts for title, parts in phases.items() if title.startswith(phase))
+    return parts[name]
+
+
+@pytest.fixture(params=["flux", "sd35"])
+def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path) -> Path:
+    return tiny_flux(True) if request.param == "flux" else tiny_sd35
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_fake_tensors_count_what_real_ones_take(
+    model: Path, make_trainer: Callable[..., Any], checkpointing: bool, split: bool
+) -> None:
+    config = settings(gradient_checkpointing=checkpointing, split_guidance=split)
+    phases = estimate(model, config)
+    trainer = make_trainer(folder=model, **config.model_dump(exclude_unset=True))
+    backbone: Backbone = trainer.backbone
+    backbone.split_guidance = split
+    network = backbone.velocity(["a red circle"], config.guidance)
+    x, sigma = torch.randn(6, *trainer.latent_shape), torch.full((6,), 0.5)
+
+    def replay() -> None:
+        network(x + 0, sigma + 0).sum().backward()
+
+    real = memory._peak(backbone.transformer, replay, gradient=True)
+    assert part(phases, "replay, 6", "forward and backward") == pytest.approx(real, rel=0.02)
+    latents = torch.randn(5, *trainer.latent_shape)
+    vae = backbone.pipeline.vae
+    real = memory._peak(vae, lambda: vae.decode(latents + 0), gradient=False)
+    assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
+    weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
+    assert part(phases, "rollout, 9", "transformer") == weights
+    lora = sum(p.numel() for p in trainer.lora.values()) * 4
+    # Weights, gradient, two moments, average.
+    assert part(phases, "rollout, 9", "LoRA, optimiser, average") == 5 * lora
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"kl_weight": 0.1, "prompts_per_batch": 2}])
+def test_a_whole_update_takes_what_the_phases_say(
+    model: Path, make_trainer: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    """The second one, with gradients and moments there, and more than one call per phase."""
+    config = settings(branch_late=(1, 2, 3), kappa=1e9, prompts_per_update=2, **changes)
+    phases = estimate(model, config)
+    trainer = make_trainer(folder=model, **config.model_dump(exclude_unset=True))
+    trainer.update()
+    with memory.Peak() as peak:
+        for module in (trainer.backbone.transformer, trainer.backbone.pipeline.vae):
+            peak.ignore(module)
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        peak.ignore_tensors([*moments, *trainer.ema.values()])
+        trainer.update()
+    known = ("transformer", "VAE", "LoRA, optimiser, average")
+    during = [parts for title, parts in phases.items() if not title.startswith(("sample", "optimiser"))]
+    most = max(sum(size for name, size in parts.items() if name not in known) for parts in during)
+    # Pictures are on the host with a GPU; here they are counted, whole and in parts.
+    pictures = 27 * config.prompts_per_batch * 64 * 64 * 3
+    assert 0.75 * most < peak.peak < 1.15 * most + 2 * pictures
+
+
+def test_a_batch_is_of_whole_prompts(tiny_sd35: Path) -> None:
+    """27 and 5 do not divide into two prompts: the run takes 26 and 4, and so does the estimate."""
+    changes = {"prompts_per_update": 2, "prompts_per_batch": 2, "max_batch": 27, "replay_batch": 5}
+    phases = estimate(tiny_sd35, settings(**changes))
+    assert any(title.startswith("rollout, 26 ") for title in phases)
+    assert any(title.startswith("replay, 4 ") for title in phases)
+
+
+def test_what_saves_memory_is_seen_to(tiny_sd35: Path) -> None:
+    def replay(**changes: Any) -> int:
+        return part(estimate(tiny_sd35, settings(**changes)), "replay", "forward and backward")
+
+    plain = replay()
+    assert replay(gradient_checkpointing=True) < 0.8 * plain
+    assert replay(replay_batch=3) < 0.7 * plain
+    assert replay(guidance=1.0) < 0.7 * plain
+    assert replay(split_guidance=True, gradient_checkpointing=True) < replay(gradient_checkpointing=True)
+
+    def weights(quantize: str) -> int:
+        return part(estimate(tiny_sd35, settings(quantize=quantize)), "replay", "transformer")
+
+    # From 32 bits to 4, of all that is in linear layers.
+    assert weights("nf4") < 0.25 * weights("none")
+
+
+def test_no_tensor_is_counted_twice_and_none_for_ever() -> None:
+    with memory.Peak() as peak:
+        x = torch.ones(1000)
+        y = x.view(10, 100).t()
+        assert peak.now == 4000
+        z = y + 1
+        assert peak.now == 8000
+        del z
+        assert peak.now == 4000 and peak.peak == 8000
+
+
+@pytest.mark.parametrize("kind", ["flux", "demo"])
+def test_dry_run_loads_nothing(
+    kind: str,
+    tiny_flux: Callable[[bool], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def heavy(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(Backbone, "load", heavy)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    more = [] if kind == "demo" else ["--model", str(tiny_flux(True)), "--resolution", "64", "64"]
+    assert main.main(["--dry-run", *more]) == 0
+    out = capsys.readouterr().out
+    assert ("text encoding: " in out) == (kind == "flux")
+    for phase in ("rollout, ", "decoding, ", "replay, ", "optimiser: "):
+        assert out.count(f"\n  {phase}") == 1
+    assert not list(tmp_path.iterdir())

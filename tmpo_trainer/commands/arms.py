@@ -1,0 +1,154 @@
+"""The arms of a comparison: their settings and budgets."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from ..evaluation import comparison as compare_report
+from ..files import read_metrics, write_text
+from ..methods.base import Planner, cost, evaluations
+from ..settings.config import TrainConfig, to_yaml
+from ..settings.errors import ConfigError
+from ..settings.presets import make_config
+from . import loading
+from .children import Training
+
+#: What arms must share to be comparable.
+SHARED = (
+    "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "reward_models", "pickscore_scale", "prompts",
+    "eval_prompts", "eval_images", "eval_limit", "eval_steps", "features", "guidance", "resolution", "max_sequence_length",
+)  # fmt: skip
+
+#: Set by the comparison for every run. Final weights: an average over updates would lag behind the more, the fewer they are.
+FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every": 1, "ema_decay": 0.0}
+
+#: Settings that hold a path.
+PATHS = ("prompts", "eval_prompts", "transformer", "init_lora", "text_cache")
+
+#: Updates of a trial run, of which the first is not counted.
+TRIAL = 4
+
+#: Updates of a run, at most.
+MOST = 1 << 20
+
+
+@dataclass
+class Arm:
+    """What is compared: a name, and the settings of its runs by seed."""
+
+    name: str
+    runs: dict[int, TrainConfig] = field(default_factory=dict)
+
+    @property
+    def first(self) -> TrainConfig:
+        return next(iter(self.runs.values()))
+
+
+def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
+    """The most updates whose network evaluations (`methods.cost`, of one process) stay within a budget; at least 1."""
+
+    def total(updates: int) -> float:
+        planner = Planner(config.model_copy(update={"updates": updates}), sigmas)
+        return config.prompts_per_update * sum(
+            cost(evaluations(config, planner.plan(update))) for update in range(updates)
+        )
+
+    low, high = 1, 2
+    while total(high) <= budget and high < MOST:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(middle) <= budget else (low, middle)
+    return low
+
+
+def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], training: Training) -> dict[str, int]:
+    """Updates of each arm: as its settings say, or the most that a budget allows with every seed.
+
+    Args:
+        budget: empty, {"evaluations": N} or {"seconds": S}; seconds are of training: a trial run of each arm tells how many
+            evaluations it does in one.
+
+    Raises:
+        ConfigError: settings that cannot be trained.
+    """
+    updates: dict[str, int] = {}
+    for arm in arms:
+        config = arm.first
+        loading.need_gpu(config)
+        _, _, skeleton = loading.check(config, loading.choose_device(config.device))
+        # For the measurement, which comes after hours of training.
+        loading.check_features(config.features)
+        importlib.import_module("matplotlib")
+        evaluations = budget.get("evaluations")
+        if "seconds" in budget:
+            trial = folder / "trials" / arm.name
+            text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
+            settings = trial / "settings.yaml"
+            done = settings.exists() and settings.read_text(encoding="utf-8") == text
+            if not done or len(read_metrics(trial / "metrics.jsonl")) < TRIAL:
+                shutil.rmtree(trial, ignore_errors=True)
+                trial.mkdir(parents=True)
+                write_text(settings, text)
+                if training.start(["--config", str(settings)], trial / "log.txt"):
+                    raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
+            run = compare_report.Measured(None, read_metrics(trial / "metrics.jsonl"), config.prompts_per_update)
+            speed = (run.spent[-1] - run.spent[0]) / (run.seconds[-1] - run.seconds[0])
+            evaluations = budget["seconds"] * speed
+        if evaluations is None:
+            updates[arm.name] = config.updates
+        else:
+            sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
+            updates[arm.name] = min(updates_within(run, sigmas, evaluations) for run in arm.runs.values())
+    return updates
+
+
+def make_arms(
+    named: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], layers: Any, folder: Path, budget: Mapping[str, float]
+) -> list[Arm]:
+    """The arms with the settings of every run.
+
+    Args:
+        named: {name: its own settings}. layers: settings -> layers of settings for `make_config`, presets included.
+
+    Raises:
+        ConfigError: settings that do not go together, or arms that could not be compared.
+    """
+    arms = []
+    for name, settings in named.items():
+        arm = Arm(name)
+        for key in settings:
+            if key in FIXED or key in ("seed", "output_dir") or (budget and key == "updates"):
+                raise ConfigError(f"arm {name}: {key} is set by the comparison: leave it out")
+        for seed in seeds:
+            own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
+            config = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
+            # Whoever goes on with it may stand elsewhere.
+            given = {key: getattr(config, key) for key in PATHS if getattr(config, key) is not None}
+            changes: dict[str, Any] = {key: path.absolute() for key, path in given.items()}
+            if Path(config.model).is_dir():
+                changes["model"] = str(Path(config.model).absolute())
+            arm.runs[seed] = config.model_copy(update=changes)
+        arms.append(arm)
+    for arm in arms[1:]:
+        for key in SHARED:
+            one, other = getattr(arms[0].first, key), getattr(arm.first, key)
+            if one != other:
+                raise ConfigError(
+                    f"{key} differs between {arms[0].name} ({one}) and {arm.name} ({other}): all need the same"
+                )
+    return arms
+
+
+def _describe(arm: Arm) -> dict[str, Any]:
+    """An arm's settings as plain values, without what may differ between its runs or from one start to the next."""
+    apart = ("seed", "output_dir", "threads", "device")
+    return {key: value for key, value in yaml.safe_load(to_yaml(arm.first)).items() if key not in apart}

@@ -1,0 +1,123 @@
+"""Training runs as processes of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from ..lora import export
+from ..settings.presets import read_yaml
+from ..training.checkpoint import checkpoints
+
+
+class Training:
+    """Runs training commands as processes of their own, several at a time; a signal is passed on to them.
+
+    Args:
+        launch: `ddp` or `fsdp2` to start each by `launch`, over all GPUs of the machine.
+    """
+
+    def __init__(self, jobs: int, launch: str | None):
+        self.jobs, self.command = jobs, [sys.executable, "-m", "tmpo_trainer", *(["launch", launch] if launch else [])]
+        self.stopped: int | None = None
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+
+    def run(self, runs: Sequence[tuple[Path, Path]], bar: tqdm[Any]) -> list[Path]:
+        """Trains what is missing of (settings file, run folder). Returns the folders that failed; see their `log.txt`."""
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+        handlers = {number: signal.signal(number, self._stop) for number in numbers}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                done = list(pool.map(lambda run: self._one(run[0], run[1], bar), runs))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return [folder for (_, folder), ok in zip(runs, done, strict=True) if not ok]
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = number
+        with self._lock:
+            for process in self._running:
+                if os.name == "nt":
+                    process.terminate()
+                else:
+                    # With a launcher the workers, too, are to save.
+                    os.killpg(process.pid, signal.SIGTERM)
+
+    def _one(self, settings: Path, folder: Path, bar: tqdm[Any]) -> bool:
+        """Trains one run, or goes on with it. False if it failed or is not ours to touch; then a line says why."""
+        if self.stopped:
+            return False
+        with settings.with_suffix(".lock").open("w") as lock:
+            if not _locked(lock):
+                bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
+                return False
+            known = folder / "config.yaml"
+            if known.exists() and _comparable(read_yaml(known)) != _comparable(read_yaml(settings)):
+                bar.write(f"tmpo_trainer: {folder} holds a run with other settings: move it away", file=sys.stderr)
+                return False
+            if (folder / export.FILE_NAME).exists():
+                bar.update()
+                return True
+            if checkpoints(folder):
+                asked = read_yaml(settings)
+                flags = ["--resume", str(folder), "--device", str(asked["device"]), "--threads", str(asked["threads"])]
+            else:
+                for path in folder.glob("*"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                flags = ["--config", str(settings)]
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.start(flags, folder / "log.txt", lock) != 0:
+                return False
+            bar.update()
+            return True
+
+    def start(self, flags: Sequence[str], log: Path, lock: IO[str] | None = None) -> int:
+        """Runs training to its end. A lock is held as long as it or anything it started lives, whatever becomes of us."""
+        with log.open("ab") as out:
+            with self._lock:
+                if self.stopped:
+                    return 130
+                # In a session of its own: the terminal's Ctrl-C would reach it beside ours.
+                process = subprocess.Popen(
+                    [*self.command, *flags],
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=() if lock is None or os.name == "nt" else (lock.fileno(),),
+                )
+                self._running.add(process)
+            code = process.wait()
+            with self._lock:
+                self._running.discard(process)
+        return code
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether a lock file is ours now. Where there are no such locks, it always is."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in ("threads", "device", "output_dir")}

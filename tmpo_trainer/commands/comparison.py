@@ -1,0 +1,131 @@
+"""`compare`: methods trained from one base with the same prompts and budget, and measured on the same held-out prompts.
+
+Everything is kept in one folder, and what is there is not done again: after a kill the same command goes on with what is
+missing, and arms or seeds can be added.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from ..evaluation import comparison as compare_report
+from ..evaluation import held_out
+from ..files import read_metrics, write_text
+from ..lora import export
+from ..lora.attach import attach
+from ..settings.config import to_yaml
+from ..settings.errors import ConfigError
+from ..settings.presets import read_yaml
+from . import loading
+from .arms import Arm, _describe, plan
+from .children import Training
+
+
+def compare(
+    arms: Sequence[Arm], folder: Path, budget: Mapping[str, float], jobs: int, launch: str | None, evaluation_seed: int
+) -> int:
+    """Trains and measures what is missing and writes the report. Returns the exit code, 130 if interrupted.
+
+    Raises:
+        ConfigError: the folder holds another comparison, or settings that cannot be trained.
+    """
+    stored = folder / "compare.yaml"
+    known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
+    if not {"budget", "arms"} <= known.keys():
+        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
+    if known["budget"] != dict(budget):
+        raise ConfigError(
+            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
+        )
+    settings = {arm.name: _describe(arm) for arm in arms}
+    for name, own in settings.items():
+        before = known["arms"].get(name, {}).get("settings", own)
+        for key in own:
+            if own[key] != before.get(key):
+                raise ConfigError(
+                    f"{stored}: arm {name} has {key} {before.get(key)}, not {own[key]}: give another name or --output-dir"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    training = Training(jobs, launch)
+    for name, updates in plan(folder, [a for a in arms if a.name not in known["arms"]], budget, training).items():
+        known["arms"][name] = {"updates": updates, "settings": settings[name]}
+    write_text(stored, yaml.safe_dump(known, sort_keys=False))
+    runs = []
+    (folder / "settings").mkdir(exist_ok=True)
+    for arm in arms:
+        for seed, config in arm.runs.items():
+            arm.runs[seed] = config = config.model_copy(update={"updates": known["arms"][arm.name]["updates"]})
+            assert config.output_dir is not None
+            file = folder / "settings" / f"{config.output_dir.name}.yaml"
+            write_text(file, to_yaml(config))
+            runs.append((file, config.output_dir))
+    # Seed by seed, so that a first picture of all arms is there early.
+    runs = [runs[a * len(arms[0].runs) + s] for s in range(len(arms[0].runs)) for a in range(len(arms))]
+    with tqdm(total=len(runs), unit="run", desc="training", dynamic_ncols=True) as bar:
+        failed = training.run(runs, bar)
+    if training.stopped:
+        print(f"tmpo_trainer: stopped; the same command goes on with what is missing in {folder}", file=sys.stderr)
+        return 130
+    for path in failed:
+        print(f"tmpo_trainer: {path.name} failed, see {path / 'log.txt'}", file=sys.stderr)
+    lost = {path.name for path in failed}
+    measured = measure(arms, folder, evaluation_seed, lost)
+    if any(measured[arm.name] for arm in arms):
+        compare_report.write(folder, measured, budget, sorted(lost))
+    return 1 if lost else 0
+
+
+def measure(
+    arms: Sequence[Arm], folder: Path, seed: int, without: set[str]
+) -> dict[str, list[compare_report.Measured]]:
+    """{arm: what its runs came to}, the base as a run of its own. The same noise for all.
+
+    Args:
+        without: names of the runs that failed; one that cannot be measured is added.
+    """
+    config = arms[0].first.model_copy(update={"seed": seed})
+    device = loading.choose_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loading.quiet()
+    heldout = loading.heldout_prompts(config)
+    backbone = loading.load_model(config, device, heldout.texts)
+    held = held_out.HeldOut(
+        folder / "base.npz",
+        backbone,
+        heldout,
+        loading.evaluation_scorers(loading.scorers(config, device)),
+        loading.features(config, device),
+        config.eval_images,
+        loading.sampling(config),
+        identity=loading.identity(config),
+    )
+    found: dict[str, list[compare_report.Measured]] = {}
+    count = 1 + sum(len(arm.runs) for arm in arms) - len(without)
+    with tqdm(total=count * len(heldout.texts), unit="prompt", desc="evaluating", dynamic_ncols=True) as bar:
+        found["base"] = [compare_report.Measured(held.base(bar.update), [], 0)]
+        for arm in arms:
+            found[arm.name] = []
+            for run in arm.runs.values():
+                path = run.output_dir
+                assert path is not None
+                if path.name in without:
+                    continue
+                try:
+                    attach(backbone, path)
+                    evaluation = held.stored(path / "evaluation.npz", bar.update, path / export.FILE_NAME)
+                except (ConfigError, ValueError) as error:
+                    bar.write(f"tmpo_trainer: {path.name} cannot be measured: {error}", file=sys.stderr)
+                    without.add(path.name)
+                    continue
+                finally:
+                    backbone.pipeline.unload_lora_weights()
+                metrics = read_metrics(path / "metrics.jsonl")
+                found[arm.name].append(compare_report.Measured(evaluation, metrics, run.prompts_per_update))
+    return found

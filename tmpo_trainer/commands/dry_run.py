@@ -1,0 +1,60 @@
+"""`--dry-run`: what a run would do, from settings and configs alone."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backbones import find_model, is_hub_id
+from ..backbones.check import check_weights
+from ..methods.base import Planner, cost, evaluations
+from ..settings.config import TrainConfig
+from ..training import memory
+from .loading import check, choose_device, quiet
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Prints what a run would do: prompts, tree geometry, network evaluations, memory. Loads no weights."""
+    quiet()
+    device = choose_device(config.device)
+    here = ""
+    if config.device == "auto" and config.model != "demo" and device.type == "cpu":
+        device, here = torch.device("cuda"), " (none here)"
+    train_prompts, heldout, skeleton = check(config, device)
+    folder = find_model(config.model, weights=False)
+    sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
+    planner = Planner(config, sigmas)
+    parameters = sum(p.numel() for p in skeleton.transformer.parameters())
+    print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
+    targets = skeleton.target_shapes(config.lora_targets)
+    numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
+    print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
+    print(f"prompts: {len(train_prompts.texts)} for training, {len(heldout.texts)} held out")
+    print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
+    for update in sorted({0, config.updates // 2, config.updates - 1}):
+        plan = planner.plan(update)
+        counts = ", ".join(f"{n} {phase}" for phase, n in evaluations(config, plan).items() if n)
+        print(
+            f"update {update + 1}: noise at steps {tuple(plan.fanout)}, {plan.roots} seeds, widths {plan.widths}, "
+            f"{plan.leaves} leaves; network evaluations per prompt: {counts}"
+        )
+    every = [planner.plan(update) for update in range(config.updates)]
+    plans = list({(plan.roots, tuple(plan.fanout.items())): plan for plan in every}.values())
+    total = config.prompts_per_update * sum(cost(evaluations(config, plan)) for plan in every)
+    print(
+        f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all, "
+        f"{total:,} network evaluations (forward and backward pass count one each)"
+    )
+    tokens = skeleton.text_tokens(folder, config.max_sequence_length)
+    # Only models with T5 encode all prompts first.
+    alone = (folder / skeleton.t5).is_dir()
+    text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
+    phases = memory.estimate(skeleton, config, plans, tokens, text if alone else 0)
+    kept = {} if alone else {"text encoders": text}
+    print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
+    for phase, parts in phases.items():
+        parts = kept | parts
+        listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
+        print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
+    if not is_hub_id(config.model):
+        check_weights(config.model, folder, ("transformer",) if config.transformer else ())
+    return 0

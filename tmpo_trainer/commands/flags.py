@@ -1,0 +1,197 @@
+"""Flags: one per setting, and what the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..settings.config import TrainConfig
+from ..settings.errors import ConfigError, suggest
+from ..settings.presets import make_config, method_preset, preset, preset_names, read_yaml
+
+#: Flags that say where the settings come from, or what to do with them, rather than being settings.
+ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _is_tuple(annotation: Any) -> bool:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return any(typing.get_origin(option) is tuple for option in options)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One flag per setting, from the config's own names and help texts; values are validated there, not here."""
+    parser = Parser(
+        prog="python -m tmpo_trainer",
+        description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
+        allow_abbrev=False,
+        epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
+        "Other commands, each with --help: evaluate, compare, score, serve, fetch, prompts, inspect, toy, launch.",
+    )
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        metavar="NAME",
+        help="named sets of settings, later ones win; by default that of the reward, or demo. One for a GPU's memory "
+        "(flux-24gb, ...) is laid over that of the reward, or pickscore; that of --method over both",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
+    parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
+    parser.add_argument("--version", action="version", version=f"tmpo_trainer {__version__}")
+    add_settings(parser, {name.replace("_", "-"): name for name in TrainConfig.model_fields})
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
+    """Adds flags {flag without dashes: setting}, with the settings' own help texts and defaults."""
+    for flag, name in flags.items():
+        field = TrainConfig.model_fields[name]
+        text = (field.description or "").replace("%", "%%")
+        if not field.is_required():
+            default = field.default
+            text += f" [{' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+        kind: dict[str, Any] = {"metavar": flag.replace("-", "_").upper()}
+        if field.annotation is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif _is_tuple(field.annotation):
+            kind["nargs"] = "+"
+        parser.add_argument(f"--{flag}", dest=name, default=argparse.SUPPRESS, help=text, **kind)
+
+
+def refuse_unknown(unknown: Sequence[str], known: Iterable[str]) -> None:
+    """Raises ConfigError for the first word that a parser did not know."""
+    if unknown:
+        word = unknown[0]
+        what = "flag" if word.startswith("-") else "argument"
+        raise ConfigError(f"unknown {what} {word}{suggest(word.split('=')[0], known)} (--help lists them)")
+
+
+def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The settings among some names that were given as flags."""
+    flags = {name: getattr(namespace, name) for name in names if name in namespace}
+    for key, value in flags.items():
+        # Only where a setting may be left out: `--baseline none` is a value.
+        optional = type(None) in typing.get_args(TrainConfig.model_fields[key].annotation)
+        if optional and isinstance(value, str) and value.lower() == "none":
+            flags[key] = None
+        elif value == ["none"]:
+            flags[key] = []
+    return flags
+
+
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """(actions, settings given as flags). Raises ConfigError."""
+    namespace, unknown = make_parser().parse_known_args(arguments)
+    known = [*(name.replace("_", "-") for name in TrainConfig.model_fields), *ACTIONS]
+    refuse_unknown(unknown, [f"--{name}" for name in known])
+    return namespace, given(namespace, TrainConfig.model_fields)
+
+
+def choose_preset(settings: dict[str, Any]) -> str:
+    """The preset that belongs to the reward and model given; `demo` is for the demo model alone."""
+    reward = settings.get("reward", "shapes")
+    names = [reward] if isinstance(reward, str) else reward
+    if not isinstance(names, list | tuple) or "shapes" in names:
+        return "demo" if settings.get("model", "demo") == "demo" else "defaults"
+    return names[0] if len(names) == 1 and names[0] in preset_names() else "joint"
+
+
+def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The layer of the preset that belongs to the reward and model given, if any."""
+    name = choose_preset(settings)
+    return [] if name == "defaults" else [(f"preset {name}", preset(name))]
+
+
+def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
+    """The settings and the name of what they started from."""
+    if checkpoint is not None:
+        saved = checkpoint.parent / "config.yaml"
+        saved_layer = (str(saved), read_yaml(saved))
+        if actions.config or actions.preset:
+            raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
+        before = saved_layer[1].get("method", "tmpo")
+        if flags.get("method", before) != before:
+            raise ConfigError(
+                f"--resume goes on with method {before}: for {flags['method']} begin a new run with --init-lora"
+            )
+        return make_config([saved_layer, ("flags", flags)]), "resume"
+    found = layers(actions, flags, flags)
+    named = [name.removeprefix("preset ") for name, _ in found if name.startswith("preset ")]
+    return make_config(found), "-".join(named) or "defaults"
+
+
+def layers(
+    actions: argparse.Namespace, flags: Mapping[str, Any], strongest: Mapping[str, Any]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Layers of settings, the weakest first: presets, those of --config, flags.
+
+    Args:
+        strongest: settings that will be laid over the flags, and decide with them which presets belong to the run.
+    """
+    from_file = read_yaml(actions.config) if actions.config else {}
+    given = {**from_file, **flags, **strongest}
+    named = {name: preset(name) for name in actions.preset or []}
+
+    def known() -> dict[str, Any]:
+        return dict(item for settings in [*named.values(), given] for item in settings.items())
+
+    if not any("reward" in settings for settings in named.values()):
+        # What they leave open: the protocol.
+        first = "pickscore" if named and "reward" not in known() else choose_preset(known())
+        named = ({} if first == "defaults" else {first: preset(first)}) | named
+    found = [(f"preset {name}", settings) for name, settings in named.items()]
+    method = known().get("method", "tmpo")
+    own = (f"settings of {method}", method_preset(str(method), known().get("model", "demo") == "demo"))
+    # A file that was written for another method has the settings of that one.
+    below = from_file.get("method", method) == method
+    found += [own, (str(actions.config), from_file)] if below else [(str(actions.config), from_file), own]
+    return [*found, ("flags", dict(flags))]
+
+
+def hush() -> None:
+    """To be called before the libraries are imported."""
+    # Advice of the libraries about optional packages would bury our own lines.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # peft imports it where it is installed, and without a GPU it complains.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def command_parser(name: str, description: str, epilog: str | None = None) -> Parser:
+    return Parser(prog=f"python -m tmpo_trainer {name}", description=description, epilog=epilog, allow_abbrev=False)
+
+
+def add_scorer_flags(parser: argparse.ArgumentParser, default: Sequence[str] | None = None) -> None:
+    more: dict[str, Any] = {"required": True} if default is None else {"default": list(default)}
+    parser.add_argument("--reward", nargs="+", metavar="NAME", help="one or more scorers", **more)
+    parser.add_argument(
+        "--reward-models", nargs="+", default=[], metavar="NAME=PATH", help="where a scorer's weights are"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """What fails on the way is one line and exit code 1; what a user can mend stays a ConfigError."""
+    try:
+        return work()
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"tmpo_trainer: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1

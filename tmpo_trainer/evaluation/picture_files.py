@@ -1,0 +1,293 @@
+"""`score`: scores and diversity of picture files, as a table, csv or json."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from .. import diversity
+from ..files import write_text
+from ..prompts.lists import PromptList, about
+from ..rewards import Scorer, score_all
+from ..settings.errors import ConfigError
+from .features import Features
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+#: Pillow's modes with more than 8 bits.
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+#: Pictures that are in memory at once.
+BATCH = 32
+
+#: Inputs that hold a prompt in ComfyUI's text nodes, the most telling first.
+COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
+
+#: Columns of diversity in a .csv.
+MEASURES = ("cosine diversity", "vendi")
+
+#: What A1111 writes behind the prompt.
+A1111_END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")
+
+
+@dataclass
+class Picture:
+    """A file to be scored. size: width and height."""
+
+    path: Path
+    prompt: str
+    size: tuple[int, int]
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as given, folders' pictures by name. Raises ConfigError for a path without any."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+            if not inside:
+                raise ConfigError(f"folder {path} holds no pictures ({', '.join(ENDINGS)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ConfigError(f"{path} does not exist")
+    return found
+
+
+def comfy_prompt(graph: Mapping[str, Any]) -> str | None:
+    """The positive prompt of a ComfyUI graph (API format): the texts behind `positive`, or a guider's `conditioning`.
+
+    Returns:
+        None if there is none, or if there are several that differ.
+    """
+    nodes = {str(key): node for key, node in graph.items() if isinstance(node, dict)}
+
+    def texts(start: str) -> list[str]:
+        """The nearest texts upstream of a node."""
+        found, seen, waiting = [], {start}, [start]
+        while waiting:
+            inputs = nodes.get(waiting.pop(), {}).get("inputs", {})
+            if not isinstance(inputs, dict):
+                continue
+            own = next((inputs[n] for n in COMFY_TEXTS if isinstance(inputs.get(n), str) and inputs[n].strip()), None)
+            if own is not None:
+                found.append(own.strip())
+                continue
+            for name, link in inputs.items():
+                if name not in ("negative", "clip", "model", "vae") and _is_link(link) and str(link[0]) not in seen:
+                    seen.add(str(link[0]))
+                    waiting.append(str(link[0]))
+        return found
+
+    found: list[str] = []
+    for node in nodes.values():
+        inputs = node.get("inputs", {})
+        guider = "Guider" in str(node.get("class_type"))
+        for name in ("positive", *(("conditioning",) if guider else ())):
+            link = inputs.get(name) if isinstance(inputs, dict) else None
+            if link is not None and _is_link(link):
+                found += texts(str(link[0]))
+    return found[0] if len(set(found)) == 1 else None
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int) and isinstance(value[1], int)
+
+
+def _exif_parameters(image: Image.Image) -> str | None:
+    """What A1111 wrote into the EXIF of a JPEG or WebP; not what a camera or another program did."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not isinstance(comment, bytes):
+        return None
+    # Exif 2.32, 4.6.5: eight bytes name the encoding. A1111's UTF-16 is big-endian, others' as the rest of the EXIF.
+    encodings = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le")}.get(comment[:8], ())
+    read = [comment[8:].decode(encoding, "replace") for encoding in encodings]
+    return next((text for text in read if A1111_END.search(f"\n{text}")), None)
+
+
+def embedded_prompt(image: Image.Image) -> str | None:
+    """The prompt that ComfyUI (`prompt` of a PNG) or A1111 (`parameters` of a PNG, or EXIF) wrote into a file, or None."""
+    parameters, graph = image.info.get("parameters") or _exif_parameters(image), image.info.get("prompt")
+    if isinstance(parameters, str) and parameters.strip():
+        return A1111_END.split(f"\n{parameters}", maxsplit=1)[0].strip() or None
+    if isinstance(graph, str):
+        try:
+            loaded = json.loads(graph)
+        except (ValueError, RecursionError):
+            return None
+        return comfy_prompt(loaded) if isinstance(loaded, dict) else None
+    return None
+
+
+def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | None) -> list[Picture]:
+    """Looks at every file before anything is scored.
+
+    Prompts: `prompt` for all, or one of `listed` each, or the file's own: a .txt beside it, else its metadata.
+
+    Raises:
+        ConfigError: a file is no picture or has no prompt, or the list has another length.
+    """
+    if listed is not None and len(listed.texts) != len(paths):
+        raise ConfigError(f"{listed.where} has {len(listed.texts)} prompts for {len(paths)} pictures: give one each")
+    found = []
+    for i, path in enumerate(paths):
+        try:
+            with Image.open(path) as image:
+                image.load()
+                if image.mode in DEEP:
+                    raise ValueError(f"mode {image.mode} would be clipped: save it with 8 bits")
+                size, own = ImageOps.exif_transpose(image).size, embedded_prompt(image)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
+        beside = path.with_suffix(".txt")
+        if prompt is not None:
+            own = prompt
+        elif listed is not None:
+            own = listed.texts[i]
+        elif beside.is_file():
+            try:
+                own = beside.read_text(encoding="utf-8-sig").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{beside} cannot be read as UTF-8 text: {error}") from None
+        if not own:
+            raise ConfigError(
+                f"{path} has no prompt (in its metadata or {beside.name}): give --prompt or --prompts FILE"
+            )
+        found.append(Picture(path, own, size))
+    return found
+
+
+def load(pictures: Sequence[Picture]) -> np.ndarray:
+    """Pictures of one size, uint8 RGB `[N, H, W, 3]`; what is transparent becomes white."""
+    arrays = []
+    for picture in pictures:
+        with Image.open(picture.path) as opened:
+            # As a viewer shows it; of an animation the first picture.
+            image: Image.Image = ImageOps.exif_transpose(opened)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                clear = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+            arrays.append(np.asarray(image.convert("RGB")))
+    return np.stack(arrays)
+
+
+def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
+    """Numbers of pictures that fit into one array: of one size, at most `BATCH`."""
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for i, picture in enumerate(pictures):
+        sizes.setdefault(picture.size, []).append(i)
+    for numbers in sizes.values():
+        for first in range(0, len(numbers), BATCH):
+            yield numbers[first : first + BATCH]
+
+
+def score_images(
+    pictures: Sequence[Picture],
+    metadata: Mapping[str, Any],
+    scorers: Sequence[tuple[str, Scorer]],
+    features: Features | None,
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    """Scores every picture; with `features` also how much those of a prompt differ.
+
+    Returns:
+        {score: `[N]`}, and {prompt: {"images", "cosine diversity", "vendi"}} of prompts with two pictures or more.
+    """
+    scores = {name: np.empty(len(pictures), np.float32) for name, _ in scorers}
+    vectors: dict[int, Any] = {}
+    with tqdm(total=len(pictures), unit="image", dynamic_ncols=True, disable=None) as bar:
+        for numbers in batches(pictures):
+            images = load([pictures[i] for i in numbers])
+            prompts = [pictures[i].prompt for i in numbers]
+            if scorers:
+                try:
+                    found = score_all(scorers, images, prompts, about(metadata, prompts))
+                except ValueError as error:
+                    files = f"{pictures[numbers[0]].path} to {pictures[numbers[-1]].path.name}"
+                    raise ValueError(f"{files if len(numbers) > 1 else pictures[numbers[0]].path}: {error}") from None
+                for name, values in found.items():
+                    scores[name][numbers] = values.numpy()
+            if features is not None:
+                vectors.update(zip(numbers, features(images), strict=True))
+            bar.update(len(numbers))
+    groups: dict[str, dict[str, float]] = {}
+    if features is not None:
+        import torch
+
+        by_prompt: dict[str, list[int]] = {}
+        for i, picture in enumerate(pictures):
+            by_prompt.setdefault(picture.prompt, []).append(i)
+        for prompt, numbers in by_prompt.items():
+            if len(numbers) > 1:
+                stacked = torch.stack([vectors[i] for i in numbers])
+                groups[prompt] = {
+                    "images": len(numbers),
+                    "cosine diversity": diversity.cosine_diversity(stacked).item(),
+                    "vendi": diversity.vendi_score(stacked).item(),
+                }
+    return scores, groups
+
+
+def _short(text: str, width: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def table(
+    pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
+) -> str:
+    """What is printed: a line per picture, their mean, and the diversity per prompt."""
+    lines = []
+    if scores:
+        widths = [max(len(name), 8) for name in scores]
+        name_width = min(40, max(len(picture.path.name) for picture in pictures))
+        head = "  ".join(f"{name:>{width}}" for name, width in zip(scores, widths, strict=True))
+        lines.append(f"{'file':{name_width}}  {head}  prompt")
+        for i, picture in enumerate(pictures):
+            row = "  ".join(f"{scores[name][i]:>{width}.4f}" for name, width in zip(scores, widths, strict=True))
+            lines.append(f"{_short(picture.path.name, name_width):{name_width}}  {row}  {_short(picture.prompt, 50)}")
+        row = "  ".join(f"{scores[name].mean():>{width}.4f}" for name, width in zip(scores, widths, strict=True))
+        lines.append(f"{f'mean of {len(pictures)}':{name_width}}  {row}")
+    if groups:
+        lines += ["", "images  cosine diversity  vendi  prompt"]
+        for prompt, group in groups.items():
+            lines.append(
+                f"{group['images']:>6}  {group['cosine diversity']:>16.4f}  {group['vendi']:>5.2f}  {_short(prompt, 50)}"
+            )
+        if len(groups) > 1:
+            means = [np.mean([group[key] for group in groups.values()]) for key in ("cosine diversity", "vendi")]
+            lines.append(f"{'mean':>6}  {means[0]:>16.4f}  {means[1]:>5.2f}  of {len(groups)} prompts")
+    return "\n".join(lines)
+
+
+def write(
+    path: Path, pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
+) -> None:
+    """A .json with everything, or a .csv with a line per picture. Raises ConfigError for another ending."""
+    rows = [
+        {
+            "file": str(picture.path),
+            "prompt": picture.prompt,
+            **{name: float(scores[name][i]) for name in scores},
+            # Of the picture's prompt; a lone picture has none.
+            **({key: groups.get(picture.prompt, {}).get(key, "") for key in MEASURES} if groups else {}),
+        }
+        for i, picture in enumerate(pictures)
+    ]
+    if path.suffix == ".json":
+        means = {name: float(values.mean()) for name, values in scores.items()}
+        write_text(path, json.dumps({"images": rows, "mean": means, "diversity": groups}, indent=2) + "\n")
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

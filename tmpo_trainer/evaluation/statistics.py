@@ -1,0 +1,74 @@
+"""Means, paired bootstrap intervals and the verdict of a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .held_out import Evaluation
+
+#: What counts as not collapsed, for `verdict`.
+LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15
+
+
+def paired_gain(
+    base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000
+) -> tuple[float, float, float]:
+    """Mean gain per prompt and its 95% bootstrap interval over prompts. `[P]` or `[P, n]` each.
+
+    A single prompt says nothing about others: its interval is infinite.
+    """
+    difference = (trained - base).reshape(len(base), -1).mean(1)
+    if len(difference) < 2:
+        return float(difference.mean()), -np.inf, np.inf
+    rng = np.random.default_rng(seed)
+    means = difference[rng.integers(0, len(difference), (draws, len(difference)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)
+
+
+def verdict(base: Evaluation, trained: Evaluation, score: str) -> dict[str, bool]:
+    """The claims of a successful run, each true or false: the score rose, and nothing collapsed or overshot."""
+    _, low, _ = paired_gain(base.scores[score], trained.scores[score])
+    claims = {
+        f"{score} rose (95% interval above 0)": low > 0,
+        f"LGMD at least the base's less {LGMD_LOSS}": trained.lgmd.mean() >= base.lgmd.mean() - LGMD_LOSS,
+        f"cosine diversity at least {COSINE_SHARE:.0%} of the base's": (
+            trained.cosine.mean() >= COSINE_SHARE * base.cosine.mean()
+        ),
+        f"latent standard deviation within {LATENT_STD_SHARE:.0%} of the base's": (
+            abs(trained.latent_std / base.latent_std - 1) <= LATENT_STD_SHARE
+        ),
+    }
+    return {claim: bool(holds) for claim, holds in claims.items()}
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over prompts and its 95% bootstrap interval. `[P]` or `[P, n]`."""
+    return paired_gain(np.zeros_like(values), values)
+
+
+def numbers(values: tuple[float, float, float]) -> dict[str, float | None]:
+    """For JSON, which has no infinity: that of one prompt is null."""
+    return {
+        key: value if np.isfinite(value) else None for key, value in zip(("mean", "low", "high"), values, strict=True)
+    }
+
+
+def measures(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    """Scores `[P, n]` and diversities `[P]` of an evaluation, by the names that reports give them."""
+    return {**evaluation.scores, "LGMD": evaluation.lgmd, "cosine diversity": evaluation.cosine}
+
+
+def summary(base: Evaluation, trained: Evaluation) -> dict[str, Any]:
+    """Means of base and trained model, and the gains with their 95% paired intervals."""
+    before, after = measures(base), measures(trained)
+    return {
+        "base": {name: float(values.mean()) for name, values in before.items()} | {"latent_std": base.latent_std},
+        "trained": {name: float(values.mean()) for name, values in after.items()} | {"latent_std": trained.latent_std},
+        "gain": {
+            name: dict(zip(("mean", "low", "high"), paired_gain(before[name], after[name]), strict=True))
+            for name in before
+        },
+    }

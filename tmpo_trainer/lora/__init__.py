@@ -1,0 +1,1 @@
+"""LoRAs: attached to a network, read from files, exported."""

@@ -1,0 +1,74 @@
+"""LoRA out: a safetensors file that diffusers and ComfyUI apply alike, with what it was trained on in its metadata."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .. import __version__
+from ..backbones.base import Backbone
+from ..processes import whole
+from .file import FILE_NAME
+
+
+def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: bool = True) -> bool:
+    """Writes `folder/pytorch_lora_weights.safetensors` from the transformer's adapter and checks the file.
+
+    alpha / rank is folded into lora_B and the metadata says alpha = rank: ComfyUI ignores that metadata and assumes a
+    scale of 1, so any other export would be applied at different strengths.
+
+    Args:
+        about: `tmpo.*` metadata (method, step, rewards, ...); no paths, prompts or machine names.
+        write: of several processes all must call this and one writes.
+
+    Returns:
+        whether the LoRA differs from zero (it does not after a run that learnt nothing).
+
+    Raises:
+        RuntimeError: the file does not read back as written.
+    """
+    transformer = backbone.transformer
+    config = transformer.peft_config["default"]
+    state = get_peft_model_state_dict(transformer, adapter_name="default")
+    scale = config.lora_alpha / config.r
+    layers = {
+        name: (whole(value) * (scale if ".lora_B." in name else 1)).detach().float().cpu().contiguous()
+        for name, value in state.items()
+    }
+    changed = any(bool(value.any()) for name, value in layers.items() if ".lora_B." in name)
+    if not write:
+        return changed
+    adapter = {**config.to_dict(), "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        backbone.pipeline.save_lora_weights(
+            temporary, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter
+        )
+        written = Path(temporary) / FILE_NAME
+        with safe_open(written, "pt") as file:
+            metadata = dict(file.metadata())
+        metadata |= {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{backbone.architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": f"{about.get('method', 'tmpo').upper()} LoRA ({about.get('rewards', '')})",
+            **{f"tmpo.{key}": value for key, value in about.items()},
+            "tmpo.version": __version__,
+        }
+        save_file(load_file(written), written, metadata)
+        # safetensors makes files that nobody else may read.
+        umask = os.umask(0)
+        os.umask(umask)
+        written.chmod(0o666 & ~umask)
+        written.replace(folder / FILE_NAME)
+    reloaded = load_file(folder / FILE_NAME)
+    expected = {f"transformer.{name}": value for name, value in layers.items()}
+    if reloaded.keys() != expected.keys() or not all(torch.equal(reloaded[k], v) for k, v in expected.items()):
+        raise RuntimeError(f"{folder / FILE_NAME} does not read back as written: is the disk full?")
+    return changed

@@ -1,0 +1,1 @@
+"""Prompt files, the lists that come with the package, generated prompts."""

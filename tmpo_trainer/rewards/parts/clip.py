@@ -1,0 +1,194 @@
+"""What the scorers over CLIP share: two towers, with the text features of a prompt computed once."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from ...hub import told
+from . import clip_file
+from .weights import Source, hub_folder
+
+#: The tokenizer of OpenAI's CLIP, which all of them use.
+TOKENIZER: Source = (
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ("tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"),
+)
+
+#: Words of CLIP's tokenizer.
+VOCABULARY = 49408
+
+#: Images in one call of the vision tower.
+BATCH = 32
+
+Prepare = Callable[[Sequence[Image.Image]], Tensor]
+
+
+def crop(size: int, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD) -> Prepare:
+    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, mean and std. `[N, 3, size, size]`."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_convert_rgb=True,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+    return lambda images: processor(list(images), return_tensors="pt")["pixel_values"]
+
+
+def pad(size: int) -> Prepare:
+    """HPS's: longest side to `size` (bicubic), black bars to a square, CLIP's mean and std. `[N, 3, size, size]`."""
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+
+    def square(image: Image.Image) -> Image.Image:
+        scale = size / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        whole = Image.new("RGB", (size, size))
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        whole.paste(resized, ((size - width) // 2, (size - height) // 2))
+        return whole
+
+    return lambda images: processor([square(image) for image in images], return_tensors="pt")["pixel_values"]
+
+
+def open_clip_tokenizer() -> CLIPTokenizer | None:
+    """CLIP's tokenizer from the vocabulary in open_clip's package, if that is installed: no hub is needed then.
+
+    The package itself is not imported: it needs torchvision.
+    """
+    spec = importlib.util.find_spec("open_clip")
+    file = Path(spec.origin or "").with_name("bpe_simple_vocab_16e6.txt.gz") if spec else None
+    if file is None or not file.is_file():
+        return None
+    lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+    # The first line is a title; of what follows CLIP took as many merges as its vocabulary of 49,408 has room for.
+    letters = list(bytes_to_unicode().values())
+    merges: list[Any] = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 * len(letters) - 2 + 1]]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+
+
+def load_tokenizer(scorer: str, folder: Path) -> CLIPTokenizer:
+    """The tokenizer in a model's folder, or CLIP's: from open_clip's package, or the hub."""
+    if not (folder / "tokenizer_config.json").is_file():
+        found = open_clip_tokenizer()
+        if found is not None:
+            return found
+        folder = hub_folder(scorer, TOKENIZER)
+    with told(f"reward {scorer}", folder):
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class ClipTowers:
+    """A frozen CLIP model. Features have unit length and are float32, whatever the towers run in.
+
+    Args:
+        model: a transformers CLIPModel; subclasses take others.
+        prepare: images -> pixel values `[N, 3, H, W]`. clean: what is done to a prompt before the tokenizer.
+        device: where it runs, in float16 on a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prepare: Prepare,
+        device: torch.device,
+        clean: Callable[[str], str] = str,
+        batch: int = BATCH,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.prepare, self.clean, self.batch = tokenizer, prepare, clean, batch
+        #: exp(logit_scale), float32.
+        self.scale = model.logit_scale.detach().float().exp().cpu()
+        self._dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self._texts: dict[str, Tensor] = {}
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.model.to(device=device, dtype=self._dtype)
+
+    @torch.no_grad()
+    def image_features(self, images: np.ndarray) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> `[N, D]`, on the CPU."""
+        found = []
+        for first in range(0, len(images), self.batch):
+            pixels = self.prepare([Image.fromarray(image) for image in images[first : first + self.batch]])
+            found.append(_unit(self._encode_images(pixels.to(self.device, self._dtype))))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """`[N, D]`, on the CPU. A prompt that was seen before costs nothing."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
+        for first in range(0, len(missing), self.batch):
+            chosen = missing[first : first + self.batch]
+            self._texts.update(zip(chosen, _unit(self._encode_texts(chosen)), strict=True))
+        return torch.stack([self._texts[prompt] for prompt in prompts])
+
+    def cosine(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
+        """Cosine of every image with its prompt, float32 `[N]`."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixels).pooler_output
+
+    def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(
+            [self.clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.model.config.text_config.max_position_embeddings,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
+        return self.model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"]).pooler_output
+
+
+def _unit(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+
+
+class ClipScorer:
+    """exp(logit_scale) * cos of a CLIP model, divided by a constant.
+
+    Args:
+        name: of the scorer. towers: of the model. divisor: see `pickscore` and `clipscore`.
+    """
+
+    def __init__(self, name: str, towers: ClipTowers, divisor: float = 1.0):
+        self.name, self.towers, self.divisor = name, towers, divisor
+
+    def to(self, device: torch.device) -> None:
+        self.towers.to(device)
+
+    def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` and N prompts -> float32 `[N]`."""
+        return self.towers.scale * self.towers.cosine(images, prompts) / self.divisor
+
+
+def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
+    """The towers of a folder, or one .safetensors file, with a transformers CLIPModel, preprocessed as CLIP does.
+
+    Raises ConfigError if it is none.
+    """
+    if folder.is_file():
+        model: Any = clip_file.build(scorer, folder)
+        folder = folder.parent
+    else:
+        with told(f"reward {scorer}", folder):
+            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)

@@ -1,0 +1,234 @@
+"""What the geneval reward sees in a picture: objects with their outlines (Mask2Former), and their colours (CLIP).
+
+GenEval's own detector is mmdet's Mask2Former with Swin-S; this is the one of the network's authors, as transformers has
+it: same architecture and data, other weights, so scores differ slightly from published ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
+
+from ...hub import told
+from ...settings.errors import ConfigError
+from .clip import ClipTowers
+
+#: COCO's classes in the order of the detector's outputs, named as GenEval's prompts name them.
+CLASSES = (
+    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
+    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
+    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
+    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
+    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
+    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
+    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
+    *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
+    *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
+)
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+#: What is not the object, in the picture that is asked for its colour: #999.
+GREY = 0x99
+
+#: Score above which an object counts at all.
+THRESHOLD = 0.3
+
+#: Pairs of query and class that are looked at in a picture.
+MOST = 100
+
+#: Shortest and longest side of what the detector gets, as it was trained.
+SIDES = (800, 1333)
+
+#: Pictures in one call of the detector; each takes some .8 GB.
+BATCH = 4
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object in a picture."""
+
+    name: str
+    """One of CLASSES."""
+    score: float
+    """0..1."""
+    box: Box
+    """Left, top, right, bottom in pixels, y downwards; right and bottom are just outside."""
+    color: str | None = None
+    """One of COLORS; None if nobody has asked."""
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Bool `[h, w]`: which pixels of the box are the object."""
+
+
+class Mask2Former(Mask2FormerPreTrainedModel):
+    """transformers' Mask2FormerForUniversalSegmentation without its loss, which wants scipy. The weights fit."""
+
+    _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight"]  # noqa: RUF012
+
+    def __init__(self, config: Mask2FormerConfig):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        classes: Any = config.num_labels
+        self.class_predictor = torch.nn.Linear(config.hidden_dim, classes + 1)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, 3, H, W]` -> logits of the classes, the last for none, `[N, Q, C + 1]`, and of masks `[N, Q, h, w]`."""
+        output: Any = self.model(pixel_values, output_hidden_states=True)
+        # The last hidden state proper has not been through the last norm.
+        queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+        return self.class_predictor(queries), output.masks_queries_logits[-1]
+
+
+def instances(classes: Tensor, masks: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> list[Detection]:
+    """The objects of one picture above THRESHOLD, most likely class first.
+
+    As mmdet has it: of all pairs of query and class the MOST likeliest; score = probability of the class times the mean
+    probability of the pixels that are more likely in than out. Outlines of objects may overlap. (The library's own
+    post-processing goes through masks of 384 x 384, which makes boxes coarse.)
+
+    Args:
+        classes: logits `[Q, 81]`. masks: logits `[Q, h, w]` of the whole picture.
+        seen: height and width that the detector got. size: of the picture, in which boxes are.
+    """
+    chances, order = classes.softmax(-1)[:, :-1].flatten().sort(descending=True, stable=True)
+    # The pixels can only lower a score, so nothing is lost here.
+    order = order[:MOST][chances[:MOST] > THRESHOLD]
+    found = []
+    for chance, index in zip(chances.tolist(), order.tolist(), strict=False):
+        query, label = divmod(index, len(CLASSES))
+        logits = masks[query][None, None]
+        for target in (seen, size):
+            logits = torch.nn.functional.interpolate(logits, target, mode="bilinear", align_corners=False)
+        logits = logits[0, 0]
+        inside = logits > 0
+        if not inside.any():
+            continue
+        score = chance * logits.sigmoid()[inside].mean().item()
+        if score <= THRESHOLD:
+            continue
+        rows, columns = inside.any(1).nonzero(), inside.any(0).nonzero()
+        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        mask = inside[top:bottom, left:right].cpu().numpy()
+        found.append(Detection(CLASSES[label], score, (left, top, right, bottom), mask=mask))
+    return found
+
+
+class Detector:
+    """Finds objects; float32 on any device. Keeps what it found in the last pictures, for those who ask again.
+
+    Args:
+        sides: shortest and longest side, in pixels, to which pictures are resized. batch: pictures in a call.
+    """
+
+    def __init__(self, network: Mask2Former, device: torch.device, sides: tuple[int, int] = SIDES, batch: int = BATCH):
+        self.network: Any = network.eval().requires_grad_(False)
+        self.batch = batch
+        # Sides become multiples of 32, so that nothing need be padded.
+        self._processor = Mask2FormerImageProcessorPil(size={"shortest_edge": sides[0], "longest_edge": sides[1]})
+        self._last: tuple[bytes, list[list[Detection]]] | None = None
+        self.to(device)
+
+    def to(self, device: torch.device) -> None:
+        self.device = device
+        self.network.to(device)
+
+    def detect(self, images: np.ndarray) -> list[list[Detection]]:
+        """The objects of every picture, uint8 RGB `[N, H, W, 3]`. Raises ValueError if an output is not finite."""
+        key = hashlib.sha256(np.ascontiguousarray(images).data)
+        key.update(repr(images.shape).encode())
+        if self._last is None or self._last[0] != key.digest():
+            found = [
+                objects
+                for first in range(0, len(images), self.batch)
+                for objects in self._look(images[first : first + self.batch], first)
+            ]
+            self._last = (key.digest(), found)
+        return self._last[1]
+
+    @torch.no_grad()
+    def _look(self, images: np.ndarray, first: int) -> list[list[Detection]]:
+        pixels = self._processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+        classes, masks = self.network(pixels.to(self.device))
+        for i in range(len(images)):
+            if not (classes[i].isfinite().all() and masks[i].isfinite().all()):
+                raise ValueError(f"the detector of geneval gave no finite numbers for image {first + i}")
+        seen, size = (int(pixels.shape[2]), int(pixels.shape[3])), (images.shape[1], images.shape[2])
+        return [instances(classes[i], masks[i], seen, size) for i in range(len(images))]
+
+
+def cut(image: np.ndarray, item: Detection) -> np.ndarray:
+    """The object's box of a picture `[H, W, 3]`, grey where it is not the object. uint8 `[h, w, 3]`."""
+    assert item.mask is not None
+    left, top, right, bottom = (int(edge) for edge in item.box)
+    return np.where(item.mask[..., None], image[top:bottom, left:right], np.uint8(GREY))
+
+
+class ColorClassifier:
+    """Names the colour of objects, zero-shot: the nearest of COLORS, each the mean of its TEMPLATES' features.
+
+    Args:
+        towers: of CLIP, GenEval's is OpenAI's ViT-L/14.
+    """
+
+    def __init__(self, towers: ClipTowers):
+        self.towers = towers
+
+    def to(self, device: torch.device) -> None:
+        self.towers.to(device)
+
+    def colors(self, cuts: Sequence[np.ndarray], names: Sequence[str]) -> list[str]:
+        """One of COLORS for every cut-out, uint8 RGB `[h, w, 3]` of any size, of an object of the class in `names`.
+
+        Raises:
+            ValueError: CLIP's features are no numbers.
+        """
+        if not cuts:
+            return []
+        pictures: Any = list(cuts)
+        features = self.towers.image_features(pictures)
+        scores = torch.stack([self._means(name) @ feature for name, feature in zip(names, features, strict=True)])
+        if not scores.isfinite().all():
+            raise ValueError("the colour classifier of geneval gave no finite numbers")
+        return [COLORS[int(index)] for index in scores.argmax(1)]
+
+    def _means(self, name: str) -> Tensor:
+        """Unit vectors `[10, D]` of the colours of a class."""
+        texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+        features = self.towers.text_features(texts).unflatten(0, (len(COLORS), len(TEMPLATES)))
+        return torch.nn.functional.normalize(features.mean(1), dim=-1)
+
+
+def load_detector(folder: Path, device: torch.device) -> Detector:
+    """The detector of a folder with transformers' Mask2Former for COCO. Raises ConfigError if it is none."""
+    with told("reward geneval", folder):
+        loaded: Any = Mask2Former.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    network, report = loaded
+    if network.config.num_labels != len(CLASSES):
+        raise ConfigError(
+            f"reward geneval: {folder} tells {network.config.num_labels} classes apart, not COCO's {len(CLASSES)}: "
+            "take facebook/mask2former-swin-small-coco-instance"
+        )
+    # What is not in the file would be random.
+    missing = sorted(report["missing_keys"] & dict(network.named_parameters()).keys())
+    if missing:
+        raise ConfigError(f"reward geneval: {folder} is no whole Mask2Former ({missing[0]} is missing)")
+    return Detector(network, device)

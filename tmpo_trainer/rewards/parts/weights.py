@@ -1,0 +1,71 @@
+"""Where a scorer's weights are: a path that the user gives, or the hub's cache, filled when there is a network."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ...hub import hub_file
+from ...settings.errors import ConfigError
+
+#: A hub repository and the files wanted of it.
+Source = tuple[str, tuple[str, ...]]
+
+
+def hub_folder(scorer: str, source: Source) -> Path:
+    """The folder of a scorer's files of a hub repository. Raises ConfigError for the first that cannot be had."""
+    repository, names = source
+    files = [hub_file(f"reward {scorer}", repository, name, f"--reward-models {scorer}=PATH") for name in names]
+    return files[0].parent
+
+
+def existing(scorer: str, path: str) -> Path:
+    """A path given by the user. Raises ConfigError if nothing is there."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise ConfigError(f"--reward-models {scorer}={path}: {found} does not exist")
+    return found
+
+
+def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file; of the latter only tensors are ever unpickled.
+
+    Args:
+        key: of a dictionary around them, if any.
+    """
+    if file.is_dir():
+        raise ConfigError(f"reward {scorer}: {file} is a folder: give the checkpoint's file")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        found = dict(found[key] if key is not None and key in found else found)
+        if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
+            raise ValueError("it holds more than named tensors")
+        return found
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, EOFError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"reward {scorer}: {file} cannot be read ({reason}): download it again") from None
+    except Exception as error:
+        # torch's own unpickler error is not public.
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ConfigError(
+            f"reward {scorer}: {file} holds more than tensors, or is damaged: download it again"
+        ) from None
+
+
+def fill(scorer: str, file: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Loads tensors into a module. Raises ConfigError for a key that is missing, left over or of another shape."""
+    own = module.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys()) or [k for k, v in own.items() if v.shape != tensors[k].shape]
+    if wrong:
+        raise ConfigError(f"reward {scorer}: {file} is not its checkpoint (at {wrong[0]})")
+    module.load_state_dict(dict(tensors))

@@ -1,0 +1,1 @@
+"""Scorers behind HTTP: the server."""

@@ -1,0 +1,94 @@
+"""What a run shows: progress bar, metrics.jsonl, sample grids, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..evaluation.held_out import Evaluation
+from ..evaluation.statistics import summary
+from ..files import read_metrics, write_text
+from ..pictures.grids import grid, zoom
+from . import trackers
+
+
+class Reporter:
+    """Progress of one run.
+
+    Args:
+        run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
+        rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts) of the model as it stands.
+        compare: measures (base, model as it stands) on the held-out prompts.
+        accelerator: of several processes one shows and writes, and feeds the trackers; the others only take part in
+            drawing and measuring.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        updates: int,
+        done: int,
+        rewards: Sequence[str],
+        draw_samples: Callable[[], tuple[np.ndarray, list[str]]],
+        compare: Callable[[], tuple[Evaluation, Evaluation]],
+        accelerator: Accelerator,
+    ):
+        self.run, self.rewards, self.draw_samples, self.compare = run, list(rewards), draw_samples, compare
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not self.main)
+        if not self.main:
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        for path in (run / "metrics.jsonl", run / "evaluations.jsonl"):
+            kept = [line for line in read_metrics(path) if line["update"] <= done]
+            # Lines after the checkpoint are about to be written again.
+            if path.exists():
+                write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+        trackers.log(self.accelerator, {k: v for k, v in metrics.items() if k != "update"}, metrics["update"])
+        shown = [f"{name}={metrics[f'reward/{name}']:.3f}" for name in self.rewards]
+        shown += [f"LGMD={metrics['lgmd']:.3f}", f"ratio={metrics['ratio_mean']:.3f}"]
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
+        self.bar.update()
+
+    def samples(self, update: int) -> None:
+        pictures, prompts = self.draw_samples()
+        if not self.main:
+            return
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        sheet = grid(list(pictures), prompts, zoom(pictures))
+        sheet.save(folder / f"update-{update:06d}.png")
+        trackers.log_image(self.accelerator, "samples", sheet, update)
+
+    def evaluation(self, update: int) -> None:
+        """Measures the model as it stands beside the base; a line in evaluations.jsonl and one above the bar."""
+        base, trained = self.compare()
+        if not self.main:
+            return
+        line = {"update": update, **summary(base, trained)}
+        with (self.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        figures = {f"held-out/{name}": value for name, value in line["trained"].items()}
+        trackers.log(self.accelerator, figures | {f"held-out base/{n}": v for n, v in line["base"].items()}, update)
+        shown = ", ".join(f"{name} {line['base'][name]:.3f} -> {line['trained'][name]:.3f}" for name in line["base"])
+        self.bar.write(f"update {update}, held-out prompts: {shown}", file=sys.stderr)
+
+    def close(self) -> None:
+        """May be called twice."""
+        self.bar.close()
+        if self.main:
+            self.file.close()

@@ -1,0 +1,71 @@
+"""The folder of a run, and what env.json records."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from .. import __version__
+from ..settings.errors import ConfigError
+from .checkpoint import checkpoints
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What env.json records: versions and hardware, nothing personal."""
+    return {
+        "tmpo_trainer": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _make_folder(given: Path | None, preset: str) -> Path:
+    """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
+    folder = given or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if given and (folder / "metrics.jsonl").exists():
+        mend = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
+        raise ConfigError(f"{folder} already holds a run: {mend}give another --output-dir")
+    name = folder.name
+    for attempt in range(2, 100):
+        try:
+            folder.mkdir(parents=True, exist_ok=given is not None)
+            return folder
+        except FileExistsError:
+            if given:
+                raise ConfigError(f"output folder {folder} is a file") from None
+            # Another run began in the same second.
+            folder = folder.with_name(f"{name}-{attempt}")
+        except OSError as error:
+            raise ConfigError(f"output folder {folder} cannot be made: {error.strerror}") from None
+    raise ConfigError(f"output folder {folder} exists already")
+
+
+def agreed_folder(given: Path | None, preset: str, accelerator: Accelerator) -> Path:
+    """The new run's folder, made by the first process and told to the others. Raises ConfigError on all of them."""
+    if accelerator.num_processes == 1:
+        return _make_folder(given, preset)
+    told: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            told = [_make_folder(given, preset)]
+        except ConfigError as error:
+            told = [error]
+    broadcast_object_list(told)
+    if isinstance(told[0], ConfigError):
+        raise told[0]
+    return told[0]
