@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from .base import Backbone
 
+#: Files that are no backbones, see `settings.discovery`.
+SHARED = ("base", "check", "text")
 #: The pipelines that can be trained.
 PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
 #: What a pipeline needs of a hub repository; single-file checkpoints at the top are as large again.

@@ -1,1 +1,4 @@
 """Training methods, one file each."""
+
+#: Files that are no methods.
+SHARED = ("base",)

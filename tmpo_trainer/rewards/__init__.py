@@ -47,6 +47,8 @@ class Parked:
             self.scorer.to(torch.device("cpu"))
 
 
+#: Files that are no scorers, see `settings.discovery`.
+SHARED: tuple[str, ...] = ()
 NAMES = (
     "shapes", "shapes-partial", "pickscore", "hpsv2", "imagereward", "clipscore", "geneval", "ocr", "sharpness", "remote",
 )  # fmt: skip
