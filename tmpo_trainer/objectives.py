@@ -1,12 +1,16 @@
-"""Softmax-TB on scalars: rewards of leaves and log-probabilities of edges in, one loss out. The rivals: `grpo.py`.
+"""Losses on scalars: rewards of leaves and log-probabilities of edges in, one loss out.
 
 No network appears here. The loss of a tree couples all its edges, but only through their scalar log-probabilities, so
 the gradient with respect to those is all that `tree.replay` needs. Shapes: E edges (stochastic transitions), K leaves
-(paths), T transitions per path. `leaf_edges [K, T]` lists the edges of each path.
+(paths), T transitions per path.
+
+Sources: Softmax-TB (arXiv:2605.10983), Flow-GRPO (arXiv:2505.05470), MixGRPO (arXiv:2507.21802), TreeGRPO (arXiv:2512.08153),
+GARDO (arXiv:2512.24138).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +20,28 @@ Baseline = Literal["none", "group", "siblings"]
 
 #: Floor of the group's standard deviation in `zscore`: a group of equal rewards gives 0, not noise blown up.
 ZSCORE_FLOOR = 1e-4
+#: Flow-GRPO adds this to the group's standard deviation.
+STD_FLOOR = 1e-4
+#: The GRPO family clips advantages to +- this.
+ADVANTAGE_LIMIT = 5.0
+
+
+@dataclass
+class Transitions:
+    """The stochastic transitions of one prompt's rollout.
+
+    log_probs: `[E]`, of the current policy; the only tensor that carries gradient. old_log_probs: `[E]`, at rollout time.
+    shift: `[E]`, RatioNorm's mean_d (mu - mu_old)^2 / (2 std^2), a constant that is added to the log ratio.
+    leaf_edges: `[K, T]`, int64, the edges of each path. edge_parent: `[E]`, int64, the parent node of each edge.
+    reference_log_ratio: `[E]`, log pi - log pi_ref summed over dimensions, where the loss has an anchor.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    shift: Tensor
+    leaf_edges: Tensor
+    edge_parent: Tensor
+    reference_log_ratio: Tensor | None = None
 
 
 def zscore(rewards: Tensor) -> Tensor:
@@ -85,40 +111,39 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tens
 
 
 def softmax_tb_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    shift: Tensor,
-    leaf_edges: Tensor,
-    edge_parent: Tensor,
+    transitions: Transitions,
     rewards: Tensor,
     beta: float,
     clip: float = 0.2,
     baseline: Baseline = "none",
-    anchor_log_ratio: Tensor | None = None,
-    anchor_weight: float = 1.0,
+    anchor_weight: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The Softmax-TB loss of one prompt's tree (paper eq. 6, 7, 32), differentiable in `log_probs`.
+    """The Softmax-TB loss of one prompt's tree (paper eq. 6, 7, 32).
 
     Args:
-        log_probs: `[E]`, of the current policy. The only argument that carries gradient.
-        old_log_probs: `[E]`, at rollout time.
-        shift: `[E]`, RatioNorm's mean_d (mu - mu_old)^2 / (2 std^2): added to the log ratio, constant.
-        leaf_edges: `[K, T]`, int64. edge_parent: `[E]`, int64, the parent node of each edge.
         rewards: `[K]`. beta: inverse temperature. clip: PPO's epsilon.
         baseline: `none` (paper), `group` (subtract the mean advantage; ratios per path) or `siblings` (each edge's mean
             advantage of the leaves below it less that of its siblings; ratios per edge, one mean per level).
-        anchor_log_ratio, anchor_weight: see `softmax_tb_advantage`; `[E]` here, per edge.
+        anchor_weight: lambda of the anchor, see `softmax_tb_advantage`; None for none.
 
     Returns:
         the loss (a scalar) and the figures every run logs.
+
+    Raises:
+        ValueError: an unknown baseline, or an anchor without a reference.
     """
-    detached = log_probs.detach()
-    path_log_probs = path_sum(detached, leaf_edges)
-    anchor = None if anchor_log_ratio is None else path_sum(anchor_log_ratio, leaf_edges)
-    advantage = softmax_tb_advantage(rewards, path_log_probs, beta, anchor, anchor_weight)
-    log_ratio = log_probs - old_log_probs + shift.detach()
+    leaf_edges, parent = transitions.leaf_edges, transitions.edge_parent
+    path_log_probs = path_sum(transitions.log_probs.detach(), leaf_edges)
+    if anchor_weight is None:
+        advantage = softmax_tb_advantage(rewards, path_log_probs, beta)
+    elif transitions.reference_log_ratio is None:
+        raise ValueError("an anchor needs the log ratio to the reference")
+    else:
+        anchor = path_sum(transitions.reference_log_ratio, leaf_edges)
+        advantage = softmax_tb_advantage(rewards, path_log_probs, beta, anchor, anchor_weight)
+    log_ratio = transitions.log_probs - transitions.old_log_probs + transitions.shift.detach()
     if baseline == "siblings":
-        weight = subtract_sibling_mean(edge_mean(advantage, leaf_edges, len(log_probs)), edge_parent)
+        weight = subtract_sibling_mean(edge_mean(advantage, leaf_edges, len(log_ratio)), parent)
         loss = -level_means(clipped_surrogate(log_ratio, weight, clip), leaf_edges)
     elif baseline in ("none", "group"):
         log_ratio = path_sum(log_ratio, leaf_edges)
@@ -136,15 +161,7 @@ def softmax_tb_loss(
 
 
 def subtree_balance_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    shift: Tensor,
-    leaf_edges: Tensor,
-    edge_parent: Tensor,
-    rewards: Tensor,
-    beta: float,
-    clip: float = 0.2,
-    baseline: Baseline = "none",
+    transitions: Transitions, rewards: Tensor, beta: float, clip: float = 0.2, baseline: Baseline = "none"
 ) -> tuple[Tensor, dict[str, float]]:
     """Balance at every branch point instead of along paths: the paper's ablation "Step-wise Balance (Detailed)".
 
@@ -164,18 +181,83 @@ def subtree_balance_loss(
         raise ValueError(
             "step-wise balance has no advantage per path to take a group's mean of: baseline none or siblings"
         )
-    edges, detached = len(log_probs), log_probs.detach()
-    count = torch.bincount(leaf_edges.flatten(), minlength=edges).to(log_probs.dtype)
+    leaf_edges, parent = transitions.leaf_edges, transitions.edge_parent
+    edges, detached = len(transitions.log_probs), transitions.log_probs.detach()
+    count = torch.bincount(leaf_edges.flatten(), minlength=edges).to(detached.dtype)
     below = (beta * rewards)[:, None].expand_as(leaf_edges).flatten()
     log_flow = group_logsumexp(below, leaf_edges.flatten(), edges) - count.log()
-    advantage = sibling_log_softmax(log_flow, edge_parent) - sibling_log_softmax(detached, edge_parent)
+    advantage = sibling_log_softmax(log_flow, parent) - sibling_log_softmax(detached, parent)
     if baseline == "siblings":
-        advantage = subtract_sibling_mean(advantage, edge_parent)
-    log_ratio = log_probs - old_log_probs + shift.detach()
+        advantage = subtract_sibling_mean(advantage, parent)
+    log_ratio = transitions.log_probs - transitions.old_log_probs + transitions.shift.detach()
     loss = -level_means(clipped_surrogate(log_ratio, advantage, clip), leaf_edges)
     return loss, {
         **target_figures(rewards, beta, path_sum(detached, leaf_edges)),
         "advantage_mean": advantage.mean().item(),
+        **ratio_figures(log_ratio, clip),
+    }
+
+
+def group_advantage(rewards: Tensor) -> Tensor:
+    """(R - mean) / (std + STD_FLOOR), population std, clipped to +- ADVANTAGE_LIMIT. `[K]` -> `[K]`."""
+    centred = rewards - rewards.mean()
+    return (centred / (centred.square().mean().sqrt() + STD_FLOOR)).clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+
+
+def diverse_advantage(rewards: Tensor, features: Tensor) -> Tensor:
+    """GARDO's (R - mean) * d, without a standard deviation, clipped to +- ADVANTAGE_LIMIT.
+
+    d is 1 below the mean reward; elsewhere it is the cosine distance to the nearest other sample, over its mean in the group
+    (1 for a group of equal pictures): a good sample counts the more the rarer it is.
+
+    Args:
+        rewards: `[K]`. features: `[K, D]`, DINOv2 in the paper.
+    """
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    distance = 1 - unit @ unit.T
+    nearest = distance.fill_diagonal_(torch.inf).min(1).values.clamp_min(0).to(rewards.dtype)
+    mean = nearest.mean()
+    rarity = nearest / mean if mean > 0 else torch.ones_like(nearest)
+    centred = rewards - rewards.mean()
+    return (centred * torch.where(centred < 0, 1.0, rarity)).clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+
+
+def tree_advantage(leaf_advantage: Tensor, transitions: Transitions) -> Tensor:
+    """TreeGRPO's advantage of every edge: that of a leaf, or of its children weighted by softmax(log pi_old).
+
+    Args:
+        leaf_advantage: `[K]`. transitions: in which each leaf has its own last edge.
+
+    Returns:
+        `[E]`.
+    """
+    leaf_edges, log_probs = transitions.leaf_edges, transitions.old_log_probs
+    found = torch.zeros_like(log_probs)
+    found[leaf_edges[:, -1]] = leaf_advantage
+    weight = sibling_log_softmax(log_probs, transitions.edge_parent).exp()
+    # From the leaves up: an edge's children all end on the same child edge's parent.
+    for level in range(leaf_edges.shape[1] - 1, 0, -1):
+        pairs = torch.unique(leaf_edges[:, level - 1 : level + 1], dim=0)
+        parent, child = pairs.unbind(1)
+        found.index_add_(0, parent, weight[child] * found[child])
+    return found
+
+
+def grpo_loss(transitions: Transitions, advantage: Tensor, clip: float) -> tuple[Tensor, dict[str, float]]:
+    """-mean over edges of min(rho A, clip(rho) A), ratios per transition and without RatioNorm's shift.
+
+    Args:
+        advantage: `[E]`.
+
+    Returns:
+        the loss (a scalar) and the figures that go into metrics.jsonl.
+    """
+    log_ratio = transitions.log_probs - transitions.old_log_probs
+    loss = -clipped_surrogate(log_ratio, advantage, clip).mean()
+    return loss, {
+        "log_prob_std": path_sum(transitions.log_probs.detach(), transitions.leaf_edges).std(correction=0).item(),
+        "advantage_mean": advantage.mean().item(),
+        "advantage_std": advantage.std(correction=0).item(),
         **ratio_figures(log_ratio, clip),
     }
 

@@ -1,9 +1,70 @@
-"""Tensors of a transformer whose parameters the processes share (FSDP2)."""
+"""What several processes must agree on, and tensors whose parts they share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .settings.errors import ConfigError
+
+Loaded = TypeVar("Loaded")
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process has an error; this one stops with it."""
+
+
+class Processes:
+    """The processes of a run, by their accelerator.
+
+    Attributes:
+        count, rank, main: how many there are, which one this is, and whether it is the one that writes.
+        agreed: whether all know of the error that ends the run, so that they can still do something together.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.count, self.rank, self.main = (
+            accelerator.num_processes,
+            accelerator.process_index,
+            accelerator.is_main_process,
+        )
+        self.agreed = self.count == 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in the order of their ranks."""
+        return gather_object([value]) if self.count > 1 else [value]
+
+    def agree(self, error: Exception | None) -> None:
+        """Raises on all processes if one has an error: the others would wait for it for ever in the next collective."""
+        if self.count > 1:
+            texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+            failed = [f"process {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+            self.agreed = bool(failed)
+            if failed and error is None:
+                raise OtherProcessFailed("; ".join(failed))
+        if error is not None:
+            raise error
+
+
+def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
+    """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
+    if accelerator.num_processes == 1:
+        return load()
+    loaded: list[Loaded] = []
+    own = None
+    try:
+        loaded.append(load())
+    except ConfigError as error:
+        own = f"process {accelerator.process_index}: {error}"
+    for text in gather_object([own]):
+        if text is not None:
+            raise ConfigError(text)
+    return loaded[0]
 
 
 def whole(value: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from .. import methods
 from ..evaluation import comparison as compare_report
 from ..files import read_metrics, write_text
-from ..methods.base import Planner, cost, evaluations
 from ..settings.config import TrainConfig, to_yaml
 from ..settings.errors import ConfigError
 from ..settings.presets import make_config
@@ -56,9 +56,9 @@ def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
     """The most updates whose network evaluations (`methods.cost`, of one process) stay within a budget; at least 1."""
 
     def total(updates: int) -> float:
-        planner = Planner(config.model_copy(update={"updates": updates}), sigmas)
+        method = methods.make(config.model_copy(update={"updates": updates}), sigmas)
         return config.prompts_per_update * sum(
-            cost(evaluations(config, planner.plan(update))) for update in range(updates)
+            methods.cost(method.evaluations(method.plan(update))) for update in range(updates)
         )
 
     low, high = 1, 2

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .. import methods
 from ..backbones import find_model, is_hub_id
 from ..backbones.check import check_weights
-from ..methods.base import Planner, cost, evaluations
 from ..settings.config import TrainConfig
 from ..training import memory
 from .loading import check, choose_device, quiet
@@ -22,7 +22,7 @@ def dry_run(config: TrainConfig) -> int:
     train_prompts, heldout, skeleton = check(config, device)
     folder = find_model(config.model, weights=False)
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-    planner = Planner(config, sigmas)
+    method = methods.make(config, sigmas)
     parameters = sum(p.numel() for p in skeleton.transformer.parameters())
     print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
     targets = skeleton.target_shapes(config.lora_targets)
@@ -31,15 +31,15 @@ def dry_run(config: TrainConfig) -> int:
     print(f"prompts: {len(train_prompts.texts)} for training, {len(heldout.texts)} held out")
     print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
     for update in sorted({0, config.updates // 2, config.updates - 1}):
-        plan = planner.plan(update)
-        counts = ", ".join(f"{n} {phase}" for phase, n in evaluations(config, plan).items() if n)
+        plan = method.plan(update)
+        counts = ", ".join(f"{n} {phase}" for phase, n in method.evaluations(plan).items() if n)
         print(
             f"update {update + 1}: noise at steps {tuple(plan.fanout)}, {plan.roots} seeds, widths {plan.widths}, "
             f"{plan.leaves} leaves; network evaluations per prompt: {counts}"
         )
-    every = [planner.plan(update) for update in range(config.updates)]
+    every = [method.plan(update) for update in range(config.updates)]
     plans = list({(plan.roots, tuple(plan.fanout.items())): plan for plan in every}.values())
-    total = config.prompts_per_update * sum(cost(evaluations(config, plan)) for plan in every)
+    total = config.prompts_per_update * sum(methods.cost(method.evaluations(plan)) for plan in every)
     print(
         f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all, "
         f"{total:,} network evaluations (forward and backward pass count one each)"
@@ -48,7 +48,7 @@ def dry_run(config: TrainConfig) -> int:
     # Only models with T5 encode all prompts first.
     alone = (folder / skeleton.t5).is_dir()
     text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
-    phases = memory.estimate(skeleton, config, plans, tokens, text if alone else 0)
+    phases = memory.estimate(skeleton, config, method, plans, tokens, text if alone else 0)
     kept = {} if alone else {"text encoders": text}
     print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
     for phase, parts in phases.items():

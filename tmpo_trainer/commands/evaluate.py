@@ -89,6 +89,7 @@ def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
     from ..files import write_text
     from ..lora.attach import attach, check_lora
     from ..pictures.grids import grid, zoom
+    from ..processes import together
     from ..prompts.lists import PromptList, read_prompts
     from ..training.run_folder import agreed_folder
     from . import loading
@@ -113,14 +114,14 @@ def run(config: TrainConfig, file: Path | None, preference: Path | None) -> int:
     device = chosen if accelerator.num_processes == 1 else accelerator.device
     texts = heldout.texts + (second.texts if second else [])
 
-    def load() -> loading.Loaded:
+    def load() -> tuple[list[Any], Any, Any]:
         backbone = loading.load_model(config, device, texts)
         if file is not None:
             attach(backbone, file)
         return loading.scorers(config, device), loading.features(config, device), backbone
 
     folder = agreed_folder(config.output_dir, "evaluate", accelerator)
-    scorers, features, backbone = loading.together(accelerator, load)
+    scorers, features, backbone = together(accelerator, load)
     assert features is not None
     # The paper measures the task on its own prompts, preference and diversity on others.
     parts: list[tuple[str, PromptList, list[loading.Scorer]]] = [("base", heldout, scorers)]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError, suggest
-from ..settings.presets import make_config, method_preset, preset, preset_names, read_yaml
+from ..settings.presets import all_settings, make_config, method_preset, preset, preset_names, read_yaml
 
 #: Flags that say where the settings come from, or what to do with them, rather than being settings.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
@@ -54,14 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
     parser.add_argument("--version", action="version", version=f"tmpo_trainer {__version__}")
-    add_settings(parser, {name.replace("_", "-"): name for name in TrainConfig.model_fields})
+    add_settings(parser, {name.replace("_", "-"): name for name in all_settings()})
     return parser
 
 
 def add_settings(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
     """Adds flags {flag without dashes: setting}, with the settings' own help texts and defaults."""
     for flag, name in flags.items():
-        field = TrainConfig.model_fields[name]
+        field = all_settings()[name]
         text = (field.description or "").replace("%", "%%")
         if not field.is_required():
             default = field.default
@@ -87,7 +87,7 @@ def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]
     flags = {name: getattr(namespace, name) for name in names if name in namespace}
     for key, value in flags.items():
         # Only where a setting may be left out: `--baseline none` is a value.
-        optional = type(None) in typing.get_args(TrainConfig.model_fields[key].annotation)
+        optional = type(None) in typing.get_args(all_settings()[key].annotation)
         if optional and isinstance(value, str) and value.lower() == "none":
             flags[key] = None
         elif value == ["none"]:
@@ -98,9 +98,9 @@ def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """(actions, settings given as flags). Raises ConfigError."""
     namespace, unknown = make_parser().parse_known_args(arguments)
-    known = [*(name.replace("_", "-") for name in TrainConfig.model_fields), *ACTIONS]
+    known = [*(name.replace("_", "-") for name in all_settings()), *ACTIONS]
     refuse_unknown(unknown, [f"--{name}" for name in known])
-    return namespace, given(namespace, TrainConfig.model_fields)
+    return namespace, given(namespace, all_settings())
 
 
 def choose_preset(settings: dict[str, Any]) -> str:

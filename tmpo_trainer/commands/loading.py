@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 
+from .. import methods
 from ..backbones import is_hub_id, load_backbone, load_skeleton
 from ..backbones.base import Backbone
 from ..backbones.check import check_transformer
 from ..evaluation import held_out
 from ..evaluation.features import Features, check_features, load_features
 from ..lora import adapter as lora
-from ..methods.base import Planner
 from ..prompts.lists import PromptList, default_prompts, read_prompts
 from ..prompts.split import Split
 from ..rewards import Parked, Scorer, check_name, check_prompts, load_scorer, remote_address
@@ -30,25 +28,6 @@ from ..rewards.shapes import ShapesScorer
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
 from ..training import trackers
-
-Loaded = tuple[list[Scorer], Features | None, Backbone]
-
-
-def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
-    """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
-    if accelerator.num_processes == 1:
-        return load()
-    loaded: list[Loaded] = []
-    own = None
-    try:
-        loaded.append(load())
-    except ConfigError as error:
-        own = f"process {accelerator.process_index}: {error}"
-    for text in gather_object([own]):
-        if text is not None:
-            raise ConfigError(text)
-    return loaded[0]
-
 
 #: See `identity`.
 IDENTITY = (
@@ -101,7 +80,7 @@ def _prompts(config: TrainConfig, given: Path | None, split: Split, flag: str) -
         raise ConfigError(f"reward {' '.join(config.reward)} has no prompt list of its own: give --{flag} FILE")
     check_prompts(config.reward, found)
     if split == "train":
-        check_prompts(config.auxiliary, found)
+        check_prompts(config.extra_rewards, found)
     return found
 
 
@@ -118,7 +97,7 @@ def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptLi
 def check_rewards(config: TrainConfig) -> None:
     """Raises ConfigError for rewards that are not known, have no address, or whose files are not there."""
     paths = dict(entry.split("=", 1) for entry in config.reward_models)
-    for name in (*config.reward, *config.auxiliary):
+    for name in (*config.reward, *config.extra_rewards):
         check_name(name)
         path = paths.get(name)
         if name == "remote" or name.startswith("remote-"):
@@ -136,10 +115,10 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
     """
     trackers.check(config.tracker)
     check_rewards(config)
-    if config.report or config.eval_every or config.method == "gardo":
+    if config.report or config.eval_every or config.needs_features:
         check_features(config.features)
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
-    Planner(config, found.sigmas(config.rollout_steps, *config.resolution))
+    methods.make(config, found.sigmas(config.rollout_steps, *config.resolution))
     if config.init_lora:
         lora.check_fits(config.init_lora, found.target_shapes(config.lora_targets), config.lora_rank)
     return train, heldout, found

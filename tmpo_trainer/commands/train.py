@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,38 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ..backbones import is_hub_id
+from ..backbones.base import Backbone
 from ..evaluation import report
+from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut, sample
 from ..files import read_metrics, write_text
 from ..lora import export
+from ..processes import OtherProcessFailed, together
+from ..rewards import Scorer
 from ..settings.config import TrainConfig, to_yaml
 from ..settings.errors import ConfigError
 from ..training import progress, trackers
 from ..training.checkpoint import checkpoints, drop_later
-from ..training.loop import Interrupted, OtherProcessFailed, Trainer
+from ..training.loop import Interrupted, Trainer
 from ..training.run_folder import agreed_folder, environment
 from . import loading
-from .loading import together
+
+
+@dataclass
+class _Parts:
+    """What a run is made of. scorers: by name, those of the rewards and of the method."""
+
+    scorers: dict[str, Scorer]
+    features: Features | None
+    backbone: Backbone
 
 
 def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
-    """Trains, exports and reports. Returns the exit code: 0, 1 for a failure (one line says which), 130 if interrupted."""
+    """Trains, exports and reports.
+
+    Returns:
+        the exit code: 0, 1 for a failure (one line says which), 130 if interrupted.
+    """
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
     train_prompts, heldout, _ = loading.check(config, chosen)
@@ -37,74 +54,74 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     loading.quiet()
     accelerator = Accelerator(cpu=chosen.type == "cpu", **trackers.arguments(config.tracker))
     device = chosen if accelerator.num_processes == 1 else accelerator.device
-    main = accelerator.is_main_process
     if accelerator.is_fsdp2 and config.quantize == "nf4":
         raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
-
-    def say(text: str) -> None:
-        if main:
-            print(text, file=sys.stderr)
-
-    # What the rewards and the report need is loaded first: it must not be found missing after hours of training.
     texts = train_prompts.texts + heldout.texts
-    everything, features, backbone = together(
-        accelerator,
-        lambda: (
-            loading.scorers(config, device, tuple(dict.fromkeys((*config.reward, *config.auxiliary)))),
-            loading.features(config, device) if config.report or config.eval_every or config.auxiliary else None,
-            loading.load_model(config, device, texts, accelerator.is_fsdp2),
-        ),
-    )
+    parts = together(accelerator, lambda: _load(config, device, texts, accelerator.is_fsdp2))
     folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
-    by_name = dict(zip(dict.fromkeys((*config.reward, *config.auxiliary)), everything, strict=True))
-    scorers, auxiliary = ([by_name[name] for name in names] for names in (config.reward, config.auxiliary))
-    trainer = Trainer(config, folder, backbone, scorers, train_prompts, accelerator, auxiliary, features)
+    scorers, extra = ([parts.scorers[name] for name in names] for names in (config.reward, config.extra_rewards))
+    trainer = Trainer(config, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features)
     if checkpoint:
         trainer.resume(checkpoint)
-    if main:
+    if accelerator.is_main_process:
         if checkpoint:
             drop_later(folder, trainer.done)
         write_text(folder / "config.yaml", to_yaml(config))
         write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
+        print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
     trackers.start(accelerator, config, folder)
-    say(f"{'resuming' if checkpoint else 'training'} in {folder}")
-    count = len(heldout.texts)
-    shown = [heldout.texts[i] for i in np.linspace(0, count - 1, min(6, count)).astype(int)]
-
-    def draw_samples() -> tuple[np.ndarray, list[str]]:
-        parts = [pictures for _, pictures in sample(backbone, shown, 8, loading.sampling(config))]
-        return np.concatenate(parts), shown
-
     held_out = None
-    if features and (config.report or config.eval_every):
+    if parts.features and (config.report or config.eval_every):
         held_out = HeldOut(
             folder / "base.npz" if config.eval_every else None,
-            backbone,
+            parts.backbone,
             heldout,
             loading.evaluation_scorers(scorers),
-            features,
+            parts.features,
             config.eval_images,
             loading.sampling(config),
             accelerator,
         )
+    return _run(trainer, held_out, heldout.texts)
+
+
+def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: bool) -> _Parts:
+    """What the rewards and the report need is loaded first: it must not be found missing after hours of training."""
+    names = tuple(dict.fromkeys((*config.reward, *config.extra_rewards)))
+    scorers = dict(zip(names, loading.scorers(config, device, names), strict=True))
+    measured = config.report or config.eval_every or config.needs_features
+    features = loading.features(config, device) if measured else None
+    return _Parts(scorers, features, loading.load_model(config, device, texts, sharded))
+
+
+def _run(trainer: Trainer, held_out: HeldOut | None, heldout: list[str]) -> int:
+    """Trains, exports and reports. Returns the exit code."""
+    config, folder, main = trainer.config, trainer.run, trainer.processes.main
+    names = [scorer.name for scorer in trainer.judges.rewards]
+    shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
+
+    def draw_samples() -> tuple[np.ndarray, list[str]]:
+        parts = [pictures for _, pictures in sample(trainer.backbone, shown, 8, loading.sampling(config))]
+        return np.concatenate(parts), shown
 
     def compare() -> tuple[Evaluation, Evaluation]:
         assert held_out is not None
-        with trainer.reference():
+        with trainer.weights.pretrained():
             base = held_out.base()
         return base, held_out.measure()
 
-    names = [scorer.name for scorer in scorers]
+    accelerator = trainer.accelerator
     reporter = progress.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare, accelerator)
     try:
         trainer.train(reporter)
         reporter.close()
-        _export(config, trainer)
+        _export(trainer)
         if held_out and config.report:
-            _report(config, trainer, held_out, names)
+            _report(trainer, held_out, names)
     except Interrupted as stop:
         reporter.close()
-        say(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}")
+        if main:
+            print(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}", file=sys.stderr)
         accelerator.end_training()
         return 130
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -121,17 +138,18 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     return 0
 
 
-def _export(config: TrainConfig, trainer: Trainer) -> None:
+def _export(trainer: Trainer) -> None:
+    config = trainer.config
     about = {
         "method": config.method,
         "step": str(trainer.done),
         "rewards": " ".join(config.reward),
-        **({"beta": f"{config.beta(0)} to {config.beta_end}"} if config.method.startswith("tmpo") else {}),
+        **trainer.method.metadata(),
         # No paths in the file.
         "base_model": config.model if config.model == "demo" or is_hub_id(config.model) else "local",
     }
-    main = trainer.accelerator.is_main_process
-    with trainer.averaged():
+    main = trainer.processes.main
+    with trainer.weights.averaged():
         changed = export.export_lora(trainer.backbone, trainer.run, about, main)
     if not main:
         return
@@ -143,15 +161,15 @@ def _export(config: TrainConfig, trainer: Trainer) -> None:
     print(f"LoRA: {trainer.run / export.FILE_NAME}", file=sys.stderr)
 
 
-def _report(config: TrainConfig, trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
+def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
     """Base and trained (EMA) model on the held-out prompts with the same noise."""
+    config, main = trainer.config, trainer.processes.main
     count = len(held_out.prompts.texts)
-    main = trainer.accelerator.is_main_process
     what = "evaluating base and trained"
     with tqdm(total=2 * count, desc=what, unit="prompt", dynamic_ncols=True, disable=not main) as bar:
-        with trainer.reference():
+        with trainer.weights.pretrained():
             base = held_out.base(bar.update)
-        with trainer.averaged():
+        with trainer.weights.averaged():
             trained = held_out.measure(bar.update)
     if not main:
         return

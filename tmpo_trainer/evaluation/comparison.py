@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_text
-from ..methods.base import cost
+from ..methods import cost
 from ..pictures.grids import grid, zoom
 from .held_out import Evaluation
 from .statistics import measures, numbers, paired_gain

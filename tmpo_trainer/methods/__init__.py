@@ -1,4 +1,53 @@
-"""Training methods, one file each."""
+"""Training methods, one file each: its settings (`Settings`) and what it does (`Method`).
 
-#: Files that are no methods.
-SHARED = ("base",)
+| method | rollout | advantage | ratio |
+|---|---|---|---|
+| tmpo | the tree, positions by the schedule | Softmax-TB | per path (per edge with `siblings`) |
+| tmpo-beta-1 | the same | the same, beta = 1 throughout | the same |
+| tmpo-step-balance | the same | balance at every branch point | per edge |
+| tmpo-no-tree | K chains, noise at the same steps | Softmax-TB | per path |
+| tmpo-fixed-branching | the tree at `branch_early` | Softmax-TB | as tmpo |
+| flow-grpo | K chains, noise at every step but the last | z-score | per step |
+| mix-grpo | K chains, noise in a sliding window | z-score | per step |
+| tree-grpo | one seed, a tree in a random window | z-score, backed up through the tree | per edge |
+| gardo | as flow-grpo | R - mean, times rarity | per step |
+
+Several rewards are z-scored one by one and then added, with every method.
+
+Nothing here imports torch when it is loaded: `--help` reads the settings of every method. What computes is imported where it
+is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..settings import discovery
+from ..settings.presets import method_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..settings.config import TrainConfig
+    from .base import Method
+
+#: Files that are no methods, see `settings.discovery`.
+SHARED = ("base", "batch")
+
+
+def make(config: TrainConfig, sigmas: Tensor) -> Method:
+    """The method of a run.
+
+    Args:
+        config: an instance of the method's own settings. sigmas: `[N + 1]`, of the rollout.
+
+    Raises:
+        ConfigError: positions that cannot carry noise.
+    """
+    return discovery.load("methods", method_file(config.method)).Method(config, sigmas)
+
+
+def cost(counts: dict[str, float] | dict[str, int]) -> float:
+    """Network evaluations as one number: a replay counts as two, since its backward pass takes about as long as its forward
+    pass."""
+    return sum(counts.values()) + counts["replay"]

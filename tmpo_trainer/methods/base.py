@@ -1,185 +1,249 @@
-"""What the methods differ in: where a rollout carries noise, and the loss over its edges. All else is shared.
-
-| method | rollout | advantage | ratio |
-|---|---|---|---|
-| tmpo | the tree, positions by the schedule | Softmax-TB | per path (per edge with `siblings`) |
-| tmpo-beta-1 | the same | the same, beta = 1 throughout | the same |
-| tmpo-step-balance | the same | balance at every branch point | per edge |
-| tmpo-no-tree | K chains, noise at the same steps | Softmax-TB | per path |
-| tmpo-fixed-branching | the tree at `branch_early` | Softmax-TB | as tmpo |
-| flow-grpo | K chains, noise at every step but the last | z-score | per step |
-| mix-grpo | K chains, noise in a sliding window | z-score | per step |
-| tree-grpo | one seed, a tree in a random window | z-score, backed up through the tree | per edge |
-| gardo | as flow-grpo | R - mean, times rarity | per step |
-
-Several rewards are z-scored one by one and then added, for all methods.
-
-The KL penalty of the GRPO family divides by the SDE's noise level squared where TMPO's divides by the variance of the step,
-which is that times dt: so does Flow-GRPO's code, from which the paper's weights come.
-"""
+"""What every method has, and what those share that train on the stochastic transitions of a rollout."""
 
 from __future__ import annotations
 
-import random
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from .. import flow, objectives, tree
 from ..settings.config import TrainConfig
-from ..settings.errors import ConfigError
-from . import grpo
 
-#: TreeGRPO: the window starts at step i with probability proportional to this to the power of i.
-WINDOW_DECAY = 0.5
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..objectives import Transitions
+    from ..processes import Processes
+    from ..tree import Branch, TreePlan
+    from .batch import AdapterWeights, Network, PromptBatch
+
+#: Figures of an update, a list of values per name.
+Figures = dict[str, list[float]]
 
 
-class Planner:
-    """The shape of every rollout of a run, as a pure function of the update.
+class Method(ABC):
+    """A training method: the shape of its rollouts, its gradient, and what it keeps between updates.
+
+    An update is `plan`, `begin`, the rollouts, `judge`, for every optimiser step `backward` of every batch, then `end`.
 
     Args:
-        sigmas: `[N + 1]`, of the rollout.
+        config: an instance of the file's `Settings`. sigmas: `[N + 1]`, of the rollout.
 
     Raises:
-        ConfigError: positions that cannot carry noise.
+        ConfigError: the rollout's steps do not fit.
     """
 
-    def __init__(self, config: TrainConfig, sigmas: Tensor):
-        self.config = config
-        self.last = flow.last_stochastic_step(sigmas)
-        self._schedule = None
-        if config.method.startswith("tmpo"):
-            self._schedule = _schedule(config, sigmas, self.last)
-        elif config.method == "mix-grpo" and config.window > self.last:
-            raise ConfigError(
-                f"window {config.window}: of {config.rollout_steps} steps only {self.last} may carry noise"
+    #: Copies of the adapter that it keeps: for the memory estimate.
+    copies: ClassVar[int] = 0
+
+    def __init__(self, config: Any, sigmas: Tensor):
+        self.config, self.sigmas = config, sigmas
+
+    @abstractmethod
+    def plan(self, update: int) -> TreePlan:
+        """The rollout of one prompt at an update counted from 0: a pure function. It may have no stochastic step."""
+
+    @property
+    def transition(self) -> dict[str, Any]:
+        """Arguments of `tree.rollout` for its stochastic steps: kernel, eta, reduce."""
+        return {}
+
+    def about(self, update: int) -> dict[str, float]:
+        """What metrics.jsonl shall say of an update's settings."""
+        return {}
+
+    def metadata(self) -> dict[str, str]:
+        """What the exported LoRA's metadata shall say, beside the method's name."""
+        return {}
+
+    @abstractmethod
+    def evaluations(self, plan: TreePlan) -> dict[str, int]:
+        """Network evaluations of one prompt in one update, in latents: forward passes by phase; those of `replay` are
+        forward and backward passes."""
+
+    def keeps(self, plan: TreePlan) -> int:
+        """Latents per prompt that are kept until the update ends: for the memory estimate."""
+        return plan.leaves
+
+    def rollout_weights(self, weights: AdapterWeights) -> Mapping[str, Tensor] | None:
+        """Other weights to roll out with, or None for the current ones."""
+        return None
+
+    def begin(self, update: int, weights: AdapterWeights) -> None:
+        """Called before the rollouts of an update. `tensors` may change here, and only as `state` and `weights` say: an update
+        that fails is begun again from the same state."""
+        self.weights = weights
+
+    def judge(self, batches: Sequence[PromptBatch], processes: Processes) -> Figures:
+        """Called with all batches of this process before the first gradient."""
+        return {}
+
+    @abstractmethod
+    def backward(self, batch: PromptBatch, network: Network, inner: int) -> Figures:
+        """Adds the batch's gradient, averaged over all prompts of the update on this process.
+
+        Args:
+            inner: optimiser steps that this rollout has already been used for.
+        """
+
+    def end(self, figures: Mapping[str, float]) -> None:  # noqa: B027
+        """Called after the last optimiser step, with the update's figures of all processes."""
+
+    def state(self) -> dict[str, Any]:
+        """What it keeps between updates beside `tensors`, as JSON. Both go into the checkpoint."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of the adapter that it keeps between updates."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Takes over what `state` and `tensors` gave."""
+
+
+class TransitionSettings(TrainConfig):
+    """Settings of methods that train on stochastic transitions."""
+
+    kernel: Literal["cps", "flow_sde", "dance"] = "cps"
+    """Transition kernel of the stochastic steps."""
+    eta: float = Field(0.7, gt=0)
+    """Noise level of the stochastic steps; at most 1 for cps."""
+    logp_reduce: Literal["mean", "sum"] = "mean"
+    """How log-probabilities are reduced over latent dimensions (paper: mean)."""
+    clip: float = Field(0.2, gt=0)
+    """PPO's epsilon."""
+    kl_weight: float = Field(0.0, ge=0)
+    """Weight of the KL penalty to the pretrained model. With the GRPO family the KL is measured as Flow-GRPO does, see
+    methods/flow_grpo.py."""
+
+    @model_validator(mode="after")
+    def _kernel_fits(self) -> TransitionSettings:
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(f"eta {self.eta} is too large for kernel cps: at most 1")
+        return self
+
+
+class TransitionMethod(Method):
+    """A loss on the log-probabilities of a rollout's transitions, backpropagated by `tree.replay`."""
+
+    config: Any
+
+    @property
+    def transition(self) -> dict[str, Any]:
+        return {"kernel": self.config.kernel, "eta": self.config.eta, "reduce": self.config.logp_reduce}
+
+    @property
+    def last(self) -> int:
+        """The last step that may carry noise."""
+        from ..flow import last_stochastic_step
+
+        return last_stochastic_step(self.sigmas)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference policy's means are needed."""
+        return bool(self.config.kl_weight)
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the loss looks at the log ratio to the reference."""
+        return False
+
+    def evaluations(self, plan: TreePlan) -> dict[str, int]:
+        """Rollout, reference (for a KL or an anchor), ratio (of later optimiser steps) and replay, see `Method`."""
+        parents, steps = plan.train_evaluations, self.config.inner_updates
+        return {
+            "rollout": plan.rollout_evaluations,
+            "reference": parents if self.needs_reference else 0,
+            "ratio": parents * (steps - 1),
+            "replay": parents * steps,
+        }
+
+    def keeps(self, plan: TreePlan) -> int:
+        """Leaves, parents with their means, the children of every edge, the reference's means."""
+        means = 3 if self.needs_reference else 2
+        return plan.leaves + means * plan.train_evaluations + len(plan.index().edge_parent)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The network with the weights that the KL and the anchor compare with: the pretrained model."""
+        return self.weights.pretrained()
+
+    @abstractmethod
+    def loss(self, batch: PromptBatch, p: int, transitions: Transitions) -> tuple[Tensor, dict[str, float]]:
+        """The loss of prompt number p, differentiable in `transitions.log_probs`, and the figures to log."""
+
+    def kl_shares(self, batch: PromptBatch) -> list[Tensor]:
+        """The weight of every parent's KL in the penalty, `[parents of the branch]` per branch, that of a mean over the
+        transitions of the batch."""
+        from .. import tree
+
+        run = batch.rollout
+        shares = tree.parent_shares(run).cpu().split([len(branch.x) for branch in run.branches])
+        return [share * self.kl_scale(branch) for share, branch in zip(shares, run.branches, strict=True)]
+
+    def kl_scale(self, branch: Branch) -> float:
+        """What a step's KL, mean_d (mu - mu_ref)^2 / (2 std^2), is multiplied by."""
+        return 1.0
+
+    def kl_prompts(self, batch: PromptBatch) -> float:
+        """What the shares of a batch are multiplied by, so that gradients averaged over the processes give the penalty's
+        mean over all prompts."""
+        return batch.share
+
+    def backward(self, batch: PromptBatch, network: Network, inner: int) -> Figures:
+        import torch
+
+        from .. import objectives, tree
+
+        run, count = batch.rollout, batch.count
+        if self.needs_reference and batch.reference is None:
+            with network.phase("reference"), self.reference():
+                batch.reference = tree.parent_means(network, run, network.max_batch)
+        if inner == 0:
+            means = [branch.mean for branch in run.branches]
+            log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
+        else:
+            with network.phase("ratio"):
+                means = tree.parent_means(network, run, network.max_batch)
+            log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
+        parts = {"log_probs": log_probs, "old_log_probs": run.log_probs, "shift": shift}
+        if self.anchored:
+            assert batch.reference is not None
+            parts["reference_log_ratio"] = tree.edge_log_ratio(run, means, batch.reference)
+        # Edge e * P + p is edge e of prompt p.
+        by_prompt = {name: values.view(-1, count).cpu() for name, values in parts.items()}
+        index = batch.plan.index()
+        coefficients, figures = [], defaultdict(list)
+        for p in range(count):
+            own = {name: values[:, p] for name, values in by_prompt.items()}
+            own["log_probs"] = own["log_probs"].clone().requires_grad_()
+            transitions = objectives.Transitions(**own, leaf_edges=index.leaf_edges, edge_parent=index.edge_parent)
+            loss, logged = self.loss(batch, p, transitions)
+            coefficients.append(objectives.edge_coefficients(loss, transitions.log_probs))
+            for name, value in logged.items():
+                figures[name].append(value)
+            figures["loss"].append(loss.item())
+        weights = None
+        if self.config.kl_weight:
+            weights = self.config.kl_weight * torch.cat(self.kl_shares(batch)) * self.kl_prompts(batch)
+        with network.phase("replay"):
+            replayed, kl = tree.replay(
+                network,
+                run,
+                (torch.stack(coefficients, 1).flatten() / self.config.prompts_per_update).to(network.device),
+                max_batch=network.max_batch,
+                kl_weights=weights,
+                reference=None if weights is None else batch.reference,
+                backward=network.backward,
             )
-        elif config.method == "tree-grpo" and len(config.branch_early) > self.last:
-            raise ConfigError(
-                f"method tree-grpo branches at {len(config.branch_early)} neighbouring steps (as many as branch_early has), "
-                f"of {config.rollout_steps} only {self.last} may carry noise"
-            )
-
-    def plan(self, update: int) -> tree.TreePlan:
-        """Of one prompt, at an update counted from 0."""
-        config, steps, leaves = self.config, self.config.rollout_steps, self.config.leaves
-        if config.method in ("flow-grpo", "gardo"):
-            return tree.TreePlan(steps, leaves, dict.fromkeys(range(1, self.last + 1), 1))
-        if config.method == "mix-grpo":
-            start = min(1 + update // config.window_every, self.last - config.window + 1)
-            return tree.TreePlan(steps, leaves, dict.fromkeys(range(start, start + config.window), 1))
-        if config.method == "tree-grpo":
-            depth = len(config.branch_early)
-            starts = range(1, self.last - depth + 2)
-            (start,) = random.Random(f"{config.seed}:window:{update}").choices(
-                starts, [WINDOW_DECAY**i for i in starts]
-            )
-            return tree.TreePlan(steps, 1, dict.fromkeys(range(start, start + depth), config.branching))
-        assert self._schedule is not None
-        fixed = config.method == "tmpo-fixed-branching"
-        positions = config.branch_early if fixed else self._schedule.steps(update)
-        if config.method == "tmpo-no-tree":
-            return tree.TreePlan(steps, leaves, {step: 1 for step in positions if step > 1})
-        return tree.TreePlan.tmpo(steps, positions, config.branching)
-
-
-def _schedule(config: TrainConfig, sigmas: Tensor, last: int) -> tree.BranchSchedule:
-    for name in ("branch_early", "branch_late"):
-        try:
-            flow.check_stochastic(config.kernel, config.eta, sigmas, [s for s in getattr(config, name) if s > 1])
-        except ValueError as error:
-            raise ConfigError(f"{name} {list(getattr(config, name))}: {error}") from None
-    try:
-        return tree.BranchSchedule(
-            config.rollout_steps,
-            config.branch_early,
-            config.branch_late,
-            config.kappa,
-            config.updates,
-            config.seed,
-            last,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def evaluations(config: TrainConfig, plan: tree.TreePlan) -> dict[str, int]:
-    """Network evaluations of one prompt in one update, in latents.
-
-    rollout, reference (of a KL or an anchor) and ratio (of later inner updates) are forward passes; replay is forward and
-    backward.
-    """
-    parents = plan.train_evaluations
-    return {
-        "rollout": plan.rollout_evaluations,
-        "reference": parents if config.kl_weight or config.anchor == "ref" else 0,
-        "ratio": parents * (config.inner_updates - 1),
-        "replay": parents * config.inner_updates,
-    }
-
-
-def cost(counts: dict[str, float] | dict[str, int]) -> float:
-    """Evaluations as one number: a replay counts as two, since its backward pass takes about as long as its forward pass."""
-    return sum(counts.values()) + counts["replay"]
-
-
-def reward_norm(config: TrainConfig) -> str:
-    """How rewards are combined. The GRPO family leaves a single one raw: it normalises itself, and GARDO not at all."""
-    return config.reward_norm if config.method.startswith("tmpo") or len(config.reward) > 1 else "none"
-
-
-def loss(
-    config: TrainConfig,
-    update: int,
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    shift: Tensor,
-    index: tree.TreeIndex,
-    rewards: Tensor,
-    anchor: Tensor | None = None,
-    features: Tensor | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """The loss of one prompt's rollout, differentiable in `log_probs`, and the figures to log.
-
-    Args:
-        log_probs, old_log_probs: `[E]`, of the current policy and at rollout time. shift: `[E]`, RatioNorm's, TMPO's alone.
-        rewards: `[K]`, combined. anchor: `[E]`, log pi - log pi_ref, for `anchor: ref`. features: `[K, D]`, for gardo.
-    """
-    leaf_edges, parent = index.leaf_edges, index.edge_parent
-    if config.method.startswith("tmpo"):
-        beta = config.beta(update)
-        common = (log_probs, old_log_probs, shift, leaf_edges, parent, rewards, beta, config.clip, config.baseline)
-        if config.method == "tmpo-step-balance":
-            return objectives.subtree_balance_loss(*common)
-        return objectives.softmax_tb_loss(*common, anchor, config.anchor_weight)
-    if config.method == "gardo":
-        assert features is not None
-        leaf = grpo.diverse_advantage(rewards, features)
-    elif len(config.reward) > 1:
-        # Already normalised, each by itself; again would blow the noise of equal rewards up.
-        leaf = rewards.clamp(-grpo.ADVANTAGE_LIMIT, grpo.ADVANTAGE_LIMIT)
-    else:
-        leaf = grpo.group_advantage(rewards)
-    if config.method == "tree-grpo":
-        advantage = grpo.tree_advantage(leaf, old_log_probs, leaf_edges, parent)
-    else:
-        advantage = grpo.edge_advantage(leaf, leaf_edges, len(log_probs))
-    return grpo.grpo_loss(log_probs, old_log_probs, advantage, leaf_edges, config.clip)
-
-
-def kl_weights(config: TrainConfig, run: tree.Rollout, gate: Tensor | None = None, gated: int = 0) -> Tensor:
-    """The weight of every parent's KL `[parents]`, so that the penalty is kl_weight * its mean over transitions.
-
-    Args:
-        run: of one prompt or several. gate: `[K * prompts]`, whether a chain is held (gardo): then the mean is over the
-            transitions of those alone. gated: how many chains of the whole update are.
-    """
-    weights = []
-    shares = tree.parent_shares(run).cpu().split([len(branch.x) for branch in run.branches])
-    for branch, share in zip(run.branches, shares, strict=True):
-        if gate is not None:
-            # Chains: as many parents as leaves, in the same order.
-            share = gate.to(share) / max(gated * len(run.branches), 1)
-        # The level squared is the step's variance over dt.
-        weights.append(share * (1.0 if config.method.startswith("tmpo") else branch.sigma - branch.sigma_next))
-    return config.kl_weight * torch.cat(weights)
+        if weights is not None:
+            # Summed over the prompts of all processes and divided by their number, this is the penalty's mean.
+            total = (weights.to(kl) * kl).sum().item() / self.config.kl_weight
+            figures["kl_reference"] += [total * self.config.prompts_per_update / count] * count
+        if inner == 0:
+            # Replaying at unchanged weights must give the stored log-probabilities: a ratio of 1.
+            figures["replay_ratio_error"].append((replayed - run.log_probs).exp().sub(1).abs().max().item())
+        return figures

@@ -1,11 +1,27 @@
-"""GARDO's regularisation (arXiv:2512.24138): which samples the KL penalty holds, and what it holds them to."""
+"""GARDO (arXiv:2512.24138): Flow-GRPO with rarity in the advantage, and a KL penalty that holds suspicious samples only.
+
+A gate chooses the samples of an update that the reward likes and auxiliary scorers do not; the penalty compares them with a
+copy of the adapter, which is renewed now and then.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import model_validator
+
+from . import flow_grpo
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from ..processes import Processes
+    from .base import Figures
+    from .batch import AdapterWeights, PromptBatch
 
 #: The share of suspicious samples that is held: at the start, its bounds, and the factor by which it moves.
 SHARE, SHARE_MIN, SHARE_MAX, SHARE_STEP = 0.1, 0.02, 0.2, 0.1
@@ -65,3 +81,106 @@ class Gate:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.share, self.memory, self.age, self.kl = state["share"], list(state["memory"]), state["age"], state["kl"]
+
+
+class Settings(flow_grpo.Settings):
+    exclusive: ClassVar[tuple[str, ...]] = ("auxiliary",)
+
+    auxiliary: tuple[str, ...] = ()
+    """Scorers beside the reward (gardo): a picture that they rank far below the reward is held by the KL penalty."""
+
+    @model_validator(mode="after")
+    def _has_auxiliary(self) -> Settings:
+        if not (self.auxiliary and self.kl_weight):
+            raise ValueError(
+                "method gardo needs auxiliary scorers and a kl_weight above 0: its gate decides where that acts"
+            )
+        if len(set(self.auxiliary)) != len(self.auxiliary) or self.auxiliary == self.reward:
+            raise ValueError(f"auxiliary {' '.join(self.auxiliary)}: name each once, and others than the reward alone")
+        return self
+
+    @property
+    def extra_rewards(self) -> tuple[str, ...]:
+        return self.auxiliary
+
+    @property
+    def needs_features(self) -> bool:
+        """The rarity of a picture is measured on them."""
+        return True
+
+
+class Method(flow_grpo.Method):
+    copies = 1
+    config: Settings
+
+    def __init__(self, config: Settings, sigmas: Tensor):
+        super().__init__(config, sigmas)
+        self.gate = Gate()
+        #: The adapter that the KL penalty compares with; made at the first update.
+        self.copy: dict[str, Tensor] = {}
+        #: Of the update that is under way: held samples, and processes that they are on.
+        self._held, self._processes = 0, 1
+
+    def begin(self, update: int, weights: AdapterWeights) -> None:
+        super().begin(update, weights)
+        if not self.copy:
+            self.copy = weights.copy()
+        if self.gate.renew():
+            weights.write(self.copy)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The network with the copy of the adapter."""
+        return self.weights.using(self.copy)
+
+    def judge(self, batches: Sequence[PromptBatch], processes: Processes) -> Figures:
+        """Tells every batch which of its samples the gate holds; ranks are over all prompts of all processes."""
+        import torch
+
+        own = [torch.stack(batch.rewards, 1).flatten().numpy() for batch in batches]
+        auxiliary = [
+            np.concatenate([batch.scores[name].flatten().numpy() for batch in batches])
+            for name in self.config.auxiliary
+        ]
+        everyone = processes.gather((np.concatenate(own), auxiliary))
+        held = self.gate.held(
+            np.concatenate([rewards for rewards, _ in everyone]),
+            [np.concatenate([scores[i] for _, scores in everyone]) for i in range(len(auxiliary))],
+        )
+        first = sum(len(rewards) for rewards, _ in everyone[: processes.rank])
+        for batch, rewards in zip(batches, own, strict=True):
+            batch.own["held"] = torch.from_numpy(held[first : first + len(rewards)])
+            first += len(rewards)
+        self._held, self._processes = int(held.sum()), processes.count
+        return {"gated": [float(held.mean())]}
+
+    def leaf_advantage(self, batch: PromptBatch, p: int) -> Tensor:
+        from .. import objectives
+
+        assert batch.features is not None
+        return objectives.diverse_advantage(batch.rewards[p], batch.features[:, p])
+
+    def kl_shares(self, batch: PromptBatch) -> list[Tensor]:
+        """The penalty is a mean over the transitions of the held samples of the whole update."""
+        branches = batch.rollout.branches
+        # Chains have as many parents at every step as there are leaves, in the same order.
+        return [
+            batch.own["held"].to(branch.x.dtype) / max(self._held * len(branches), 1) * self.kl_scale(branch)
+            for branch in branches
+        ]
+
+    def kl_prompts(self, batch: PromptBatch) -> float:
+        # The shares are of all processes' samples already, and gradients are averaged over the processes.
+        return self._processes
+
+    def end(self, figures: Mapping[str, float]) -> None:
+        self.gate.kl = figures["kl_reference"]
+
+    def state(self) -> dict[str, Any]:
+        return self.gate.state()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.copy
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.gate.load(state)
+        self.copy = dict(tensors)

@@ -1,29 +1,29 @@
-"""Every setting of a training run, its default and its help text. Importable without torch.
+"""The settings that all training methods share, their defaults and help texts. Importable without torch.
 
-Precedence: flags > `--config run.yaml` > `--preset NAME` > the defaults below. Flags, YAML and presets go through the same
-validation; an unknown key or a value of the wrong kind is an error that names it.
+What a method adds stands in its own file, in a class `Settings` that derives from `TrainConfig`: the configuration of a run
+is an instance of the chosen method's class. `presets.make_config` makes it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-#: The paper's method, its rivals and its ablations; what each does is in `methods.py`.
-Method = Literal[
-    "tmpo", "flow-grpo", "mix-grpo", "tree-grpo", "gardo",
-    "tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching",
-]  # fmt: skip
 
 #: Which linear layers of the transformer's blocks get a LoRA. Modulation never: ComfyUI orders its halves differently.
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 
 
 class TrainConfig(BaseModel):
-    """Settings of `python -m tmpo_trainer`."""
+    """Settings of `python -m tmpo_trainer` that belong to no method in particular."""
+
+    #: Names under which `--method` also knows a method, and the settings that such a name fixes: its ablations.
+    variants: ClassVar[dict[str, dict[str, Any]]] = {}
+    #: Settings that mean something for this method alone: with another one, a value other than the default is an error.
+    #: Any other setting of another method is ignored, so that a protocol's preset goes with every method.
+    exclusive: ClassVar[tuple[str, ...]] = ()
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -47,7 +47,7 @@ class TrainConfig(BaseModel):
     reward_norm: Literal["zscore", "none"] = "zscore"
     """`zscore` normalises each reward within the K leaves of a prompt; `none`, or method gardo, leaves a single
     reward raw."""
-    method: Method = "tmpo"
+    method: str = "tmpo"
     """The training method: TMPO, a rival (flow-grpo, mix-grpo, tree-grpo, gardo), or an ablation of TMPO."""
     prompts: Path | None = None
     """Training prompts: one per line, or .jsonl with metadata; by default the list that comes with the reward."""
@@ -73,18 +73,6 @@ class TrainConfig(BaseModel):
     """Children per branch point, B."""
     branch_early: tuple[int, ...] = (1, 2, 3)
     """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
-    branch_late: tuple[int, ...] = (1, 3, 5)
-    """Mean branch steps at the last update."""
-    kappa: float = Field(6.0, gt=0)
-    """Concentration of the branch steps around their means; 2 with a mean in the middle is uniform."""
-    window: int = Field(4, ge=1)
-    """mix-grpo: how many neighbouring steps carry noise."""
-    window_every: int = Field(25, ge=1)
-    """mix-grpo: updates after which the window moves on by one step."""
-    kernel: Literal["cps", "flow_sde", "dance"] = "cps"
-    """Transition kernel of the stochastic steps."""
-    eta: float = Field(0.7, gt=0)
-    """Noise level of the stochastic steps; at most 1 for cps."""
     guidance: float = Field(3.5, ge=0)
     """Guidance scale. For models with classifier-free guidance 1 or less switches it off."""
     resolution: tuple[int, int] = (512, 512)
@@ -105,28 +93,8 @@ class TrainConfig(BaseModel):
     """Most latents in one VAE decode."""
 
     # Objective
-    beta_start: float = Field(0.8, gt=0)
-    """Inverse temperature of the Boltzmann target at the first update."""
-    beta_end: float = Field(2.0, gt=0)
-    """Inverse temperature after the warm-up."""
-    beta_warmup: int = Field(150, ge=0)
-    """Updates over which beta rises linearly."""
-    clip: float = Field(0.2, gt=0)
-    """PPO's epsilon."""
-    baseline: Literal["none", "group", "siblings"] = "none"
-    """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
-    anchor: Literal["none", "ref"] = "none"
-    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
-    anchor_weight: float = Field(1.0, gt=0)
-    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
-    logp_reduce: Literal["mean", "sum"] = "mean"
-    """How log-probabilities are reduced over latent dimensions (paper: mean)."""
     inner_updates: int = Field(1, ge=1)
     """Optimiser updates per rollout."""
-    kl_weight: float = Field(0.0, ge=0)
-    """Weight of the KL penalty to the pretrained model; with the GRPO family the KL of the paper's rivals, see methods.py."""
-    auxiliary: tuple[str, ...] = ()
-    """gardo: scorers beside the reward; where they rank a picture far below the reward, it is held by the KL penalty."""
 
     # Optimiser
     learning_rate: float = Field(3e-5, ge=0)
@@ -206,57 +174,45 @@ class TrainConfig(BaseModel):
             name, _, path = entry.partition("=")
             if not path:
                 raise ValueError(f"reward_models {entry}: write NAME=PATH")
-            if name not in (*self.reward, *self.auxiliary):
+            if name not in (*self.reward, *self.extra_rewards):
                 raise ValueError(f"reward_models {entry}: {name} is none of the rewards {' '.join(self.reward)}")
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
-        if self.kernel == "cps" and self.eta > 1:
-            raise ValueError(f"eta {self.eta} is too large for kernel cps: at most 1")
-        for name in ("branch_early", "branch_late"):
-            steps = getattr(self, name)
-            if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
-                raise ValueError(f"{name} {list(steps)} must be strictly increasing steps, counted from 1")
-            if steps[-1] >= self.rollout_steps:
-                raise ValueError(f"{name} {list(steps)} must stay below rollout_steps {self.rollout_steps}")
-            if steps[-1] == 1:
-                raise ValueError(f"{name} [1] leaves nothing to train: step 1 only draws seeds, add a later step")
-        if len(self.branch_early) != len(self.branch_late):
-            raise ValueError("branch_early and branch_late differ in number")
-        if self.method != "tmpo" and self.anchor != "none":
-            raise ValueError(f"anchor {self.anchor} belongs to method tmpo, not to {self.method}")
-        if self.baseline != "none" and not self.method.startswith("tmpo"):
-            raise ValueError(f"baseline {self.baseline} belongs to TMPO; {self.method} has its own: leave it at none")
-        if self.baseline == "siblings" and self.method == "tmpo-no-tree":
-            raise ValueError("baseline siblings with method tmpo-no-tree: chains have no siblings, use none or group")
-        if self.baseline == "group" and self.method == "tmpo-step-balance":
-            raise ValueError(
-                "baseline group with method tmpo-step-balance: it has no advantage per path, use none or siblings"
-            )
-        if self.method == "gardo" and not (self.auxiliary and self.kl_weight):
-            raise ValueError(
-                "method gardo needs auxiliary scorers and a kl_weight above 0: its gate decides where that acts"
-            )
-        if len(set(self.auxiliary)) != len(self.auxiliary) or self.auxiliary == self.reward:
-            raise ValueError(f"auxiliary {' '.join(self.auxiliary)}: name each once, and others than the reward alone")
-        if self.auxiliary and self.method != "gardo":
-            raise ValueError(f"auxiliary {' '.join(self.auxiliary)} belongs to method gardo, not to {self.method}")
+        self.check_steps("branch_early", self.branch_early)
         together = min(self.prompts_per_batch, self.prompts_per_update)
         for name in ("max_batch", "replay_batch"):
             if (getattr(self, name) or together) < together:
                 raise ValueError(f"{name} {getattr(self, name)} cannot hold one latent of each of {together} prompts")
         return self
 
+    def check_steps(self, name: str, steps: tuple[int, ...]) -> None:
+        """Raises ValueError unless a setting's branch steps increase, fit into the rollout and leave something to train."""
+        if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
+            raise ValueError(f"{name} {list(steps)} must be strictly increasing steps, counted from 1")
+        if steps[-1] >= self.rollout_steps:
+            raise ValueError(f"{name} {list(steps)} must stay below rollout_steps {self.rollout_steps}")
+        if steps[-1] == 1:
+            raise ValueError(f"{name} [1] leaves nothing to train: step 1 only draws seeds, add a later step")
+
     @property
     def leaves(self) -> int:
         """K, pictures per prompt and update."""
         return self.branching ** len(self.branch_early)
 
-    def beta(self, update: int) -> float:
-        """Inverse temperature of an update (0-based)."""
-        if self.method == "tmpo-beta-1":
-            return 1.0
-        progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
-        return self.beta_start + (self.beta_end - self.beta_start) * progress
+    @property
+    def extra_rewards(self) -> tuple[str, ...]:
+        """Scorers that the method needs beside the rewards."""
+        return ()
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether the method looks at the image features of every rollout."""
+        return False
+
+    @property
+    def combining(self) -> Literal["zscore", "none"]:
+        """How the method wants rewards combined, see `rewards.combine`."""
+        return self.reward_norm
 
 
 def to_yaml(config: TrainConfig) -> str:

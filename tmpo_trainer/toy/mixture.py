@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import flow, objectives, tree
-from ..methods import grpo
 
 RING, RADIUS, SD = 8, 4.0, 0.35
 
@@ -266,25 +265,22 @@ def edge_coefficients(
     old, current, shift, anchor = (values.view(-1, groups) for values in (run.log_probs, current, shift, anchor))
     found = []
     for g in range(groups):
-        edges = current[:, g].clone().requires_grad_()
+        edges = objectives.Transitions(
+            current[:, g].clone().requires_grad_(),
+            old[:, g],
+            shift[:, g],
+            index.leaf_edges,
+            index.edge_parent,
+            anchor[:, g] if arm.anchor == "ref" else None,
+        )
         if arm.objective == "grpo":
-            advantage = grpo.edge_advantage(grpo.group_advantage(rewards[:, g]), index.leaf_edges, len(edges))
-            loss, _ = grpo.grpo_loss(edges, old[:, g], advantage, index.leaf_edges, CLIP)
+            leaf = objectives.group_advantage(rewards[:, g])
+            advantage = objectives.edge_mean(leaf, index.leaf_edges, len(edges.log_probs))
+            loss, _ = objectives.grpo_loss(edges, advantage, CLIP)
         else:
-            loss, _ = objectives.softmax_tb_loss(
-                edges,
-                old[:, g],
-                shift[:, g],
-                index.leaf_edges,
-                index.edge_parent,
-                rewards[:, g],
-                arm.beta,
-                CLIP,
-                arm.baseline,
-                None if arm.anchor == "none" else anchor[:, g],
-                ANCHOR_WEIGHT,
-            )
-        found.append(objectives.edge_coefficients(loss, edges))
+            weight = ANCHOR_WEIGHT if arm.anchor == "ref" else None
+            loss, _ = objectives.softmax_tb_loss(edges, rewards[:, g], arm.beta, CLIP, arm.baseline, weight)
+        found.append(objectives.edge_coefficients(loss, edges.log_probs))
     return torch.stack(found, 1).flatten()
 
 

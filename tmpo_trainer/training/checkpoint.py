@@ -1,9 +1,9 @@
 """Atomic checkpoints and exact resume.
 
-A checkpoint folder holds `lora.safetensors` and `ema.safetensors` (float32 masters), `optimizer.pt` and `state.json`, with
-GARDO also `reference.safetensors`. It is written under another name, flushed to disk and renamed, so a kill at any moment
-leaves only whole checkpoints. Noise, branch steps and prompt order are functions of (seed, update): no generator state has to
-survive for them.
+A checkpoint folder holds `lora.safetensors` and `ema.safetensors` (float32 masters), `optimizer.pt` and `state.json`, and
+`method.safetensors` if the training method keeps copies of the adapter. It is written under another name, flushed to disk and
+renamed, so a kill at any moment leaves only whole checkpoints. Noise, branch steps and prompt order are functions of (seed,
+update): no generator state has to survive for them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,19 @@ from ..settings.errors import ConfigError
 
 FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
 
-#: GARDO's reference.
-HELD = "reference.safetensors"
+#: Copies of the adapter that a method keeps, and the name that earlier versions gave to GARDO's.
+TENSORS, OLD_TENSORS = "method.safetensors", "reference.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint folder holds: LoRA and its average, the optimiser's state, the method's copies, and state.json."""
+
+    lora: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -43,18 +56,18 @@ def save(
     optimizer: dict[str, Any],
     state: dict[str, Any],
     keep: int,
-    held: dict[str, Tensor] | None = None,
+    tensors: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Writes `run/checkpoint-<update>` and deletes all but the last `keep` up to it. `held`: an adapter kept as reference."""
+    """Writes `run/checkpoint-<update>` and deletes all but the last `keep` up to it. `tensors`: of the method."""
     final, temporary = run / f"checkpoint-{update}", run / f".checkpoint-{update}.tmp"
     for leftover in run.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover)
     temporary.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in lora.items()}, temporary / "lora.safetensors")
     save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, temporary / "ema.safetensors")
-    if held:
-        save_file({k: v.detach().cpu().contiguous() for k, v in held.items()}, temporary / HELD)
-        flush(temporary / HELD)
+    if tensors:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / TENSORS)
+        flush(temporary / TENSORS)
     torch.save(optimizer, temporary / "optimizer.pt")
     (temporary / "state.json").write_text(json.dumps({"update": update, **state}, indent=2))
     for name in FILES:
@@ -79,30 +92,23 @@ def drop_later(run: Path, update: int) -> None:
             shutil.rmtree(path)
 
 
-def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(lora, ema, optimizer, state) of a checkpoint folder. Raises ConfigError that names the file to blame."""
-    parts = []
-    for name, reader in (
-        ("lora.safetensors", load_file),
-        ("ema.safetensors", load_file),
-        ("optimizer.pt", lambda file: torch.load(file, map_location="cpu", weights_only=True)),
-        ("state.json", lambda file: json.loads(Path(file).read_text())),
-    ):
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint folder. Raises ConfigError that names the file to blame."""
+
+    def optimizer(file: Path) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    def read(name: str, reader: Callable[[Path], Any]) -> Any:
         try:
-            parts.append(reader(path / name))
+            return reader(path / name)
         except Exception as error:
             raise ConfigError(f"checkpoint file {path / name} cannot be read: {' '.join(str(error).split())}") from None
-    return parts[0], parts[1], parts[2], parts[3]
 
-
-def load_held(path: Path) -> dict[str, Tensor] | None:
-    """The adapter kept as reference, if there is one. Raises ConfigError for a file that cannot be read."""
-    if not (path / HELD).is_file():
-        return None
-    try:
-        return load_file(path / HELD)
-    except Exception as error:
-        raise ConfigError(f"checkpoint file {path / HELD} cannot be read: {' '.join(str(error).split())}") from None
+    lora, ema = read(FILES[0], load_file), read(FILES[1], load_file)
+    tensors = next((read(name, load_file) for name in (TENSORS, OLD_TENSORS) if (path / name).is_file()), {})
+    return Checkpoint(
+        lora, ema, read(FILES[2], optimizer), tensors, read(FILES[3], lambda file: json.loads(file.read_text()))
+    )
 
 
 def find(resume: str, outputs: Path) -> Path:

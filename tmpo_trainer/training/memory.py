@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .. import tree
 from ..backbones.base import TEXT_PARTS, Backbone
 from ..lora.adapter import attach
+from ..methods.base import Method
 from ..settings.config import TrainConfig
 
 #: Bytes per weight in NF4 with double quantisation: 4 bits, 8 bits per block of 64, 32 bits per 256 of those.
@@ -114,7 +115,12 @@ def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
 
 
 def estimate(
-    skeleton: Backbone, config: TrainConfig, plans: Sequence[tree.TreePlan], tokens: int, text_bytes: int
+    skeleton: Backbone,
+    config: TrainConfig,
+    method: Method,
+    plans: Sequence[tree.TreePlan],
+    tokens: int,
+    text_bytes: int,
 ) -> dict[str, dict[str, int]]:
     """Bytes on one device, `{phase: {part: bytes}}`; a phase needs the sum of its parts.
 
@@ -122,7 +128,7 @@ def estimate(
 
     Args:
         skeleton: from `Backbone.skeleton`; it gets the run's adapter and is of no use afterwards.
-        plans: of one prompt, all that the run may meet. tokens: of text, see `Backbone.text_tokens`.
+        method: of the run. plans: of one prompt, all that the run may meet. tokens: of text, see `Backbone.text_tokens`.
         text_bytes: of the text encoders, see `text_encoder_bytes`; 0 if none is ever loaded.
     """
     transformer, vae = skeleton.transformer, skeleton.pipeline.vae
@@ -137,12 +143,7 @@ def estimate(
     shape = skeleton.latent_shape(*config.resolution)
     latent = 4 * shape[0] * shape[1] * shape[2]
 
-    def kept(plan: tree.TreePlan) -> int:
-        # Leaves, parents with their means, children of every edge, reference means.
-        means = 3 if config.kl_weight or config.anchor == "ref" else 2
-        return plan.leaves + means * plan.train_evaluations + len(plan.index().edge_parent)
-
-    stored = max(map(kept, plans)) * config.prompts_per_update * latent
+    stored = max(map(method.keeps, plans)) * config.prompts_per_update * latent
     width = max(max(plan.widths) for plan in plans) * together
     parents = max(plan.train_evaluations for plan in plans) * together
     rollout = tree.chunk_size(width, together, config.max_batch)
@@ -158,8 +159,8 @@ def estimate(
     resident = {
         "transformer": weights,
         "VAE": decoder,
-        # Weights, gradient (which stays until the next replay), two moments, average; GARDO's reference.
-        "LoRA, optimiser, average": (6 if config.method == "gardo" else 5) * lora,
+        # Weights, gradient (which stays until the next replay), two moments, average; the method's copies.
+        "LoRA, optimiser, average": (5 + method.copies) * lora,
         "latents kept": stored,
     }
     phases = {

@@ -1,191 +1,118 @@
-"""The rollout of some prompts in one batch: their trees, their rewards, and their share of the gradient."""
+"""The rollout of some prompts in one batch: a forest of P trees, and their rewards."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import diversity, objectives, tree
-from ..methods import base as methods
+from .. import diversity, tree
+from ..backbones.base import Backbone
+from ..evaluation.features import Features
+from ..methods.base import Figures, Method
+from ..methods.batch import Clock, Network, PromptBatch
 from ..prompts.lists import about
-from ..rewards import combine, score_all
-
-if TYPE_CHECKING:
-    from .loop import Trainer
+from ..rewards import Scorer, combine, score_all
+from ..settings.config import TrainConfig
 
 
-class Clock:
-    """Seconds by phase. On a GPU it waits for the queue, so that a phase's time is its own."""
+@dataclass
+class Judges:
+    """What looks at the pictures of a rollout.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+    rewards: the scorers that make up the reward. extra: scorers that the method needs beside them. features: of pictures, if
+    the method needs them. metadata: of prompts, for the scorers.
+    """
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self.seconds[phase] += self._now() - start
+    rewards: Sequence[Scorer]
+    extra: Sequence[Scorer] = ()
+    features: Features | None = None
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def scores(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Scores by name, float32 `[N]` each. A scorer that is there twice scores once."""
+        pairs = list({scorer.name: scorer for scorer in (*self.rewards, *self.extra)}.items())
+        return score_all(pairs, images, prompts, about(self.metadata, prompts))
 
 
-class Group:
-    """The rollout of some prompts in one batch: P trees as a forest, their rewards, and their share of the gradient."""
+class Roller:
+    """Rolls out prompts for a method.
 
-    def __init__(self, trainer: Trainer, clock: Clock, plan: tree.TreePlan, update: int, slots: list[tuple[int, str]]):
-        config = trainer.config
-        self.trainer, self.clock, self.update = trainer, clock, update
-        self.index, self.plan = plan.index(), plan
-        self.parents = plan.train_evaluations * len(slots)
-        self.count, self.prompts = len(slots), [prompt for _, prompt in slots]
-        sources = [tree.keyed_noise((config.seed, update, slot), trainer.latent_shape) for slot, _ in slots]
+    Args:
+        sigmas: `[N + 1]`, of the rollout.
+    """
 
-        def noise(step: int, path: tree.Path) -> Tensor:
-            root, prompt = divmod(path[0], self.count)
-            return sources[prompt](step, (root, *path[1:])).to(trainer.device)
+    def __init__(self, config: TrainConfig, backbone: Backbone, method: Method, judges: Judges, sigmas: Tensor):
+        self.config, self.backbone, self.method, self.judges, self.sigmas = config, backbone, method, judges, sigmas
+        self.latent_shape = backbone.latent_shape(*config.resolution)
 
-        network = trainer.backbone.velocity(self.prompts, config.guidance)
+    def network(self, prompts: Sequence[str], clock: Clock) -> Network:
+        """The transformer for some prompts, with its calls counted and timed."""
+        return Network(self.backbone.velocity(prompts, self.config.guidance), clock, self.backbone.device)
 
-        #: What the network is called for just now: rollout, reference, ratio or replay.
-        self.phase = "rollout"
-        #: Latents evaluated so far, by phase.
-        self.evaluated: defaultdict[str, int] = defaultdict(int)
+    def roll_out(
+        self, network: Network, clock: Clock, plan: tree.TreePlan, update: int, slots: Sequence[tuple[int, str]]
+    ) -> tuple[PromptBatch, Figures]:
+        """The prompts' rollout with its rewards, and its figures, a value per prompt.
 
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            with clock(self.phase):
-                predicted = network(x, sigma)
-            # What ran out of memory was none.
-            self.evaluated[self.phase] += len(x)
-            return predicted
+        Args:
+            network: for these prompts. plan: of one prompt. update: counted from 0.
+            slots: (place among all prompts of the update on all processes, which keys the noise; prompt) each.
 
-        self.velocity = velocity
-        self.rollout = tree.rollout(
-            velocity,
-            noise,
-            trainer.sigmas,
-            plan.forest(self.count),
-            kernel=config.kernel,
-            eta=config.eta,
+        Raises:
+            ValueError: a latent, log-probability or reward is not finite.
+        """
+        config, prompts = self.config, [prompt for _, prompt in slots]
+        count, leaves = len(slots), plan.leaves
+        run = tree.rollout(
+            network,
+            self._noise(update, [slot for slot, _ in slots]),
+            self.sigmas,
+            plan.forest(count),
             max_batch=config.max_batch,
-            reduce=config.logp_reduce,
+            **self.method.transition,
         )
-        self.reference: list[Tensor] | None = None
-        if config.kl_weight or config.anchor == "ref":
-            # Before anything can fail on one process alone: with a sharded transformer the others would wait in it.
-            self.phase = "reference"
-            with trainer.kl_reference():
-                self.reference = tree.parent_means(velocity, self.rollout, trainer.replay_batch)
-        for name, value in (("latent", self.rollout.leaves), ("log-probability", self.rollout.log_probs)):
+        for name, value in (("latent", run.leaves), ("log-probability", run.log_probs)):
             if not torch.isfinite(value).all():
-                raise ValueError(f"non-finite {name} in the rollout of update {update + 1}, prompts {self.prompts}")
-        leaves = plan.leaves
+                raise ValueError(f"non-finite {name} in the rollout of update {update + 1}, prompts {prompts}")
         with clock("decode"):
-            images = trainer.backbone.decode(self.rollout.leaves, config.decode_batch)
-        texts = self.prompts * leaves
+            images = self.backbone.decode(run.leaves, config.decode_batch)
         with clock("reward"):
             # Row l * P + p is leaf l of prompt p.
-            pairs = list({scorer.name: scorer for scorer in trainer.scorers + trainer.auxiliary}.items())
-            scores = {
-                name: values.view(leaves, self.count)
-                for name, values in score_all(pairs, images, texts, about(trainer.metadata, texts)).items()
-            }
-            self.features = None
-            if trainer.features is not None:
-                self.features = trainer.features(images).unflatten(0, (leaves, self.count)).cpu()
-        chosen = {scorer.name: scores[scorer.name] for scorer in trainer.scorers}
-        self.rewards = [
-            combine({name: s[:, p] for name, s in chosen.items()}, config.reward_weights, methods.reward_norm(config))
-            for p in range(self.count)
+            scored = self.judges.scores(images, prompts * leaves)
+            scores = {name: values.view(leaves, count) for name, values in scored.items()}
+            features = None
+            if self.judges.features is not None:
+                features = self.judges.features(images).unflatten(0, (leaves, count)).cpu()
+        chosen = {scorer.name: scores[scorer.name] for scorer in self.judges.rewards}
+        rewards = [
+            combine({name: s[:, p] for name, s in chosen.items()}, config.reward_weights, config.combining)
+            for p in range(count)
         ]
-        #: `[K * P]`: what the gate of GARDO ranks; and of its answer, whether the KL holds a sample, see `Trainer`.
-        self.proxy = torch.stack(self.rewards, 1).flatten()
-        self.auxiliary = [scores[scorer.name].flatten() for scorer in trainer.auxiliary]
-        self.gate: Tensor | None = None
-        self.gated = 0
-        grouped = self.rollout.leaves.unflatten(0, (leaves, self.count))
-        self.figures = {
-            **{f"reward/{name}": s.mean(0).tolist() for name, s in scores.items()},
-            **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in scores.items()},
-            "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(self.count)],
-            "latent_std": [grouped[:, p].std().item() for p in range(self.count)],
-        }
+        share = count / config.prompts_per_update
+        batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features)
+        return batch, figures(batch)
 
-    def backward(self, inner: int) -> dict[str, list[float]]:
-        """Adds this group's gradient. `inner` counts optimiser updates on this rollout from 0."""
-        config, run = self.trainer.config, self.rollout
-        batch = self.trainer.replay_batch
-        if inner == 0:
-            means = [branch.mean for branch in run.branches]
-            log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
-        else:
-            self.phase = "ratio"
-            means = tree.parent_means(self.velocity, run, batch)
-            log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
-        anchor = None
-        if config.anchor == "ref":
-            assert self.reference is not None
-            anchor = tree.edge_log_ratio(run, means, self.reference).view(-1, self.count).cpu()
-        # Edge e * P + p is edge e of prompt p.
-        old, shift = run.log_probs.view(-1, self.count).cpu(), shift.view(-1, self.count).cpu()
-        current = log_probs.view(-1, self.count).cpu()
-        coefficients, figures = [], defaultdict(list)
-        for p in range(self.count):
-            edges = current[:, p].clone().requires_grad_()
-            loss, logged = methods.loss(
-                config,
-                self.update,
-                edges,
-                old[:, p],
-                shift[:, p],
-                self.index,
-                self.rewards[p],
-                None if anchor is None else anchor[:, p],
-                None if self.features is None else self.features[:, p],
-            )
-            coefficients.append(objectives.edge_coefficients(loss, edges))
-            for name, value in logged.items():
-                figures[name].append(value)
-            figures["loss"].append(loss.item())
-        weights = None
-        if config.kl_weight:
-            weights = methods.kl_weights(config, run, self.gate, self.gated)
-            # Gradients are averaged over processes, and a gate's mean is over the samples of all of them.
-            processes = self.trainer.accelerator.num_processes
-            weights *= self.count / config.prompts_per_update if self.gate is None else processes
-        self.phase = "replay"
+    def _noise(self, update: int, slots: Sequence[int]) -> tree.Noise:
+        sources = [tree.keyed_noise((self.config.seed, update, slot), self.latent_shape) for slot in slots]
 
-        def backward(value: Tensor) -> None:
-            with self.clock("replay"):
-                value.backward()
+        def noise(step: int, path: tree.Path) -> Tensor:
+            root, prompt = divmod(path[0], len(sources))
+            return sources[prompt](step, (root, *path[1:])).to(self.backbone.device)
 
-        replayed, kl = tree.replay(
-            self.velocity,
-            run,
-            (torch.stack(coefficients, 1).flatten() / config.prompts_per_update).to(self.trainer.device),
-            max_batch=batch,
-            kl_weights=weights,
-            reference=self.reference if config.kl_weight else None,
-            backward=backward,
-        )
-        if weights is not None:
-            # Summed over the prompts of all processes and divided by their number: the penalty's mean.
-            total = (weights.to(kl) * kl).sum().item() / config.kl_weight
-            figures["kl_reference"] += [total * config.prompts_per_update / self.count] * self.count
-        if inner == 0:
-            # Replaying at unchanged weights must give the stored log-probabilities: a ratio of 1.
-            figures["replay_ratio_error"].append((replayed - run.log_probs).exp().sub(1).abs().max().item())
-        return figures
+        return noise
 
-    def evaluations(self) -> dict[str, list[float]]:
-        """Latents evaluated so far by phase, per prompt."""
-        return {f"evaluations/{phase}": [n / self.count] * self.count for phase, n in self.evaluated.items()}
+
+def figures(batch: PromptBatch) -> Figures:
+    """Rewards and diversity of a rollout, a value per prompt."""
+    grouped = batch.rollout.leaves.unflatten(0, (batch.plan.leaves, batch.count))
+    return {
+        **{f"reward/{name}": s.mean(0).tolist() for name, s in batch.scores.items()},
+        **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in batch.scores.items()},
+        "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(batch.count)],
+        "latent_std": [grouped[:, p].std().item() for p in range(batch.count)],
+    }

@@ -1,4 +1,8 @@
-"""Presets and layers of settings: YAML files to one validated configuration."""
+"""Presets and layers of settings: from YAML files and flags to one validated configuration.
+
+Precedence: flags > `--config run.yaml` > `--preset NAME` > defaults. Flags, YAML and presets go through the same validation;
+an unknown key or a value of the wrong kind is an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
+from .. import discovery
 from ..config import TrainConfig
 from ..errors import ConfigError, suggest
 
 PRESETS = Path(__file__).parent
-
-
-def one_line(error: ValidationError, where: str) -> str:
-    """The first complaint of pydantic as one line that names the key, the value and the mend."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:1]) or "settings"
-    if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {key}{suggest(key, TrainConfig.model_fields) or ' (--help lists them)'}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return f"{where}: {message}"
-    return f"{where}: {key} {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def preset_names() -> list[str]:
@@ -59,20 +53,101 @@ def preset(name: str) -> dict[str, Any]:
     return read_yaml(path)
 
 
+def method_names() -> list[str]:
+    """All names that `--method` takes: a file in `methods/` each, and their variants."""
+    return [name for file in discovery.names("methods") for name in (file, *_settings(file).variants)]
+
+
+def method_file(method: str) -> str:
+    """The file, as `discovery` names it, of a method or of one of its variants. Raises ConfigError with a suggestion."""
+    files = discovery.names("methods")
+    if method in files:
+        return method
+    # A variant's name begins with its method's. A file is imported only if it may be meant.
+    for file in files:
+        if method.startswith(f"{file}-") and method in _settings(file).variants:
+            return file
+    names = method_names()
+    raise ConfigError(f"method {method!r} is not known{suggest(method, names)} (methods: {', '.join(names)})")
+
+
+def _settings(file: str) -> type[TrainConfig]:
+    return discovery.load("methods", file).Settings
+
+
+def all_settings() -> dict[str, FieldInfo]:
+    """Every setting of every method by name, the common ones first. Each is a flag and a key in YAML."""
+    found = dict(TrainConfig.model_fields)
+    for file in discovery.names("methods"):
+        found |= {n: field for n, field in _settings(file).model_fields.items() if n not in found}
+    return found
+
+
 def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
-    """Merges layers (name, settings), later ones win, and validates. Raises ConfigError naming the layer to blame."""
+    """Merges layers (name, settings), later ones win, and validates. Raises ConfigError that names the layer to blame."""
     merged: dict[str, Any] = {}
     blame = "defaults"
     for where, settings in layers:
         merged.update(settings)
         blame = where if settings else blame
         try:
-            TrainConfig.model_validate(merged)
+            _validated(merged, where)
         except ValidationError as error:
             # A combination may become valid with a later layer; a bad key or value of this one never does.
             if error.errors()[0]["loc"]:
-                raise ConfigError(one_line(error, where)) from None
+                raise ConfigError(_one_line(error, where)) from None
+        except _OtherMethods:
+            # Likewise.
+            continue
     try:
-        return TrainConfig.model_validate(merged)
+        return _validated(merged, blame)
     except ValidationError as error:
-        raise ConfigError(one_line(error, blame)) from None
+        raise ConfigError(_one_line(error, blame)) from None
+    except _OtherMethods as error:
+        raise ConfigError(f"{blame}: {error}") from None
+
+
+class _OtherMethods(ValueError):
+    """A setting is given that belongs to another method alone."""
+
+
+def _validated(settings: Mapping[str, Any], where: str) -> TrainConfig:
+    """The settings as the class of their method; those of other methods are checked and left out.
+
+    Raises:
+        ValidationError, _OtherMethods: values that do not go together. ConfigError: a key or method that is not known.
+    """
+    method = settings.get("method", "tmpo")
+    kind = _settings(method_file(method)) if isinstance(method, str) else TrainConfig
+    known = all_settings()
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key}{suggest(str(key), known) or ' (--help lists them)'}")
+    own = {key: value for key, value in settings.items() if key in kind.model_fields}
+    made = kind.model_validate(own | kind.variants.get(str(method), {}))
+    for key in settings.keys() - own.keys():
+        _check_foreign(key, known[key], settings[key], where, str(method))
+    return made
+
+
+def _check_foreign(key: str, field: FieldInfo, value: Any, where: str, method: str) -> None:
+    """Raises ConfigError for a value of another method's setting that would not be valid there, _OtherMethods for an
+    exclusive one."""
+    try:
+        given = TypeAdapter(field.rebuild_annotation()).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, where, key)) from None
+    for file in discovery.names("methods"):
+        if key in _settings(file).exclusive and given != field.default:
+            words = " ".join(map(str, given)) if isinstance(given, tuple) else given
+            raise _OtherMethods(f"{key} {words} belongs to method {file}, not to {method}: leave it at its default")
+
+
+def _one_line(error: ValidationError, where: str, key: str = "") -> str:
+    """pydantic's first complaint as one line that names the key, the value and the fix."""
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    key = key or ".".join(str(part) for part in first["loc"][:1])
+    if not key:
+        return f"{where}: {message}"
+    return f"{where}: {key} {first['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,117 @@
+"""What a rollout leaves for a method to train on, and the network that it may call."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import tree
+
+
+class Clock:
+    """Seconds by phase. On a GPU it waits for the queue, so that a phase's time is its own."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.seconds[phase] += self._now() - start
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Network:
+    """The transformer for the prompts of one batch: a `tree.Velocity` whose calls are timed and counted by phase.
+
+    Args:
+        velocity: of the backbone, for these prompts. device: where it runs.
+
+    Attributes:
+        max_batch: most latents in one call with gradient, or None.
+        evaluated: latents evaluated so far, by phase.
+    """
+
+    def __init__(self, velocity: tree.Velocity, clock: Clock, device: torch.device):
+        self.device = device
+        self.evaluated: defaultdict[str, int] = defaultdict(int)
+        self.max_batch: int | None = None
+        self._velocity, self._clock, self._phase = velocity, clock, "rollout"
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What the network is called for meanwhile: rollout, reference, ratio or replay."""
+        before, self._phase = self._phase, name
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        with self._clock(self._phase):
+            predicted = self._velocity(x, sigma)
+        # Count only calls that succeeded.
+        self.evaluated[self._phase] += len(x)
+        return predicted
+
+    def backward(self, value: Tensor) -> None:
+        """Backpropagates a scalar."""
+        with self._clock(self._phase):
+            value.backward()
+
+
+class AdapterWeights(Protocol):
+    """What a method may do with the weights of the adapter, see `training.weights`."""
+
+    def copy(self) -> dict[str, Tensor]: ...
+
+    def write(self, target: Mapping[str, Tensor]) -> None: ...
+
+    def using(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]: ...
+
+    def pretrained(self) -> AbstractContextManager[None]: ...
+
+
+@dataclass(eq=False)
+class PromptBatch:
+    """The rollout of P prompts in one forest, K leaves each. Row l * P + p is leaf l of prompt p.
+
+    plan: of one prompt. rollout: of all of them. share: of the update's prompts on this process, P / prompts_per_update.
+    scores: by scorer, `[K, P]`. rewards: of every prompt, combined, `[K]` each. features: `[K, P, D]`, or None.
+    own: what the method keeps of this batch until the update ends.
+    """
+
+    update: int
+    prompts: list[str]
+    plan: tree.TreePlan
+    rollout: tree.Rollout
+    share: float
+    scores: dict[str, Tensor]
+    rewards: list[Tensor]
+    features: Tensor | None
+    own: dict[str, Tensor] = field(default_factory=dict)
+    #: The reference policy's means, once they are known.
+    reference: list[Tensor] | None = None
+
+    @property
+    def count(self) -> int:
+        """P."""
+        return len(self.prompts)
+
+    @property
+    def parents(self) -> int:
+        """Unique parents of transitions, of all prompts."""
+        return self.plan.train_evaluations * self.count

@@ -1,0 +1,127 @@
+"""TMPO: Softmax Trajectory Balance on a tree (arXiv:2605.10983), and its ablations as variants of the settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ..settings.errors import ConfigError
+from .base import TransitionMethod, TransitionSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..objectives import Transitions
+    from ..tree import TreePlan
+    from .batch import PromptBatch
+
+
+class Settings(TransitionSettings):
+    variants: ClassVar[dict[str, dict[str, Any]]] = {
+        "tmpo-beta-1": {"beta_start": 1.0, "beta_end": 1.0},
+        "tmpo-step-balance": {"balance": "subtree"},
+        "tmpo-no-tree": {"tree": False},
+        "tmpo-fixed-branching": {"schedule": "fixed"},
+    }
+    exclusive: ClassVar[tuple[str, ...]] = ("baseline", "anchor")
+
+    branch_late: tuple[int, ...] = (1, 3, 5)
+    """Mean branch steps at the last update."""
+    kappa: float = Field(6.0, gt=0)
+    """Concentration of the branch steps around their means; 2 with a mean in the middle is uniform."""
+    schedule: Literal["curriculum", "fixed"] = "curriculum"
+    """`fixed` branches at `branch_early` in every update."""
+    tree: bool = True
+    """Without a tree, K chains from independent seeds draw their noise at the branch steps."""
+    balance: Literal["trajectory", "subtree"] = "trajectory"
+    """`subtree` balances every branch point by itself (the paper's step-wise ablation) instead of whole paths."""
+    beta_start: float = Field(0.8, gt=0)
+    """Inverse temperature of the Boltzmann target at the first update."""
+    beta_end: float = Field(2.0, gt=0)
+    """Inverse temperature after the warm-up."""
+    beta_warmup: int = Field(150, ge=0)
+    """Updates over which beta rises linearly."""
+    baseline: Literal["none", "group", "siblings"] = "none"
+    """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
+    anchor: Literal["none", "ref"] = "none"
+    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
+    anchor_weight: float = Field(1.0, gt=0)
+    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Settings:
+        self.check_steps("branch_late", self.branch_late)
+        if len(self.branch_early) != len(self.branch_late):
+            raise ValueError("branch_early and branch_late differ in number")
+        if self.anchor != "none" and (not self.tree or self.balance == "subtree"):
+            raise ValueError(f"anchor {self.anchor} needs paths of a tree: not with {self.method}")
+        if self.baseline == "siblings" and not self.tree:
+            raise ValueError(f"baseline siblings with {self.method}: chains have no siblings, use none or group")
+        if self.baseline == "group" and self.balance == "subtree":
+            raise ValueError(f"baseline group with {self.method}: it has no advantage per path, use none or siblings")
+        return self
+
+    def beta(self, update: int) -> float:
+        """Inverse temperature of an update counted from 0."""
+        progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
+        return self.beta_start + (self.beta_end - self.beta_start) * progress
+
+
+class Method(TransitionMethod):
+    config: Settings
+
+    def __init__(self, config: Settings, sigmas: Tensor):
+        from .. import flow, tree
+
+        super().__init__(config, sigmas)
+        for name in ("branch_early", "branch_late"):
+            steps = getattr(config, name)
+            try:
+                flow.check_stochastic(config.kernel, config.eta, sigmas, [s for s in steps if s > 1])
+            except ValueError as error:
+                raise ConfigError(f"{name} {list(steps)}: {error}") from None
+        try:
+            self._schedule = tree.BranchSchedule(
+                config.rollout_steps,
+                config.branch_early,
+                config.branch_late,
+                config.kappa,
+                config.updates,
+                config.seed,
+                self.last,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def plan(self, update: int) -> TreePlan:
+        from .. import tree
+
+        config = self.config
+        steps = config.branch_early if config.schedule == "fixed" else self._schedule.steps(update)
+        if config.tree:
+            return tree.TreePlan.tmpo(config.rollout_steps, steps, config.branching)
+        return tree.TreePlan(config.rollout_steps, config.leaves, {step: 1 for step in steps if step > 1})
+
+    def about(self, update: int) -> dict[str, float]:
+        return {"beta": self.config.beta(update)}
+
+    def metadata(self) -> dict[str, str]:
+        return {"beta": f"{self.config.beta(0)} to {self.config.beta_end}"}
+
+    @property
+    def needs_reference(self) -> bool:
+        return super().needs_reference or self.anchored
+
+    @property
+    def anchored(self) -> bool:
+        return self.config.anchor == "ref"
+
+    def loss(self, batch: PromptBatch, p: int, transitions: Transitions) -> tuple[Tensor, dict[str, float]]:
+        from .. import objectives
+
+        config, rewards, beta = self.config, batch.rewards[p], self.config.beta(batch.update)
+        if config.balance == "subtree":
+            return objectives.subtree_balance_loss(transitions, rewards, beta, config.clip, config.baseline)
+        weight = config.anchor_weight if self.anchored else None
+        return objectives.softmax_tb_loss(transitions, rewards, beta, config.clip, config.baseline, weight)
