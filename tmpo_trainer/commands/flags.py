@@ -15,7 +15,15 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError, suggest
-from ..settings.presets import all_settings, make_config, method_preset, preset, preset_names, read_yaml
+from ..settings.presets import (
+    all_settings,
+    grouped_settings,
+    make_config,
+    method_preset,
+    preset,
+    preset_names,
+    read_yaml,
+)
 
 #: Flags that say where the settings come from, or what to do with them, rather than being settings.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
@@ -54,11 +62,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
     parser.add_argument("--version", action="version", version=f"tmpo_trainer {__version__}")
-    add_settings(parser, {name.replace("_", "-"): name for name in all_settings()})
+    for title, group in grouped_settings().items():
+        add_settings(parser.add_argument_group(title.rstrip(".").lower()), {n.replace("_", "-"): n for n in group})
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
+def add_settings(parser: argparse._ActionsContainer, flags: Mapping[str, str]) -> None:
     """Adds flags {flag without dashes: setting}, with the settings' own help texts and defaults."""
     for flag, name in flags.items():
         field = all_settings()[name]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class Settings(TransitionSettings):
+    """Settings of the GRPO family."""
+
     @property
     def combining(self) -> Literal["zscore", "none"]:
         """A single reward stays raw: the method normalises the group itself."""

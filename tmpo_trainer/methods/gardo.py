@@ -84,10 +84,12 @@ class Gate:
 
 
 class Settings(flow_grpo.Settings):
+    """Settings of gardo."""
+
     exclusive: ClassVar[tuple[str, ...]] = ("auxiliary",)
 
     auxiliary: tuple[str, ...] = ()
-    """Scorers beside the reward (gardo): a picture that they rank far below the reward is held by the KL penalty."""
+    """Scorers beside the reward: a picture that they rank far below the reward is held by the KL penalty."""
 
     @model_validator(mode="after")
     def _has_auxiliary(self) -> Settings:

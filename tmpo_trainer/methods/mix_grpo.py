@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 
 class Settings(flow_grpo.Settings):
+    """Settings of mix-grpo."""
+
     window: int = Field(4, ge=1)
-    """How many neighbouring steps carry noise (mix-grpo)."""
+    """How many neighbouring steps carry noise."""
     window_every: int = Field(25, ge=1)
-    """Updates after which the window moves on by one step (mix-grpo)."""
+    """Updates after which the window moves on by one step."""
 
 
 class Method(flow_grpo.Method):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class Settings(TransitionSettings):
+    """Settings of TMPO and its ablations."""
+
     variants: ClassVar[dict[str, dict[str, Any]]] = {
         "tmpo-beta-1": {"beta_start": 1.0, "beta_end": 1.0},
         "tmpo-step-balance": {"balance": "subtree"},

@@ -17,7 +17,7 @@ LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 
 
 class TrainConfig(BaseModel):
-    """Settings of `python -m tmpo_trainer` that belong to no method in particular."""
+    """Settings that all training methods share."""
 
     #: Names under which `--method` also knows a method, and the settings that such a name fixes: its ablations.
     variants: ClassVar[dict[str, dict[str, Any]]] = {}

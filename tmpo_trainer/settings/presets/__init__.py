@@ -75,12 +75,24 @@ def _settings(file: str) -> type[TrainConfig]:
     return discovery.load("methods", file).Settings
 
 
+def grouped_settings() -> dict[str, dict[str, FieldInfo]]:
+    """Every setting of every method, by the first line about the class that defines it: the common ones first."""
+    groups: dict[str, dict[str, FieldInfo]] = {}
+    seen: set[str] = set()
+    for kind in (TrainConfig, *(_settings(file) for file in discovery.names("methods"))):
+        for owner in reversed(kind.__mro__):
+            if not issubclass(owner, TrainConfig):
+                continue
+            own = {n: f for n, f in owner.model_fields.items() if n in owner.__annotations__ and n not in seen}
+            if own:
+                groups[(owner.__doc__ or owner.__module__).splitlines()[0]] = own
+                seen |= own.keys()
+    return groups
+
+
 def all_settings() -> dict[str, FieldInfo]:
-    """Every setting of every method by name, the common ones first. Each is a flag and a key in YAML."""
-    found = dict(TrainConfig.model_fields)
-    for file in discovery.names("methods"):
-        found |= {n: field for n, field in _settings(file).model_fields.items() if n not in found}
-    return found
+    """Every setting of every method by name. Each is a flag and a key in YAML."""
+    return {name: field for group in grouped_settings().values() for name, field in group.items()}
 
 
 def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
