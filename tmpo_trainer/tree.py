@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -313,10 +314,26 @@ def tile(x: Tensor, times: int) -> Tensor:
     return x.repeat(times, *[1] * (x.dim() - 1))
 
 
-def _parent_batches(
-    run: Rollout, max_batch: int | None
-) -> list[tuple[Tensor, Tensor, Tensor, list[tuple[int, int, int]]]]:
-    """Parents of all branches in micro-batches: (x, sigma, sigma_next, [(branch, first, last), ...]).
+class _Piece(NamedTuple):
+    """Parents `first` to `last` (excluded) of one branch."""
+
+    branch: int
+    first: int
+    last: int
+
+
+@dataclass
+class _ParentBatch:
+    """Parents that go through the network together: x `[n, ...latent]`, sigma and sigma_next `[n]`, and whose they are."""
+
+    x: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    pieces: list[_Piece]
+
+
+def _parent_batches(run: Rollout, max_batch: int | None) -> list[_ParentBatch]:
+    """Parents of all branches in micro-batches.
 
     Parents of different steps share a batch (sigma is per row); all widths are multiples of the trees, so tiling holds.
     """
@@ -329,12 +346,12 @@ def _parent_batches(
     batches = []
     for first in range(0, len(x), size):
         last = min(first + size, len(x))
-        pieces: list[tuple[int, int, int]] = []
+        pieces = []
         for b in sorted({b for b, _ in where[first:last]}):
             rows = [row for branch, row in where[first:last] if branch == b]
-            pieces.append((b, rows[0], rows[-1] + 1))
+            pieces.append(_Piece(b, rows[0], rows[-1] + 1))
         sigma, sigma_next = torch.tensor(levels[first:last], dtype=x.dtype, device=x.device).unbind(1)
-        batches.append((x[first:last], sigma, sigma_next, pieces))
+        batches.append(_ParentBatch(x[first:last], sigma, sigma_next, pieces))
     return batches
 
 
@@ -345,10 +362,12 @@ def parent_means(velocity: Velocity, run: Rollout, max_batch: int | None = None)
     For the log-probabilities of a second inner update, and (adapter off) for the anchor and the KL penalty.
     """
     parts: list[list[Tensor]] = [[] for _ in run.branches]
-    for x, sigma, sigma_next, pieces in _parent_batches(run, max_batch):
-        mean, _ = flow.transition(run.kernel, x, velocity(x, sigma), sigma, sigma_next, run.eta)
-        for (b, _, _), rows in zip(pieces, mean.split([last - first for _, first, last in pieces]), strict=True):
-            parts[b].append(rows)
+    for batch in _parent_batches(run, max_batch):
+        predicted = velocity(batch.x, batch.sigma)
+        mean, _ = flow.transition(run.kernel, batch.x, predicted, batch.sigma, batch.sigma_next, run.eta)
+        sizes = [piece.last - piece.first for piece in batch.pieces]
+        for piece, rows in zip(batch.pieces, mean.split(sizes), strict=True):
+            parts[piece.branch].append(rows)
     return [torch.cat(rows) for rows in parts]
 
 
@@ -434,12 +453,13 @@ def replay(
     starts = [0]
     for branch in run.branches:
         starts.append(starts[-1] + len(branch.x))
-    for x, sigma, sigma_next, pieces in _parent_batches(run, max_batch):
+    for batch in _parent_batches(run, max_batch):
         with torch.enable_grad():
-            mean, std = flow.transition(run.kernel, x, velocity(x, sigma), sigma, sigma_next, run.eta)
+            predicted = velocity(batch.x, batch.sigma)
+            mean, std = flow.transition(run.kernel, batch.x, predicted, batch.sigma, batch.sigma_next, run.eta)
             total = mean.new_zeros(())
             row = 0
-            for b, first, last in pieces:
+            for b, first, last in batch.pieces:
                 branch = run.branches[b]
                 mu, scale = mean[row : row + last - first], std[row : row + last - first]
                 row += last - first
