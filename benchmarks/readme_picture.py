@@ -24,7 +24,7 @@ from tmpo_trainer.rewards.shapes import ShapesScorer
 
 #: Pixels of the finished picture, which GitHub shows at about half its size.
 TILE, FRAME, GAP, MARGIN, NAMES, TITLE, LEGEND = 168, 6, 8, 28, 124, 48, 64
-#: Blue-green and vermilion, told apart by readers who are red-green colour-blind too; the marks differ as well.
+#: Green and red. Readers who cannot tell them apart have the tick and the cross.
 RIGHT, WRONG, INK, FAINT = "#1a7f37", "#cf222e", "#1f2328", "#59636e"
 
 
