@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from ..evaluation import comparison as compare_report
+from ..evaluation.comparison import Course
 from ..files import read_metrics, write_text
 from ..methods.base import Planner, cost, evaluations
 from ..settings.config import TrainConfig, to_yaml
@@ -74,8 +74,8 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
     """Updates of each arm: as its settings say, or the most that a budget allows with every seed.
 
     Args:
-        budget: empty, {"evaluations": N} or {"seconds": S}; seconds are of training: a trial run of each arm tells how many
-            evaluations it does in one.
+        budget: of one run: empty, {"evaluations": network evaluations} or {"seconds": seconds of training}. For seconds a
+            trial run of each arm shows how many network evaluations it does in one.
 
     Raises:
         ConfigError: settings that cannot be trained.
@@ -88,27 +88,35 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
         # For the measurement, which comes after hours of training.
         loading.check_features(config.features)
         importlib.import_module("matplotlib")
-        evaluations = budget.get("evaluations")
+        calls = budget.get("evaluations")
         if "seconds" in budget:
-            trial = folder / "trials" / arm.name
-            text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
-            settings = trial / "settings.yaml"
-            done = settings.exists() and settings.read_text(encoding="utf-8") == text
-            if not done or len(read_metrics(trial / "metrics.jsonl")) < TRIAL:
-                shutil.rmtree(trial, ignore_errors=True)
-                trial.mkdir(parents=True)
-                write_text(settings, text)
-                if training.start(["--config", str(settings)], trial / "log.txt"):
-                    raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
-            run = compare_report.Measured(None, read_metrics(trial / "metrics.jsonl"), config.prompts_per_update)
-            speed = (run.spent[-1] - run.spent[0]) / (run.seconds[-1] - run.seconds[0])
-            evaluations = budget["seconds"] * speed
-        if evaluations is None:
+            calls = budget["seconds"] * _calls_per_second(arm, folder / "trials" / arm.name, training)
+        if calls is None:
             updates[arm.name] = config.updates
         else:
             sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-            updates[arm.name] = min(updates_within(run, sigmas, evaluations) for run in arm.runs.values())
+            updates[arm.name] = min(updates_within(run, sigmas, calls) for run in arm.runs.values())
     return updates
+
+
+def _calls_per_second(arm: Arm, trial: Path, training: Training) -> float:
+    """Network evaluations in a second of an arm's training, by a short run in the folder `trial`.
+
+    Raises:
+        ConfigError: the run failed.
+    """
+    config = arm.first
+    text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
+    settings, metrics = trial / "settings.yaml", trial / "metrics.jsonl"
+    done = settings.exists() and settings.read_text(encoding="utf-8") == text
+    if not done or len(read_metrics(metrics)) < TRIAL:
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir(parents=True)
+        write_text(settings, text)
+        if training.start(["--config", str(settings)], trial / "log.txt"):
+            raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
+    course = Course(read_metrics(metrics), config.prompts_per_update)
+    return (course.calls[-1] - course.calls[0]) / (course.seconds[-1] - course.seconds[0])
 
 
 def make_arms(
@@ -148,7 +156,7 @@ def make_arms(
     return arms
 
 
-def _describe(arm: Arm) -> dict[str, Any]:
+def describe(arm: Arm) -> dict[str, Any]:
     """An arm's settings as plain values, without what may differ between its runs or from one start to the next."""
     apart = ("seed", "output_dir", "threads", "device")
     return {key: value for key, value in yaml.safe_load(to_yaml(arm.first)).items() if key not in apart}

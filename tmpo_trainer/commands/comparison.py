@@ -15,7 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from ..evaluation import comparison as compare_report
-from ..evaluation import held_out
+from ..evaluation.held_out import HeldOut
 from ..files import read_metrics, write_text
 from ..lora import export
 from ..lora.attach import attach
@@ -23,7 +23,7 @@ from ..settings.config import to_yaml
 from ..settings.errors import ConfigError
 from ..settings.presets import read_yaml
 from . import loading
-from .arms import Arm, _describe, plan
+from .arms import Arm, describe, plan
 from .children import Training
 
 
@@ -43,7 +43,7 @@ def compare(
         raise ConfigError(
             f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
         )
-    settings = {arm.name: _describe(arm) for arm in arms}
+    settings = {arm.name: describe(arm) for arm in arms}
     for name, own in settings.items():
         before = known["arms"].get(name, {}).get("settings", own)
         for key in own:
@@ -96,20 +96,13 @@ def measure(
     loading.quiet()
     heldout = loading.heldout_prompts(config)
     backbone = loading.load_model(config, device, heldout.texts)
-    held = held_out.HeldOut(
-        folder / "base.npz",
-        backbone,
-        heldout,
-        loading.evaluation_scorers(loading.scorers(config, device)),
-        loading.features(config, device),
-        config.eval_images,
-        loading.sampling(config),
-        identity=loading.identity(config),
-    )
+    scorers, features = loading.scorers(config, device), loading.features(config, device)
+    protocol = loading.evaluation_protocol(config, heldout, scorers, features)
+    held_out = HeldOut(backbone, protocol, folder / "base.npz", loading.identity(config))
     found: dict[str, list[compare_report.Measured]] = {}
     count = 1 + sum(len(arm.runs) for arm in arms) - len(without)
     with tqdm(total=count * len(heldout.texts), unit="prompt", desc="evaluating", dynamic_ncols=True) as bar:
-        found["base"] = [compare_report.Measured(held.base(bar.update), [], 0)]
+        found["base"] = [compare_report.Measured(held_out.base(bar.update), compare_report.Course([], 0))]
         for arm in arms:
             found[arm.name] = []
             for run in arm.runs.values():
@@ -119,13 +112,13 @@ def measure(
                     continue
                 try:
                     attach(backbone, path)
-                    evaluation = held.stored(path / "evaluation.npz", bar.update, path / export.FILE_NAME)
+                    evaluation = held_out.stored(path / "evaluation.npz", bar.update, path / export.FILE_NAME)
                 except (ConfigError, ValueError) as error:
                     bar.write(f"tmpo_trainer: {path.name} cannot be measured: {error}", file=sys.stderr)
                     without.add(path.name)
                     continue
                 finally:
                     backbone.pipeline.unload_lora_weights()
-                metrics = read_metrics(path / "metrics.jsonl")
-                found[arm.name].append(compare_report.Measured(evaluation, metrics, run.prompts_per_update))
+                course = compare_report.Course(read_metrics(path / "metrics.jsonl"), run.prompts_per_update)
+                found[arm.name].append(compare_report.Measured(evaluation, course))
     return found

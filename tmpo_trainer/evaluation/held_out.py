@@ -290,5 +290,5 @@ def _write(file: Path, evaluation: Evaluation, key: str) -> None:
     }
     temporary = file.with_name(f".{file.name}")
     with temporary.open("wb") as out:
-        np.savez_compressed(out, **arrays)
+        np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
     temporary.replace(file)

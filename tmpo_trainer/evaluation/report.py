@@ -71,10 +71,7 @@ def curves(
 
     If the model was evaluated during training, the gains have a panel of their own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     series = [(f"reward/{name}", f"reward: {name}") for name in rewards]
     series += [("lgmd", "LGMD of the leaves"), ("latent_std", "latent standard deviation")]
@@ -84,7 +81,8 @@ def curves(
     if any(line["ratio_mean"] != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
     panels = len(series) + bool(evaluations)
-    figure, axes = pyplot.subplots(1, panels, figsize=(3.6 * panels, 3), layout="constrained")
+    figure = Figure(figsize=(3.6 * panels, 3), layout="constrained")
+    axes = figure.subplots(1, panels)
     updates = [line["update"] for line in metrics]
     for axis, (key, title) in zip(axes, series, strict=False):
         _plot_series(axis, updates, np.array([line[key] for line in metrics]))
@@ -96,7 +94,6 @@ def curves(
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def running_mean(values: np.ndarray, share: int) -> np.ndarray:
