@@ -34,7 +34,7 @@ class DiversityNode(io.ComfyNode):
             node_id="TMPO_Diversity",
             display_name="Diversity",
             category=CATEGORY,
-            description="Measures how much the pictures of a batch differ: LGMD of latents, cosine diversity and Vendi score of images.",
+            description="How much the pictures of a batch differ: LGMD of latents, cosine diversity and Vendi score of images.",
             inputs=[
                 io.Image.Input("images", optional=True, tooltip="For cosine diversity and Vendi score."),
                 io.Latent.Input("latent", optional=True, tooltip="For LGMD."),

@@ -575,6 +575,21 @@ def test_evaluation_on_the_way(
     }
 
 
+def test_a_resumed_run_measures_the_base_anew_if_the_model_is_another(
+    place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any
+) -> None:
+    """Another dtype gives other pictures: the base that is kept would not be the one that is trained."""
+    from tmpo_trainer.commands import loading
+
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
+    monkeypatch.setattr(loading, "load_features", lambda name, device: MeanColours(device))
+    more = ["--eval-every", "1", "--eval-images", "2", "--eval-steps", "2", "--checkpoint-every", "1"]
+    assert main.main([*base, *more, "--updates", "1"]) == 0
+    assert main.main(["--resume", "latest", "--output-dir", "out", "--updates", "2", "--dtype", "bfloat16"]) == 0
+    lines = [json.loads(line) for line in (place / "out" / "evaluations.jsonl").read_text().splitlines()]
+    assert lines[0]["base"]["red"] != lines[1]["base"]["red"]
+
+
 def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class LatentEncoder:
         if is_hub_id(model):
             folder = hub_file(f"--vae {model}", model, WEIGHTS, "--vae FOLDER").parent
         with told("--vae", folder):
-            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+            vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         self.vae, self.device = vae.eval().requires_grad_(False).to(device), device
         #: Pixels per latent along a side.
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
