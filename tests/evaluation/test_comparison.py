@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from tmpo_trainer.diversity import MEASURES, Measure
 from tmpo_trainer.evaluation import comparison
 from tmpo_trainer.evaluation.held_out import Evaluation
 
@@ -17,11 +19,7 @@ def measured(score: float, cosine: float, updates: int = 0) -> comparison.Measur
     evaluation = Evaluation(
         prompts=["a", "b", "c"],
         scores={"right": score * np.array([[0.5, 0.5], [1, 1], [1.5, 1.5]])},
-        diversity={
-            "LGMD": np.array([0.1, 0.2, 0.3]),
-            "cosine diversity": np.full(3, cosine),
-            "Vendi score": np.full(3, 1.5),
-        },
+        diversity={name: np.full(3, cosine) for name in MEASURES} | {"LGMD": np.array([0.1, 0.2, 0.3])},
         latent_std=0.5 * (1 + score),
         shown=[0, 2],
         images=np.zeros((2, 2, 8, 8, 3), np.uint8),
@@ -64,3 +62,18 @@ def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
     assert "| x | +0.100 [-inf, +inf] |" in (tmp_path / "table.md").read_text()
     gain = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]["gain"]["right"]
     assert gain == {"mean": pytest.approx(0.1), "low": None, "high": None}
+
+
+def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a column in both tables and a panel in the picture."""
+    monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
+    comparison.write(
+        tmp_path, {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}, {"evaluations": 1e4}, ["y"]
+    )
+    text = (tmp_path / "table.md").read_text()
+    assert f"| {' | '.join(MEASURES)} | latent std |" in text and "| largest, change |" in text
+    assert "Budget: 10,000 network evaluations per run." in text and "Failed and not in the table: y." in text
+    arm = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]
+    assert arm["largest"]["mean"] == pytest.approx(0.3) and arm["gain"]["largest"]["mean"] == pytest.approx(-0.1)
+    width, height = Image.open(tmp_path / "pareto.png").size
+    assert width / height == pytest.approx(1.1 * (len(MEASURES) + 1))
