@@ -33,16 +33,16 @@ FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every":
 #: Settings that hold a path.
 PATHS = ("prompts", "eval_prompts", "transformer", "init_lora", "text_cache")
 
-#: Updates of a trial run, of which the first is not counted.
+#: Updates of a trial run; the first is not counted.
 TRIAL = 4
 
-#: Updates of a run, at most.
+#: The most updates of a run.
 MOST = 1 << 20
 
 
 @dataclass
 class Arm:
-    """What is compared: a name, and the settings of its runs by seed."""
+    """One of those that are compared: its name, and the settings of its runs by seed."""
 
     name: str
     runs: dict[int, TrainConfig] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
         config = arm.first
         loading.need_gpu(config)
         _, _, skeleton = loading.check(config, loading.choose_device(config.device))
-        # For the measurement, which comes after hours of training.
+        # The evaluation needs both, and it comes after hours of training.
         loading.check_features(config.features)
         importlib.import_module("matplotlib")
         calls = budget.get("evaluations")
@@ -139,7 +139,7 @@ def make_arms(
         for seed in seeds:
             own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
             config = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
-            # Whoever goes on with it may stand elsewhere.
+            # The same command may be given again from another folder.
             given = {key: getattr(config, key) for key in PATHS if getattr(config, key) is not None}
             changes: dict[str, Any] = {key: path.absolute() for key, path in given.items()}
             if Path(config.model).is_dir():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -36,21 +37,8 @@ def compare(
         ConfigError: the folder holds another comparison, or settings that cannot be trained.
     """
     stored = folder / "compare.yaml"
-    known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
-    if not {"budget", "arms"} <= known.keys():
-        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
-    if known["budget"] != dict(budget):
-        raise ConfigError(
-            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
-        )
     settings = {arm.name: describe(arm) for arm in arms}
-    for name, own in settings.items():
-        before = known["arms"].get(name, {}).get("settings", own)
-        for key in own:
-            if own[key] != before.get(key):
-                raise ConfigError(
-                    f"{stored}: arm {name} has {key} {before.get(key)}, not {own[key]}: give another name or --output-dir"
-                )
+    known = read_known(stored, settings, budget)
     folder.mkdir(parents=True, exist_ok=True)
     training = Training(jobs, launch)
     for name, updates in plan(folder, [a for a in arms if a.name not in known["arms"]], budget, training).items():
@@ -81,10 +69,36 @@ def compare(
     return 1 if lost else 0
 
 
+def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: Mapping[str, float]) -> dict[str, Any]:
+    """What a compare.yaml knows: {"budget": ..., "arms": {name: {"updates", "settings"}}}; without the file, no arms.
+
+    Args:
+        settings: those of the arms that are asked for. budget: likewise.
+
+    Raises:
+        ConfigError: the file is not of a comparison, or one with another budget or other settings of an arm.
+    """
+    known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
+    if not {"budget", "arms"} <= known.keys():
+        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
+    if known["budget"] != dict(budget):
+        raise ConfigError(
+            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
+        )
+    for name, own in settings.items():
+        before = known["arms"].get(name, {}).get("settings", own)
+        for key in own:
+            if own[key] != before.get(key):
+                raise ConfigError(
+                    f"{stored}: arm {name} has {key} {before.get(key)}, not {own[key]}: give another name or --output-dir"
+                )
+    return known
+
+
 def measure(
     arms: Sequence[Arm], folder: Path, seed: int, without: set[str]
 ) -> dict[str, list[compare_report.Measured]]:
-    """{arm: what its runs came to}, the base as a run of its own. The same noise for all.
+    """Evaluates what every run came to, with the same noise for all: {arm: its runs}, the base as an arm of its own.
 
     Args:
         without: names of the runs that failed; one that cannot be measured is added.

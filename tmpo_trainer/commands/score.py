@@ -21,9 +21,9 @@ def command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders of pictures")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="of all pictures")
+    prompts.add_argument("--prompt", help="the prompt of all pictures")
     prompts.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one per picture, in order of names; .txt or .jsonl"
+        "--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl with a prompt per picture, in order of names"
     )
     add_scorer_flags(parser, ())
     parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="that `remote` may be on")

@@ -1,4 +1,4 @@
-"""`score`: scores and diversity of picture files, as a table, csv or json."""
+"""Scores and diversity of picture files, as a table, csv or json."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 #: Pillow's modes with more than 8 bits.
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
-#: Pictures that are in memory at once.
+#: The most pictures that are in memory at once.
 BATCH = 32
 
 #: Inputs that hold a prompt in ComfyUI's text nodes, the most telling first.
 COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
 
-#: What A1111 writes behind the prompt.
+#: What follows the prompt in A1111's text.
 A1111_END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")
 
 
@@ -48,7 +48,7 @@ class Picture:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as given, folders' pictures by name. Raises ConfigError for a path without any."""
+    """The given files, and the pictures in given folders by name. Raises ConfigError for a path without pictures."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -129,12 +129,12 @@ def embedded_prompt(image: Image.Image) -> str | None:
 
 
 def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | None) -> list[Picture]:
-    """Looks at every file before anything is scored.
+    """Opens every file once, so that a bad one is found before anything is scored.
 
-    Prompts: `prompt` for all, or one of `listed` each, or the file's own: a .txt beside it, else its metadata.
+    A picture's prompt is `prompt`, else its entry in `listed`, else its own: that of a .txt beside it or in its metadata.
 
     Raises:
-        ConfigError: a file is no picture or has no prompt, or the list has another length.
+        ConfigError: a file is not a picture or has no prompt, or the list has another length.
     """
     if listed is not None and len(listed.texts) != len(paths):
         raise ConfigError(f"{listed.where} has {len(listed.texts)} prompts for {len(paths)} pictures: give one each")
@@ -167,11 +167,11 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
 
 
 def load(pictures: Sequence[Picture]) -> np.ndarray:
-    """Pictures of one size, uint8 RGB `[N, H, W, 3]`; what is transparent becomes white."""
+    """Reads pictures of one size: uint8 RGB `[N, H, W, 3]`. What is transparent becomes white."""
     arrays = []
     for picture in pictures:
         with Image.open(picture.path) as opened:
-            # As a viewer shows it; of an animation the first picture.
+            # The picture is turned as a viewer shows it; of an animation it is the first one.
             image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 clear = image.convert("RGBA")
@@ -181,7 +181,7 @@ def load(pictures: Sequence[Picture]) -> np.ndarray:
 
 
 def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
-    """Numbers of pictures that fit into one array: of one size, at most `BATCH`."""
+    """Numbers of pictures that fit into one array: they have one size and are at most `BATCH`."""
     sizes: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
         sizes.setdefault(picture.size, []).append(i)
@@ -279,7 +279,7 @@ def _short(text: str, width: int) -> str:
 def text_table(
     pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """What is printed: a line per picture, their mean, and the diversity per prompt."""
+    """The table that is printed: a line per picture, their mean, and the diversity per prompt."""
     parts = [_scores_table(pictures, scores)] if scores else []
     return "\n\n".join([*parts, _diversity_table(groups)] if groups else parts)
 
