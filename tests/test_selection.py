@@ -37,9 +37,26 @@ def test_most_diverse_is_greedy_max_min() -> None:
     """Points on a line at 0, 1, 5, 6, 10: from 0 comes 10, then 5; of those allowed only."""
     points = torch.tensor([0.0, 1.0, 5.0, 6.0, 10.0])
     distances = (points[:, None] - points).abs()
-    assert selection.most_diverse(distances, 3, [0, 1, 2, 3, 4], 0) == [0, 4, 2]
-    assert selection.most_diverse(distances, 3, [0, 1, 3], 0) == [0, 3, 1]
-    assert selection.most_diverse(distances, 9, [1, 3], 3) == [3, 1]
+    assert selection.most_diverse(distances, torch.tensor([9.0, 1, 2, 3, 4]), 0.0, 3) == [0, 4, 2]
+    assert selection.most_diverse(distances, torch.tensor([9.0, 1, -1, 3, -2]), 0.0, 3) == [0, 3, 1]
+    assert selection.most_diverse(distances, torch.tensor([-1.0, 1, -1, 3, -1]), 0.0, 9) == [3, 1]
+    with pytest.raises(ValueError, match="no score is 5 or more: the best is 3"):
+        selection.most_diverse(distances, torch.tensor([1.0, 2, 3, 0, 0]), 5.0, 2)
+
+
+def test_pixel_distances() -> None:
+    """Of pictures that differ by a constant, whatever their size: that times the root of 32 * 32 * 3."""
+    grey = torch.full((3, 40, 64, 3), 0.25) + torch.tensor([0.0, 0.5, 0.0])[:, None, None, None]
+    distance = 0.5 * math.sqrt(32 * 32 * 3)
+    expected = torch.tensor([[0, distance, 0], [distance, 0, distance], [0, distance, 0]], dtype=torch.float64)
+    torch.testing.assert_close(selection.pixel_distances(grey), expected, atol=1e-4, rtol=0)
+
+
+def test_every_group_has_a_boltzmann_distribution_of_its_own() -> None:
+    scores = torch.tensor([1.0, 10.0, 2.0, 20.0, 3.0])
+    weights = selection.boltzmann_by_group(scores, [[0, 2, 4], [1, 3]], 2.0)
+    assert weights[[0, 2, 4]].tolist() == selection.boltzmann(scores[[0, 2, 4]], 2.0).tolist()
+    assert weights[[1, 3]].tolist() == selection.boltzmann(scores[[1, 3]], 2.0).tolist()
 
 
 def test_sample_follows_the_weights() -> None:

@@ -1,6 +1,13 @@
-"""Diversity of a group of samples: LGMD in latent space, cosine diversity and Vendi score in feature space."""
+"""Diversity of a group of samples: LGMD in latent space, cosine diversity and Vendi score in feature space.
+
+`MEASURES` lists them all. Whatever reports diversity goes through it, so a new measure needs an entry there and no more.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,10 +16,10 @@ from torch import Tensor
 DISTANCE_FLOOR = 1e-8
 
 
-def _rows(x: Tensor, least: int) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     x = x.flatten(1)
-    if len(x) < least:
-        raise ValueError(f"diversity needs at least {least} samples, got {len(x)}")
+    if len(x) < 2:
+        raise ValueError(f"diversity needs at least 2 samples, got {len(x)}")
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -22,14 +29,20 @@ def lgmd(latents: Tensor) -> Tensor:
     Args:
         latents: `[K, ...]`, scaled diffusion latents, i.e. what the denoiser sees. Independent N(0, 1) gives .346.
     """
-    x = _rows(latents, 2)
+    x = _rows(latents)
     # pdist is exact; cdist switches to a matrix product above 25 rows, which loses near-duplicates.
     distance = torch.pdist(x) / x.shape[1] ** 0.5
     return distance.clamp_min(DISTANCE_FLOOR).log().mean()
 
 
 def _unit(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(_rows(features, 2).double(), dim=1)
+    return torch.nn.functional.normalize(_rows(features).double(), dim=1)
+
+
+def cosine_distances(features: Tensor) -> Tensor:
+    """1 - cos(f_i, f_j) of every pair: `features [K, D]` -> float64 `[K, K]`, at least 0."""
+    unit = _unit(features)
+    return (1 - unit @ unit.T).clamp_min(0)
 
 
 def cosine_diversity(features: Tensor) -> Tensor:
@@ -45,3 +58,33 @@ def vendi_score(features: Tensor) -> Tensor:
     unit = _unit(features)
     values = torch.linalg.eigvalsh(unit @ unit.T / len(unit)).clamp_min(0)
     return torch.exp(-torch.xlogy(values, values).sum()).to(features.dtype)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How much the samples of a group differ.
+
+    function: `[K, ...]` of K >= 2 samples -> scalar. on: what it takes, scaled diffusion latents or features of pictures.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    on: Literal["latents", "features"]
+
+
+#: Every measure by its name in reports.
+MEASURES = {
+    "LGMD": Measure(lgmd, "latents"),
+    "cosine diversity": Measure(cosine_diversity, "features"),
+    "Vendi score": Measure(vendi_score, "features"),
+}
+
+
+def measure(*, latents: Tensor | None = None, features: Tensor | None = None) -> dict[str, float]:
+    """The measures of one group by name: those on latents `[K, ...]`, on features `[K, D]`, or on both if both are given.
+
+    Raises:
+        ValueError: the group has fewer than two samples.
+    """
+    given = {"latents": latents, "features": features}
+    groups = {name: (own.function, given[own.on]) for name, own in MEASURES.items()}
+    return {name: function(samples).item() for name, (function, samples) in groups.items() if samples is not None}

@@ -1,6 +1,8 @@
-"""Choosing some pictures of a batch: the best, the most diverse, or a sample by reward. Pure functions."""
+"""Choosing some pictures of a batch: the best, the most diverse, or a sample by reward."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +15,14 @@ def boltzmann(scores: Tensor, beta: float) -> Tensor:
     return (beta * objectives.zscore(scores.double())).softmax(0)
 
 
+def boltzmann_by_group(scores: Tensor, groups: Iterable[list[int]], beta: float) -> Tensor:
+    """`boltzmann` of every group by itself, `[K]`, as training has it for each prompt: an easy prompt must not take all."""
+    weights = torch.zeros(len(scores), dtype=torch.float64)
+    for members in groups:
+        weights[members] = boltzmann(scores[members], beta).cpu()
+    return weights
+
+
 def effective_number(weights: Tensor) -> float:
     """1 / sum q^2: among how many of the K pictures the weights are spread. 1 to K."""
     return float(1 / weights.double().square().sum())
@@ -23,13 +33,25 @@ def best(scores: Tensor, count: int) -> list[int]:
     return torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
 
 
-def most_diverse(distances: Tensor, count: int, allowed: list[int], first: int) -> list[int]:
-    """Greedy max-min: each next index is the allowed one farthest from its nearest chosen one.
+def pixel_distances(images: Tensor) -> Tensor:
+    """Euclidean distances `[K, K]`, float64, of pictures `[K, H, W, C]` shrunk to 32x32."""
+    small = torch.nn.functional.interpolate(images.movedim(-1, 1).float(), (32, 32), mode="area").flatten(1).double()
+    return torch.cdist(small, small)
+
+
+def most_diverse(distances: Tensor, scores: Tensor, least: float, count: int) -> list[int]:
+    """Indices of the best picture, and then of each next one that is farthest from its nearest chosen one (greedy max-min).
 
     Args:
-        distances: `[K, K]`. allowed: indices to choose from. first: where to begin, one of them.
+        distances: `[K, K]`. scores: `[K]`; a picture below `least` is never chosen.
+
+    Raises:
+        ValueError: all are below `least`.
     """
-    chosen = [first]
+    allowed = [i for i, value in enumerate(scores.tolist()) if value >= least]
+    if not allowed:
+        raise ValueError(f"no score is {least:g} or more: the best is {scores.max():.4f}")
+    chosen = best(scores, 1)
     while len(chosen) < min(count, len(allowed)):
         rest = [i for i in allowed if i not in chosen]
         nearest = distances[rest][:, chosen].min(1).values

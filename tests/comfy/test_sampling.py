@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -355,6 +356,30 @@ def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch
     before = len(tree_view._known)
     del found
     assert len(tree_view._known) == before - 1
+
+
+def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sockets stay as they are; the text has all of `diversity.MEASURES`, also one that has just been added."""
+    from tmpo_pack.nodes import diversity  # type: ignore[import-not-found]
+    from tmpo_pack.tmpo_trainer.diversity import MEASURES, Measure, cosine_distances  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(diversity, "feature_vectors", lambda name, images: images.flatten(1))
+    monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
+    generator = torch.Generator().manual_seed(0)
+    pictures, latents = torch.rand(3, 4, 4, 3, generator=generator), torch.randn(3, 16, 2, 2, generator=generator)
+    *values, _, text = diversity.DiversityNode.execute("any", pictures, {"samples": latents}).result
+    expected = [MEASURES[name].function(x).item() for name, x in (
+        ("LGMD", latents), ("cosine diversity", pictures.flatten(1)), ("Vendi score", pictures.flatten(1)),
+    )]  # fmt: skip
+    assert values == expected
+    assert text.splitlines() == [
+        f"LGMD {values[0]:.3f}, largest {latents.max():.3f} (on the VAE's scale: connect the model)",
+        f"cosine diversity {values[1]:.3f}, Vendi score {values[2]:.3f} (3 images)",
+    ]
+    off_diagonal = cosine_distances(pictures.flatten(1)).sum().item() / 6
+    assert off_diagonal == pytest.approx(values[1], abs=1e-6)
+    *values, _, text = diversity.DiversityNode.execute("any", pictures).result
+    assert math.isnan(values[0]) and values[1:] == expected[1:] and len(text.splitlines()) == 1
 
 
 def test_a_sample_is_drawn_by_the_weights_of_each_prompt(pack: Any) -> None:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tmpo_trainer.commands import evaluate, loading, main
+from tmpo_trainer.commands import evaluation, loading, main
+from tmpo_trainer.diversity import MEASURES, Measure
 from tmpo_trainer.evaluation import held_out
 from tmpo_trainer.evaluation.features import EfficientNetLite
 from tmpo_trainer.lora import attach
 from tmpo_trainer.lora.export import export_lora
 from tmpo_trainer.lora.file import FILE_NAME
+from tmpo_trainer.prompts.lists import PromptList
 from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training.loop import Trainer
@@ -69,7 +71,7 @@ FLAGS = ("run", "--prompts", "list.txt", "--reward", "shapes", "pickscore")
 def test_the_row_of_base_and_lora(
     place: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], red_scorer: Any
 ) -> None:
-    """What `evaluate.evaluate` measures on the same noise, with the LoRA as diffusers loads it; settings from the run."""
+    """What `held_out.evaluate` measures on the same noise, with the LoRA as diffusers loads it; settings from the run."""
     content = run(*FLAGS)
     assert content["settings"]["seed"] == 3 and content["settings"]["images"] == 3 and content["settings"]["steps"] == 4
     config = TrainConfig(model=str(tiny_model), max_sequence_length=0)
@@ -78,18 +80,19 @@ def test_the_row_of_base_and_lora(
     features = EfficientNetLite(torch.device("cpu"))
     prompts = Path("list.txt").read_text().splitlines()
     scorers = [("red", red_scorer), ("green", Green())]
+    protocol = held_out.EvaluationProtocol(PromptList("list.txt", prompts), scorers, features, 3, how)
     for label in ("base", "LoRA"):
         if label == "LoRA":
             backbone.pipeline.load_lora_weights("run", weight_name=FILE_NAME)
-        expected = held_out.evaluate(backbone, prompts, scorers, features, 3, how)
+        expected = held_out.evaluate(backbone, protocol)
         found = content["models"][label]
-        assert list(found) == ["red", "green", "LGMD", "cosine diversity"]
+        assert list(found) == ["red", "green", *MEASURES]
         for name in ("red", "green"):
             per_prompt = expected.scores[name].mean(1)
             assert found[name]["mean"] == pytest.approx(float(per_prompt.mean()), abs=1e-5)
             assert per_prompt.min() - 1e-6 <= found[name]["low"] < found[name]["high"] <= per_prompt.max() + 1e-6
-        assert found["LGMD"]["mean"] == pytest.approx(float(expected.lgmd.mean()), abs=1e-4)
-        assert found["cosine diversity"]["mean"] == pytest.approx(float(expected.cosine.mean()), abs=1e-4)
+        for name in MEASURES:
+            assert found[name]["mean"] == pytest.approx(float(expected.diversity[name].mean()), abs=1e-4)
     gain = content["gain"]["red"]
     models = content["models"]
     assert gain["mean"] == pytest.approx(models["LoRA"]["red"]["mean"] - models["base"]["red"]["mean"], abs=1e-6)
@@ -128,9 +131,9 @@ def test_preference_and_diversity_on_other_prompts(place: Path) -> None:
     both = run(*FLAGS, "--preference-prompts", "other.txt")["models"]["LoRA"]
     task = run(*FLAGS)["models"]["LoRA"]
     rest = run("run", "--prompts", "other.txt", "--reward", "shapes", "pickscore")["models"]["LoRA"]
-    assert list(both) == ["red", "green", "LGMD", "cosine diversity"]
+    assert list(both) == ["red", "green", *MEASURES]
     assert both["red"] == task["red"] and both["red"] != rest["red"]
-    assert all(both[name] == rest[name] for name in ("green", "LGMD", "cosine diversity"))
+    assert all(both[name] == rest[name] for name in ("green", *MEASURES))
     assert Path("out/samples.png").exists()
 
 
@@ -147,7 +150,7 @@ def test_a_killed_evaluation_keeps_the_base(place: Path, monkeypatch: pytest.Mon
 def test_what_is_measured_unless_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's rewards and the paper's three for a model of the user's; the shapes alone for the demo model."""
     seen: list[tuple[str, ...]] = []
-    monkeypatch.setattr(evaluate, "run", lambda config, *more: seen.append(config.reward) or 0)
+    monkeypatch.setattr(evaluation, "run", lambda config, *more: seen.append(config.reward) or 0)
     for flags in (["run"], ["--model", "x/y", "--reward", "hpsv2"], ["--model", "demo"], [], ["--model", "x/y"]):
         assert main.main(["evaluate", *flags]) == 0
     preference = ("hpsv2", "imagereward", "pickscore")
@@ -243,8 +246,10 @@ def test_numbers_that_are_not_finite_are_refused(place: Path, capsys: pytest.Cap
     with torch.no_grad():
         backbone.transformer.proj_out.bias.fill_(torch.nan)
     with pytest.raises(ValueError, match="non-finite latents for prompt 'a red circle'"):
-        held_out.evaluate(backbone, ["a red circle"], [("green", Green())], EfficientNetLite(torch.device("cpu")), 2,
-                          held_out.Sampling(2, 0, 1.0, (32, 32)))  # fmt: skip
+        held_out.evaluate(backbone, held_out.EvaluationProtocol(
+            PromptList("prompts", ["a red circle"]), [("green", Green())], EfficientNetLite(torch.device("cpu")), 2,
+            held_out.Sampling(2, 0, 1.0, (32, 32)),
+        ))  # fmt: skip
 
 
 def test_each_reward_wants_its_own_prompts_only(place: Path) -> None:
@@ -257,7 +262,7 @@ def test_each_reward_wants_its_own_prompts_only(place: Path) -> None:
 def test_defaults_are_the_papers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 pictures, and for a model from the hub the preset's features and batch."""
     seen: list[TrainConfig] = []
-    monkeypatch.setattr(evaluate, "run", lambda config, *more: seen.append(config) or 0)
+    monkeypatch.setattr(evaluation, "run", lambda config, *more: seen.append(config) or 0)
     for flags in (["--model", "black-forest-labs/FLUX.1-dev"], [], ["--model", "x/y", "--reward", "geneval"], ["run"]):
         assert main.main(["evaluate", *flags]) == 0
     assert [(c.eval_images, c.eval_steps, c.features, c.max_batch) for c in seen] == [
@@ -283,3 +288,10 @@ def test_names_that_diffusers_does_not_know_are_one_line(
     )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tmpo_trainer: ")]
     assert "k.safetensors" in line
+
+
+def test_a_new_measure_needs_its_entry_alone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
+    content = run(*FLAGS)
+    assert list(content["models"]["LoRA"]) == ["red", "green", *MEASURES] and "largest" in content["gain"]
+    assert "| largest |" in Path("out/table.md").read_text()

@@ -513,14 +513,17 @@ def test_what_a_run_leaves_behind(
 ) -> None:
     """Settings, environment, figures, sample grids and the report; the settings repeat the run."""
     from tmpo_trainer.commands import loading
+    from tmpo_trainer.diversity import MEASURES, Measure
 
+    # A new measure of diversity needs its entry alone.
+    monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
     monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
     monkeypatch.setattr(loading, "load_features", lambda name, device: MeanColours(device))
     more = ["--report", "--sample-every", "2", "--eval-images", "3", "--eval-steps", "4", "--learning-rate", "1e-2"]
     more += ["--ema-every", "1"]
     assert main.main([*base, *more]) == 0
     err = capsys.readouterr().err
-    assert "red: " in err and "report: out/report.md" in err
+    assert "red: " in err and "largest: " in err and "report: out/report.md" in err
     names = {path.name for path in (place / "out").iterdir()}
     assert {"config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoint-2", "report.md", "report.json",
             "curves.png", "samples.png", "pytorch_lora_weights.safetensors"} == names  # fmt: skip
@@ -533,7 +536,7 @@ def test_what_a_run_leaves_behind(
     assert environment["tmpo_trainer"] == __version__ and environment["torch"] == torch.__version__
     assert str(Path.home()) not in json.dumps(environment)
     report = (place / "out" / "report.md").read_text()
-    assert "| red |" in report and "| LGMD |" in report and "2 held-out prompts x 3 images" in report
+    assert all(f"| {name} |" in report for name in ("red", *MEASURES)) and "2 held-out prompts x 3 images" in report
     summary = json.loads((place / "out" / "report.json").read_text())
     assert summary["gain"]["red"]["low"] <= summary["gain"]["red"]["mean"] <= summary["gain"]["red"]["high"]
     assert summary["trained"]["red"] != summary["base"]["red"]
@@ -573,6 +576,21 @@ def test_evaluation_on_the_way(
     assert {key: final[key] for key in ("base", "trained", "gain")} == {
         key: lines[2][key] for key in ("base", "trained", "gain")
     }
+
+
+def test_a_resumed_run_measures_the_base_anew_if_the_model_is_another(
+    place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, red_scorer: Any
+) -> None:
+    """Another dtype gives other pictures: the base that is kept would not be the one that is trained."""
+    from tmpo_trainer.commands import loading
+
+    monkeypatch.setattr(loading, "load_scorer", lambda name, *more, **rest: red_scorer)
+    monkeypatch.setattr(loading, "load_features", lambda name, device: MeanColours(device))
+    more = ["--eval-every", "1", "--eval-images", "2", "--eval-steps", "2", "--checkpoint-every", "1"]
+    assert main.main([*base, *more, "--updates", "1"]) == 0
+    assert main.main(["--resume", "latest", "--output-dir", "out", "--updates", "2", "--dtype", "bfloat16"]) == 0
+    lines = [json.loads(line) for line in (place / "out" / "evaluations.jsonl").read_text().splitlines()]
+    assert lines[0]["base"]["red"] != lines[1]["base"]["red"]
 
 
 def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> None:

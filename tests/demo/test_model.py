@@ -15,7 +15,7 @@ from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.demo import domain, split
 from tmpo_trainer.evaluation import held_out, statistics
 from tmpo_trainer.evaluation.features import EfficientNetLite
-from tmpo_trainer.prompts.lists import read_prompts
+from tmpo_trainer.prompts.lists import PromptList, read_prompts
 from tmpo_trainer.rewards.shapes import ShapesScorer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -28,14 +28,14 @@ def backbone() -> SD3Backbone:
 
 
 def measure(backbone: SD3Backbone, prompts: list[str], images: int = 6) -> held_out.Evaluation:
-    return held_out.evaluate(
-        backbone,
-        prompts,
+    protocol = held_out.EvaluationProtocol(
+        PromptList("prompts", prompts),
         [("strict", ShapesScorer("strict"))],
         EfficientNetLite(torch.device("cpu")),
         images,
         held_out.Sampling(12, 0, 1.0, (64, 64), decode_batch=8),
     )
+    return held_out.evaluate(backbone, protocol)
 
 
 def test_weights_and_prompt_lists_are_the_frozen_ones():

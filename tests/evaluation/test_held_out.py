@@ -1,9 +1,10 @@
-"""Paired intervals, the verdict, and evaluations of the tiny model."""
+"""Evaluations of the tiny model: what is drawn, what is measured, and what is kept of the base."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,98 +14,8 @@ import torch
 from tmpo_trainer import diversity
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.evaluation import held_out
-from tmpo_trainer.evaluation.held_out import Evaluation, Sampling, evaluate
-from tmpo_trainer.evaluation.statistics import paired_gain, verdict
-
-CLAIMS = ("rose", "LGMD", "cosine", "latent standard deviation")
-
-
-def made(score: float = 0.5, lgmd: float = 0.3, cosine: float = 0.2, latent_std: float = 1.0) -> Evaluation:
-    """Made-up figures of 40 prompts x 4 images; the noise is the same in all, as in paired evaluations."""
-    noise = np.random.default_rng(0).normal(0, 0.02, (40, 4))
-    return Evaluation(
-        prompts=[f"prompt {i}" for i in range(40)],
-        scores={"shapes strict": score + noise, "other": noise},
-        lgmd=np.full(40, lgmd),
-        cosine=np.full(40, cosine),
-        latent_std=latent_std,
-        shown=[0],
-        images=np.zeros((1, 4, 8, 8, 3), np.uint8),
-    )
-
-
-def test_a_single_prompt_is_no_evidence() -> None:
-    assert paired_gain(np.zeros(1), np.ones(1)) == (1.0, -np.inf, np.inf)
-
-
-def test_no_difference_is_no_gain() -> None:
-    values = np.random.default_rng(0).normal(size=(30, 8))
-    assert paired_gain(values, values) == (0.0, 0.0, 0.0)
-
-
-def test_a_constant_difference_has_no_width() -> None:
-    """However much the prompts differ among themselves: the interval is paired."""
-    values = 10 * np.random.default_rng(0).normal(size=30)
-    assert paired_gain(values, values + 0.25) == pytest.approx((0.25, 0.25, 0.25))
-    assert paired_gain(values, values - 0.25)[0] == pytest.approx(-0.25)
-
-
-def test_interval_is_over_prompts_and_about_two_standard_errors() -> None:
-    rng = np.random.default_rng(1)
-    base = rng.normal(size=(50, 6))
-    gains = rng.normal(0.3, 0.5, 50)
-    mean, low, high = paired_gain(base, base + gains[:, None])
-    error = gains.std() / 50**0.5
-    assert mean == pytest.approx(gains.mean())
-    assert low == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
-    assert high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
-    assert paired_gain(base, base + gains[:, None]) == (mean, low, high)
-
-
-def test_interval_covers_the_truth() -> None:
-    rng = np.random.default_rng(2)
-    covered = 0
-    for _ in range(200):
-        base = rng.normal(size=40)
-        _, low, high = paired_gain(base, base + rng.normal(0.1, 1.0, 40), draws=500)
-        covered += low <= 0.1 <= high
-    assert 0.88 <= covered / 200 <= 0.99
-
-
-def test_verdict_of_a_good_run() -> None:
-    base = made()
-    for trained in (made(0.6), made(0.6, lgmd=0.26, cosine=0.181, latent_std=1.14), made(0.51, latent_std=0.86)):
-        claims = verdict(base, trained, "shapes strict")
-        assert len(claims) == 4 and all(claims.values())
-        assert all(type(holds) is bool for holds in claims.values())
-
-
-@pytest.mark.parametrize(
-    ("trained", "violated"),
-    [
-        (made(0.5), "rose"),
-        (made(0.4), "rose"),
-        (made(0.6, lgmd=0.24), "LGMD"),
-        (made(0.6, cosine=0.179), "cosine"),
-        (made(0.6, latent_std=1.16), "latent standard deviation"),
-        (made(0.6, latent_std=0.84), "latent standard deviation"),
-    ],
-    ids=["no gain", "loss", "lgmd", "cosine", "overshoot", "shrinkage"],
-)
-def test_verdict_of_a_violated_claim(trained: Evaluation, violated: str) -> None:
-    claims = verdict(made(), trained, "shapes strict")
-    assert {word: next(holds for claim, holds in claims.items() if word in claim) for word in CLAIMS} == {
-        word: word != violated for word in CLAIMS
-    }
-
-
-def test_verdict_needs_the_interval_above_0_not_the_mean() -> None:
-    base = made()
-    noisy = 0.02 + 0.5 * np.resize([1, -1], (40, 1))
-    trained = replace(base, scores={"shapes strict": base.scores["shapes strict"] + noisy})
-    gain, low, _ = paired_gain(base.scores["shapes strict"], trained.scores["shapes strict"])
-    assert gain > 0 > low
-    assert not next(iter(verdict(base, trained, "shapes strict").values()))
+from tmpo_trainer.evaluation.held_out import EvaluationProtocol, HeldOut, Sampling, evaluate
+from tmpo_trainer.prompts.lists import PromptList
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +24,16 @@ def backbone(load: Callable[..., SD3Backbone]) -> SD3Backbone:
 
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle"]
+LISTED = PromptList("prompts", PROMPTS)
+
+
+class MeanColours:
+    """Features: the mean colour."""
+
+    name = "mean colours"
+
+    def __call__(self, images: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(images.astype(np.float32).mean((1, 2))) - 100
 
 
 def sample(backbone: SD3Backbone, prompts: list[str], images: int, seed: int, batch: int) -> torch.Tensor:
@@ -153,20 +74,9 @@ def test_evaluation_measures_each_prompts_own_pictures(backbone: SD3Backbone, re
             seen.append(list(prompts))
             return red_scorer.score(images, prompts)
 
-    def features(images: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(images.astype(np.float32).mean((1, 2))) - 100
-
     done: list[int] = []
-    result = evaluate(
-        backbone,
-        PROMPTS,
-        [("spy", Spy())],
-        features,
-        3,
-        Sampling(4, 1, 1.5, (32, 32), 6, 4),
-        show=2,
-        progress=done.append,
-    )
+    how = EvaluationProtocol(LISTED, [("spy", Spy())], MeanColours(), 3, Sampling(4, 1, 1.5, (32, 32), 6, 4))
+    result = evaluate(backbone, how, show=2, progress=done.append)
     latents = sample(backbone, PROMPTS, 3, seed=1, batch=6)
     assert seen == [[prompt for prompt in part for _ in range(3)] for part in (PROMPTS[:2], PROMPTS[2:])]
     assert sum(done) == len(PROMPTS)
@@ -178,8 +88,10 @@ def test_evaluation_measures_each_prompts_own_pictures(backbone: SD3Backbone, re
         if p in result.shown:
             assert np.abs(result.images[result.shown.index(p)].astype(int) - pictures).max() <= 1
         assert result.scores["spy"][p] == pytest.approx(red_scorer.score(pictures, PROMPTS).numpy(), abs=1e-3)
-        assert result.lgmd[p] == pytest.approx(diversity.lgmd(latents[p]).item(), abs=1e-4)
-        assert result.cosine[p] == pytest.approx(diversity.cosine_diversity(features(pictures)).item(), abs=1e-2)
+        expected = diversity.measure(latents=latents[p], features=MeanColours()(pictures))
+        assert list(result.diversity) == list(expected) == list(diversity.MEASURES)
+        for name, value in expected.items():
+            assert result.diversity[name][p] == pytest.approx(value, abs=1e-4 if name == "LGMD" else 1e-2)
 
 
 def test_a_score_that_is_no_number_names_scorer_and_prompt(backbone: SD3Backbone) -> None:
@@ -194,9 +106,59 @@ def test_a_score_that_is_no_number_names_scorer_and_prompt(backbone: SD3Backbone
     with pytest.raises(ValueError, match="reward broken gave nan for image 4 of prompt 'two blue squares'"):
         evaluate(
             backbone,
-            PROMPTS,
-            [("broken", Broken())],
-            torch.from_numpy,
-            3,
-            Sampling(4, 1, 1.5, (32, 32), 9, 9),
+            EvaluationProtocol(LISTED, [("broken", Broken())], MeanColours(), 3, Sampling(4, 1, 1.5, (32, 32), 9, 9)),
         )
+
+
+# -- what is kept of the base ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every evaluation."""
+    found: list[int] = []
+    original = held_out.evaluate
+    monkeypatch.setattr(held_out, "evaluate", lambda *args, **kwargs: found.append(1) or original(*args, **kwargs))
+    return found
+
+
+def base(backbone: SD3Backbone, file: Path, red_scorer: Any, identity: str = "", **changes: Any) -> Any:
+    """The base's evaluation, as a process that has just been started gets it."""
+    how = EvaluationProtocol(LISTED, [("red", red_scorer)], MeanColours(), 2, Sampling(3, 1, 1.0, (32, 32)))
+    return HeldOut(backbone, replace(how, **changes), file, [identity]).base()
+
+
+def test_the_base_is_evaluated_again_only_for_other_settings(
+    backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int]
+) -> None:
+    file = tmp_path / "base.npz"
+    first, second = (base(backbone, file, red_scorer, batch) for batch in ("", ""))
+    assert len(measured) == 1
+    for name, values in first.measures.items():
+        assert second.measures[name].tolist() == values.tolist()
+    assert second.prompts == first.prompts and second.latent_std == first.latent_std and second.shown == first.shown
+    assert (second.images == first.images).all()
+    # How many are drawn at a time does not count; all else does.
+    base(backbone, file, red_scorer, sampling=Sampling(3, 1, 1.0, (32, 32), batch=2))
+    assert len(measured) == 1
+    for changes in ({"identity": "another dtype"}, {"images": 3}, {"sampling": Sampling(3, 2, 1.0, (32, 32))},
+                    {"prompts": PromptList("prompts", PROMPTS[:2])}):  # fmt: skip
+        base(backbone, file, red_scorer, **changes)
+    assert len(measured) == 5
+
+
+def test_a_file_that_lacks_a_measure_is_not_taken(
+    backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those do that an earlier version wrote, with diversities under other names."""
+    file = tmp_path / "base.npz"
+    base(backbone, file, red_scorer)
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored}
+    lgmd, cosine = arrays.pop("diversity/LGMD"), arrays.pop("diversity/cosine diversity")
+    np.savez_compressed(file, **arrays, lgmd=lgmd, cosine=cosine)
+    assert (base(backbone, file, red_scorer).diversity["LGMD"] == lgmd).all() and len(measured) == 2
+    monkeypatch.setitem(diversity.MEASURES, "spread", diversity.Measure(lambda latents: latents.std(), "latents"))
+    assert base(backbone, file, red_scorer).diversity["spread"].shape == (3,) and len(measured) == 3
+    base(backbone, file, red_scorer)
+    assert len(measured) == 3

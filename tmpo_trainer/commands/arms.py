@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from .. import methods
-from ..evaluation import comparison as compare_report
+from ..evaluation.comparison import Course
 from ..files import read_metrics, write_text
 from ..settings.config import TrainConfig, to_yaml
 from ..settings.errors import ConfigError
@@ -33,16 +33,16 @@ FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every":
 #: Settings that hold a path.
 PATHS = ("prompts", "eval_prompts", "transformer", "init_lora", "text_cache")
 
-#: Updates of a trial run, of which the first is not counted.
+#: Updates of a trial run; the first is not counted.
 TRIAL = 4
 
-#: Updates of a run, at most.
+#: The most updates of a run.
 MOST = 1 << 20
 
 
 @dataclass
 class Arm:
-    """What is compared: a name, and the settings of its runs by seed."""
+    """One of those that are compared: its name, and the settings of its runs by seed."""
 
     name: str
     runs: dict[int, TrainConfig] = field(default_factory=dict)
@@ -74,8 +74,8 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
     """Updates of each arm: as its settings say, or the most that a budget allows with every seed.
 
     Args:
-        budget: empty, {"evaluations": N} or {"seconds": S}; seconds are of training: a trial run of each arm tells how many
-            evaluations it does in one.
+        budget: of one run: empty, {"evaluations": network evaluations} or {"seconds": seconds of training}. For seconds a
+            trial run of each arm shows how many network evaluations it does in one.
 
     Raises:
         ConfigError: settings that cannot be trained.
@@ -85,30 +85,38 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
         config = arm.first
         loading.need_gpu(config)
         _, _, skeleton = loading.check(config, loading.choose_device(config.device))
-        # For the measurement, which comes after hours of training.
+        # The evaluation needs both, and it comes after hours of training.
         loading.check_features(config.features)
         importlib.import_module("matplotlib")
-        evaluations = budget.get("evaluations")
+        calls = budget.get("evaluations")
         if "seconds" in budget:
-            trial = folder / "trials" / arm.name
-            text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
-            settings = trial / "settings.yaml"
-            done = settings.exists() and settings.read_text(encoding="utf-8") == text
-            if not done or len(read_metrics(trial / "metrics.jsonl")) < TRIAL:
-                shutil.rmtree(trial, ignore_errors=True)
-                trial.mkdir(parents=True)
-                write_text(settings, text)
-                if training.start(["--config", str(settings)], trial / "log.txt"):
-                    raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
-            run = compare_report.Measured(None, read_metrics(trial / "metrics.jsonl"), config.prompts_per_update)
-            speed = (run.spent[-1] - run.spent[0]) / (run.seconds[-1] - run.seconds[0])
-            evaluations = budget["seconds"] * speed
-        if evaluations is None:
+            calls = budget["seconds"] * _calls_per_second(arm, folder / "trials" / arm.name, training)
+        if calls is None:
             updates[arm.name] = config.updates
         else:
             sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-            updates[arm.name] = min(updates_within(run, sigmas, evaluations) for run in arm.runs.values())
+            updates[arm.name] = min(updates_within(run, sigmas, calls) for run in arm.runs.values())
     return updates
+
+
+def _calls_per_second(arm: Arm, trial: Path, training: Training) -> float:
+    """Network evaluations in a second of an arm's training, by a short run in the folder `trial`.
+
+    Raises:
+        ConfigError: the run failed.
+    """
+    config = arm.first
+    text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
+    settings, metrics = trial / "settings.yaml", trial / "metrics.jsonl"
+    done = settings.exists() and settings.read_text(encoding="utf-8") == text
+    if not done or len(read_metrics(metrics)) < TRIAL:
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir(parents=True)
+        write_text(settings, text)
+        if training.start(["--config", str(settings)], trial / "log.txt"):
+            raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
+    course = Course(read_metrics(metrics), config.prompts_per_update)
+    return (course.calls[-1] - course.calls[0]) / (course.seconds[-1] - course.seconds[0])
 
 
 def make_arms(
@@ -131,7 +139,7 @@ def make_arms(
         for seed in seeds:
             own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
             config = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
-            # Whoever goes on with it may stand elsewhere.
+            # The same command may be given again from another folder.
             given = {key: getattr(config, key) for key in PATHS if getattr(config, key) is not None}
             changes: dict[str, Any] = {key: path.absolute() for key, path in given.items()}
             if Path(config.model).is_dir():
@@ -148,7 +156,7 @@ def make_arms(
     return arms
 
 
-def _describe(arm: Arm) -> dict[str, Any]:
+def describe(arm: Arm) -> dict[str, Any]:
     """An arm's settings as plain values, without what may differ between its runs or from one start to the next."""
     apart = ("seed", "output_dir", "threads", "device")
     return {key: value for key, value in yaml.safe_load(to_yaml(arm.first)).items() if key not in apart}

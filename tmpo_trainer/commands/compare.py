@@ -20,26 +20,38 @@ def command(arguments: Sequence[str]) -> int:
     """Runs the command. Returns the exit code."""
     parser = command_parser(
         "compare",
-        "Trains methods from the same base with the same prompts and budget, several seeds each, and measures all on the same "
+        "Trains methods from the same base with the same prompts and budget, several seeds each, and evaluates all on the same "
         "held-out prompts: tables, Pareto pictures, curves, grids. After a kill the same command goes on.",
         "All other flags are those of training and hold for every arm: --preset, --reward, --eval-images, ... Without a budget "
         "every arm has the updates of its settings; --updates N gives all the same.",
     )
     arms = parser.add_mutually_exclusive_group()
     arms.add_argument(
-        "--methods", nargs="+", default=list(RIVALS), metavar="NAME", help=f"by default {' '.join(RIVALS)}"
+        "--methods", nargs="+", default=list(RIVALS), metavar="NAME", help=f"what is compared [{' '.join(RIVALS)}]"
     )
     arms.add_argument(
         "--arms", type=Path, metavar="FILE", help="YAML, {name of an arm: {setting: value}}, instead of methods"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="of training, one run each [0]")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of training; one run each [0]"
+    )
     budgets = parser.add_mutually_exclusive_group()
-    budgets.add_argument("--evaluations", type=float, metavar="N", help="network evaluations of a run, per process")
-    budgets.add_argument("--seconds", type=float, metavar="S", help="of training, by a trial run of each arm")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]; use --threads beside it")
+    budgets.add_argument(
+        "--evaluations", type=float, metavar="N", help="budget: network evaluations of a run, per process"
+    )
+    budgets.add_argument(
+        "--seconds", type=float, metavar="S", help="budget: seconds of training, by a trial run of each arm"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="how many runs go on at a time [1]; use it with --threads"
+    )
     parser.add_argument("--launch", choices=("ddp", "fsdp2"), help="every run over all GPUs of this machine")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("outputs/compare"), metavar="DIR", help="[outputs/compare]"
+        "--output-dir",
+        type=Path,
+        default=Path("outputs/compare"),
+        metavar="DIR",
+        help="where everything is written [outputs/compare]",
     )
     namespace, rest = parser.parse_known_args(arguments)
     actions, flags = parse(rest)
@@ -68,7 +80,7 @@ def command(arguments: Sequence[str]) -> int:
         raise ConfigError("--updates beside --evaluations or --seconds: there is one budget: leave --updates out")
     if namespace.seconds and namespace.jobs > 1:
         raise ConfigError("--seconds with --jobs: runs at the same time slow each other down; leave --jobs out")
-    # The noise of the evaluation; those of training are --seeds.
+    # --seed is that of the evaluation's noise; training has --seeds.
     evaluation_seed = make_config([("flags", {"seed": flags.pop("seed", 0)})]).seed
 
     def layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from tqdm import tqdm
 
 from ..evaluation import comparison as compare_report
-from ..evaluation import held_out
+from ..evaluation.held_out import HeldOut
 from ..files import read_metrics, write_text
 from ..lora import export
 from ..lora.attach import attach
@@ -23,7 +24,7 @@ from ..settings.config import to_yaml
 from ..settings.errors import ConfigError
 from ..settings.presets import read_yaml
 from . import loading
-from .arms import Arm, _describe, plan
+from .arms import Arm, describe, plan
 from .children import Training
 
 
@@ -36,21 +37,8 @@ def compare(
         ConfigError: the folder holds another comparison, or settings that cannot be trained.
     """
     stored = folder / "compare.yaml"
-    known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
-    if not {"budget", "arms"} <= known.keys():
-        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
-    if known["budget"] != dict(budget):
-        raise ConfigError(
-            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
-        )
-    settings = {arm.name: _describe(arm) for arm in arms}
-    for name, own in settings.items():
-        before = known["arms"].get(name, {}).get("settings", own)
-        for key in own:
-            if own[key] != before.get(key):
-                raise ConfigError(
-                    f"{stored}: arm {name} has {key} {before.get(key)}, not {own[key]}: give another name or --output-dir"
-                )
+    settings = {arm.name: describe(arm) for arm in arms}
+    known = read_known(stored, settings, budget)
     folder.mkdir(parents=True, exist_ok=True)
     training = Training(jobs, launch)
     for name, updates in plan(folder, [a for a in arms if a.name not in known["arms"]], budget, training).items():
@@ -81,10 +69,36 @@ def compare(
     return 1 if lost else 0
 
 
+def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: Mapping[str, float]) -> dict[str, Any]:
+    """What a compare.yaml knows: {"budget": ..., "arms": {name: {"updates", "settings"}}}; without the file, no arms.
+
+    Args:
+        settings: those of the arms that are asked for. budget: likewise.
+
+    Raises:
+        ConfigError: the file is not of a comparison, or one with another budget or other settings of an arm.
+    """
+    known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
+    if not {"budget", "arms"} <= known.keys():
+        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
+    if known["budget"] != dict(budget):
+        raise ConfigError(
+            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
+        )
+    for name, own in settings.items():
+        before = known["arms"].get(name, {}).get("settings", own)
+        for key in own:
+            if own[key] != before.get(key):
+                raise ConfigError(
+                    f"{stored}: arm {name} has {key} {before.get(key)}, not {own[key]}: give another name or --output-dir"
+                )
+    return known
+
+
 def measure(
     arms: Sequence[Arm], folder: Path, seed: int, without: set[str]
 ) -> dict[str, list[compare_report.Measured]]:
-    """{arm: what its runs came to}, the base as a run of its own. The same noise for all.
+    """Evaluates what every run came to, with the same noise for all: {arm: its runs}, the base as an arm of its own.
 
     Args:
         without: names of the runs that failed; one that cannot be measured is added.
@@ -96,20 +110,13 @@ def measure(
     loading.quiet()
     heldout = loading.heldout_prompts(config)
     backbone = loading.load_model(config, device, heldout.texts)
-    held = held_out.HeldOut(
-        folder / "base.npz",
-        backbone,
-        heldout,
-        loading.evaluation_scorers(loading.scorers(config, device)),
-        loading.features(config, device),
-        config.eval_images,
-        loading.sampling(config),
-        identity=loading.identity(config),
-    )
+    scorers, features = loading.scorers(config, device), loading.features(config, device)
+    protocol = loading.evaluation_protocol(config, heldout, scorers, features)
+    held_out = HeldOut(backbone, protocol, folder / "base.npz", loading.identity(config))
     found: dict[str, list[compare_report.Measured]] = {}
     count = 1 + sum(len(arm.runs) for arm in arms) - len(without)
     with tqdm(total=count * len(heldout.texts), unit="prompt", desc="evaluating", dynamic_ncols=True) as bar:
-        found["base"] = [compare_report.Measured(held.base(bar.update), [], 0)]
+        found["base"] = [compare_report.Measured(held_out.base(bar.update), compare_report.Course([], 0))]
         for arm in arms:
             found[arm.name] = []
             for run in arm.runs.values():
@@ -119,13 +126,13 @@ def measure(
                     continue
                 try:
                     attach(backbone, path)
-                    evaluation = held.stored(path / "evaluation.npz", bar.update, path / export.FILE_NAME)
+                    evaluation = held_out.stored(path / "evaluation.npz", bar.update, path / export.FILE_NAME)
                 except (ConfigError, ValueError) as error:
                     bar.write(f"tmpo_trainer: {path.name} cannot be measured: {error}", file=sys.stderr)
                     without.add(path.name)
                     continue
                 finally:
                     backbone.pipeline.unload_lora_weights()
-                metrics = read_metrics(path / "metrics.jsonl")
-                found[arm.name].append(compare_report.Measured(evaluation, metrics, run.prompts_per_update))
+                course = compare_report.Course(read_metrics(path / "metrics.jsonl"), run.prompts_per_update)
+                found[arm.name].append(compare_report.Measured(evaluation, course))
     return found

@@ -207,6 +207,15 @@ def sampling(config: TrainConfig) -> held_out.Sampling:
     )
 
 
+def evaluation_protocol(
+    config: TrainConfig, prompts: PromptList, found: list[Scorer], extractor: Features
+) -> held_out.EvaluationProtocol:
+    """How models of these settings are evaluated on held-out prompts."""
+    return held_out.EvaluationProtocol(
+        prompts, evaluation_scorers(found), extractor, config.eval_images, sampling(config)
+    )
+
+
 def load_model(
     config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
 ) -> Backbone:

@@ -21,21 +21,31 @@ def command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders of pictures")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", help="of all pictures")
+    prompts.add_argument("--prompt", help="the prompt of all pictures")
     prompts.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one per picture, in order of names; .txt or .jsonl"
+        "--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl with a prompt per picture, in order of names"
     )
     add_scorer_flags(parser, ())
     parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="that `remote` may be on")
     parser.add_argument("--remote-timeout", type=float, default=120, help="seconds for its answer [120]")
-    parser.add_argument("--diversity", action="store_true", help="how much the pictures of a prompt differ")
+    parser.add_argument("--diversity", action="store_true", help="measure how much the pictures of a prompt differ")
     parser.add_argument(
-        "--features", default=TrainConfig.model_fields["features"].default, help="what diversity is measured on"
+        "--features",
+        default=TrainConfig.model_fields["features"].default,
+        help="what diversity of pictures is measured on [%(default)s]",
+    )
+    parser.add_argument(
+        "--vae",
+        metavar="MODEL",
+        help="also measure diversity of latents (LGMD), encoded by the VAE of this model: `demo`, a diffusers folder or a "
+        "hub id",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write a .csv or .json")
     namespace = parser.parse_args(arguments)
     if not namespace.reward and not namespace.diversity:
         raise ConfigError("score measures nothing: give --reward NAME or --diversity")
+    if namespace.vae and not namespace.diversity:
+        raise ConfigError("--vae is for --diversity: give both")
     if namespace.output and namespace.output.suffix not in (".csv", ".json"):
         raise ConfigError(f"--output {namespace.output}: end it in .csv or .json")
     if namespace.output and not namespace.output.parent.is_dir():
@@ -48,7 +58,9 @@ def command(arguments: Sequence[str]) -> int:
     rewards = {"reward": namespace.reward} if namespace.reward else {}
     config = make_config([("flags", {**settings, **rewards, "features": namespace.features})])
     hush()
+    from ..diversity import MEASURES
     from ..evaluation import picture_files as scoring
+    from ..evaluation.latents import LatentEncoder
     from ..prompts.lists import PromptList, read_prompts
     from . import loading
 
@@ -63,14 +75,20 @@ def command(arguments: Sequence[str]) -> int:
         shown = [picture.prompt for picture in pictures]
         loading.check_prompts(namespace.reward, PromptList(str(namespace.prompts or "prompts"), shown, metadata))
     scorers = loading.evaluation_scorers(loading.scorers(config, device)) if namespace.reward else []
-    features = loading.features(config, device) if namespace.diversity else None
-    texts = [picture.prompt for picture in pictures]
-    if features is not None and len(set(texts)) == len(texts):
+    if namespace.diversity and not scoring.by_prompt(pictures):
         raise ConfigError("--diversity: no two pictures have the same prompt, so there is nothing to compare")
+    features = loading.features(config, device) if namespace.diversity else None
+    encoder = LatentEncoder(namespace.vae, device) if namespace.vae else None
+    if encoder is not None:
+        scoring.check_encodable(pictures, encoder)
+    elif namespace.diversity:
+        left_out = ", ".join(name for name, measure in MEASURES.items() if measure.on == "latents")
+        print(f"tmpo_trainer: {left_out} is not measured, it needs latents: give --vae MODEL", file=sys.stderr)
 
     def work() -> int:
-        scores, groups = scoring.score_images(pictures, metadata, scorers, features)
-        print(scoring.table(pictures, scores, groups))
+        scores = scoring.score_images(pictures, metadata, scorers) if scorers else {}
+        groups = scoring.measure_diversity(pictures, features, encoder) if features is not None else {}
+        print(scoring.text_table(pictures, scores, groups))
         if namespace.output:
             scoring.write(namespace.output, pictures, scores, groups)
             print(f"written: {namespace.output}", file=sys.stderr)

@@ -73,13 +73,10 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     held_out = None
     if parts.features and (config.report or config.eval_every):
         held_out = HeldOut(
-            folder / "base.npz" if config.eval_every else None,
             parts.backbone,
-            heldout,
-            loading.evaluation_scorers(scorers),
-            parts.features,
-            config.eval_images,
-            loading.sampling(config),
+            loading.evaluation_protocol(config, heldout, scorers, parts.features),
+            folder / "base.npz" if config.eval_every else None,
+            loading.identity(config),
             accelerator,
         )
     return _run(trainer, held_out, heldout.texts)
@@ -164,7 +161,7 @@ def _export(trainer: Trainer) -> None:
 def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
     """Base and trained (EMA) model on the held-out prompts with the same noise."""
     config, main = trainer.config, trainer.processes.main
-    count = len(held_out.prompts.texts)
+    count = len(held_out.protocol.prompts.texts)
     what = "evaluating base and trained"
     with tqdm(total=2 * count, desc=what, unit="prompt", dynamic_ncols=True, disable=not main) as bar:
         with trainer.weights.pretrained():
@@ -176,17 +173,15 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
     about = [
         f"{count} held-out prompts x {config.eval_images} images, {config.eval_steps} steps, guidance "
         f"{config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "
-        f"model start from the same noise; intervals are bootstraps over prompts. Cosine diversity is on "
-        f"{held_out.features.name} features.",
+        f"model start from the same noise; intervals are bootstraps over prompts. Diversity of "
+        f"pictures is measured on {held_out.protocol.features.name} features.",
     ]
     metrics = read_metrics(trainer.run / "metrics.jsonl")
     evaluations = read_metrics(trainer.run / "evaluations.jsonl")
     target = next(iter(base.scores))
     checks = report.write_report(trainer.run, base, trained, metrics, evaluations, rewards, about, target)
-    for name in base.scores:
-        print(f"{name}: {base.scores[name].mean():.3f} -> {trained.scores[name].mean():.3f}", file=sys.stderr)
-    print(f"LGMD: {base.lgmd.mean():.3f} -> {trained.lgmd.mean():.3f}", file=sys.stderr)
-    print(f"cosine diversity: {base.cosine.mean():.3f} -> {trained.cosine.mean():.3f}", file=sys.stderr)
+    for name, values in base.measures.items():
+        print(f"{name}: {values.mean():.3f} -> {trained.measures[name].mean():.3f}", file=sys.stderr)
     for claim, holds in checks.items():
         print(f"{'yes' if holds else 'NO '} {claim}", file=sys.stderr)
     print(f"report: {trainer.run / 'report.md'}", file=sys.stderr)

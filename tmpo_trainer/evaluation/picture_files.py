@@ -1,4 +1,4 @@
-"""`score`: scores and diversity of picture files, as a table, csv or json."""
+"""Scores and diversity of picture files, as a table, csv or json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -20,22 +21,20 @@ from ..prompts.lists import PromptList, about
 from ..rewards import Scorer, score_all
 from ..settings.errors import ConfigError
 from .features import Features
+from .latents import LatentEncoder
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 #: Pillow's modes with more than 8 bits.
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
-#: Pictures that are in memory at once.
+#: The most pictures that are in memory at once.
 BATCH = 32
 
 #: Inputs that hold a prompt in ComfyUI's text nodes, the most telling first.
 COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
 
-#: Columns of diversity in a .csv.
-MEASURES = ("cosine diversity", "vendi")
-
-#: What A1111 writes behind the prompt.
+#: What follows the prompt in A1111's text.
 A1111_END = re.compile(r"\n(?:Negative prompt: |Steps: \d)")
 
 
@@ -49,7 +48,7 @@ class Picture:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as given, folders' pictures by name. Raises ConfigError for a path without any."""
+    """The given files, and the pictures in given folders by name. Raises ConfigError for a path without pictures."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -130,12 +129,12 @@ def embedded_prompt(image: Image.Image) -> str | None:
 
 
 def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | None) -> list[Picture]:
-    """Looks at every file before anything is scored.
+    """Opens every file once, so that a bad one is found before anything is scored.
 
-    Prompts: `prompt` for all, or one of `listed` each, or the file's own: a .txt beside it, else its metadata.
+    A picture's prompt is `prompt`, else its entry in `listed`, else its own: that of a .txt beside it or in its metadata.
 
     Raises:
-        ConfigError: a file is no picture or has no prompt, or the list has another length.
+        ConfigError: a file is not a picture or has no prompt, or the list has another length.
     """
     if listed is not None and len(listed.texts) != len(paths):
         raise ConfigError(f"{listed.where} has {len(listed.texts)} prompts for {len(paths)} pictures: give one each")
@@ -168,11 +167,11 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
 
 
 def load(pictures: Sequence[Picture]) -> np.ndarray:
-    """Pictures of one size, uint8 RGB `[N, H, W, 3]`; what is transparent becomes white."""
+    """Reads pictures of one size: uint8 RGB `[N, H, W, 3]`. What is transparent becomes white."""
     arrays = []
     for picture in pictures:
         with Image.open(picture.path) as opened:
-            # As a viewer shows it; of an animation the first picture.
+            # The picture is turned as a viewer shows it; of an animation it is the first one.
             image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 clear = image.convert("RGBA")
@@ -182,7 +181,7 @@ def load(pictures: Sequence[Picture]) -> np.ndarray:
 
 
 def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
-    """Numbers of pictures that fit into one array: of one size, at most `BATCH`."""
+    """Numbers of pictures that fit into one array: they have one size and are at most `BATCH`."""
     sizes: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
         sizes.setdefault(picture.size, []).append(i)
@@ -192,49 +191,84 @@ def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
 
 
 def score_images(
-    pictures: Sequence[Picture],
-    metadata: Mapping[str, Any],
-    scorers: Sequence[tuple[str, Scorer]],
-    features: Features | None,
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
-    """Scores every picture; with `features` also how much those of a prompt differ.
+    pictures: Sequence[Picture], metadata: Mapping[str, Any], scorers: Sequence[tuple[str, Scorer]]
+) -> dict[str, np.ndarray]:
+    """Scores every picture.
+
+    Args:
+        metadata: by prompt. scorers: (name, scorer) pairs.
 
     Returns:
-        {score: `[N]`}, and {prompt: {"images", "cosine diversity", "vendi"}} of prompts with two pictures or more.
+        {name: `[N]`}
+
+    Raises:
+        ValueError: a picture cannot be scored; the error names its file.
     """
     scores = {name: np.empty(len(pictures), np.float32) for name, _ in scorers}
-    vectors: dict[int, Any] = {}
     with tqdm(total=len(pictures), unit="image", dynamic_ncols=True, disable=None) as bar:
         for numbers in batches(pictures):
-            images = load([pictures[i] for i in numbers])
             prompts = [pictures[i].prompt for i in numbers]
-            if scorers:
-                try:
-                    found = score_all(scorers, images, prompts, about(metadata, prompts))
-                except ValueError as error:
-                    files = f"{pictures[numbers[0]].path} to {pictures[numbers[-1]].path.name}"
-                    raise ValueError(f"{files if len(numbers) > 1 else pictures[numbers[0]].path}: {error}") from None
-                for name, values in found.items():
-                    scores[name][numbers] = values.numpy()
-            if features is not None:
-                vectors.update(zip(numbers, features(images), strict=True))
+            images = load([pictures[i] for i in numbers])
+            try:
+                found = score_all(scorers, images, prompts, about(metadata, prompts))
+            except ValueError as error:
+                files = f"{pictures[numbers[0]].path} to {pictures[numbers[-1]].path.name}"
+                raise ValueError(f"{files if len(numbers) > 1 else pictures[numbers[0]].path}: {error}") from None
+            for name, values in found.items():
+                scores[name][numbers] = values.numpy()
             bar.update(len(numbers))
-    groups: dict[str, dict[str, float]] = {}
-    if features is not None:
-        import torch
+    return scores
 
-        by_prompt: dict[str, list[int]] = {}
-        for i, picture in enumerate(pictures):
-            by_prompt.setdefault(picture.prompt, []).append(i)
-        for prompt, numbers in by_prompt.items():
-            if len(numbers) > 1:
-                stacked = torch.stack([vectors[i] for i in numbers])
-                groups[prompt] = {
-                    "images": len(numbers),
-                    "cosine diversity": diversity.cosine_diversity(stacked).item(),
-                    "vendi": diversity.vendi_score(stacked).item(),
-                }
-    return scores, groups
+
+def by_prompt(pictures: Sequence[Picture]) -> dict[str, list[int]]:
+    """Numbers of the pictures of every prompt that has two or more: there is nothing to compare with a single one."""
+    found: dict[str, list[int]] = {}
+    for i, picture in enumerate(pictures):
+        found.setdefault(picture.prompt, []).append(i)
+    return {prompt: numbers for prompt, numbers in found.items() if len(numbers) > 1}
+
+
+def check_encodable(pictures: Sequence[Picture], encoder: LatentEncoder) -> None:
+    """Raises ConfigError unless the pictures of every prompt have one size, and one that the VAE encodes."""
+    for prompt, numbers in by_prompt(pictures).items():
+        first, *others = (pictures[i] for i in numbers)
+        for other in others:
+            if other.size != first.size:
+                sizes = [f"{picture.path} is {picture.size[0]}x{picture.size[1]}" for picture in (first, other)]
+                raise ConfigError(f"--vae: pictures of prompt {prompt!r} differ in size: {', '.join(sizes)}")
+        try:
+            encoder.check_size(*first.size)
+        except ConfigError as error:
+            raise ConfigError(f"--vae: {first.path}: {error}") from None
+
+
+def measure_diversity(
+    pictures: Sequence[Picture], features: Features, encoder: LatentEncoder | None
+) -> dict[str, dict[str, float]]:
+    """How much the pictures of each prompt differ, by all of `diversity.MEASURES`; without an encoder those on latents are
+    left out.
+
+    Returns:
+        {prompt: {"images": how many, measure: value}}, of prompts with two pictures or more.
+    """
+    compared = by_prompt(pictures)
+    chosen = [i for numbers in compared.values() for i in numbers]
+    vectors: dict[int, torch.Tensor] = {}
+    latents: dict[int, torch.Tensor] = {}
+    with tqdm(total=len(chosen), unit="image", dynamic_ncols=True, disable=None) as bar:
+        for places in batches([pictures[i] for i in chosen]):
+            numbers = [chosen[place] for place in places]
+            images = load([pictures[i] for i in numbers])
+            vectors.update(zip(numbers, features(images), strict=True))
+            if encoder is not None:
+                latents.update(zip(numbers, encoder(images), strict=True))
+            bar.update(len(numbers))
+
+    def measured(numbers: list[int]) -> dict[str, float]:
+        own = None if encoder is None else torch.stack([latents[i] for i in numbers])
+        return diversity.measure(features=torch.stack([vectors[i] for i in numbers]), latents=own)
+
+    return {prompt: {"images": len(numbers), **measured(numbers)} for prompt, numbers in compared.items()}
 
 
 def _short(text: str, width: int) -> str:
@@ -242,44 +276,54 @@ def _short(text: str, width: int) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-def table(
+def text_table(
     pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """What is printed: a line per picture, their mean, and the diversity per prompt."""
-    lines = []
-    if scores:
-        widths = [max(len(name), 8) for name in scores]
-        name_width = min(40, max(len(picture.path.name) for picture in pictures))
-        head = "  ".join(f"{name:>{width}}" for name, width in zip(scores, widths, strict=True))
-        lines.append(f"{'file':{name_width}}  {head}  prompt")
-        for i, picture in enumerate(pictures):
-            row = "  ".join(f"{scores[name][i]:>{width}.4f}" for name, width in zip(scores, widths, strict=True))
-            lines.append(f"{_short(picture.path.name, name_width):{name_width}}  {row}  {_short(picture.prompt, 50)}")
-        row = "  ".join(f"{scores[name].mean():>{width}.4f}" for name, width in zip(scores, widths, strict=True))
-        lines.append(f"{f'mean of {len(pictures)}':{name_width}}  {row}")
-    if groups:
-        lines += ["", "images  cosine diversity  vendi  prompt"]
-        for prompt, group in groups.items():
-            lines.append(
-                f"{group['images']:>6}  {group['cosine diversity']:>16.4f}  {group['vendi']:>5.2f}  {_short(prompt, 50)}"
-            )
-        if len(groups) > 1:
-            means = [np.mean([group[key] for group in groups.values()]) for key in ("cosine diversity", "vendi")]
-            lines.append(f"{'mean':>6}  {means[0]:>16.4f}  {means[1]:>5.2f}  of {len(groups)} prompts")
+    """The table that is printed: a line per picture, their mean, and the diversity per prompt."""
+    parts = [_scores_table(pictures, scores)] if scores else []
+    return "\n\n".join([*parts, _diversity_table(groups)] if groups else parts)
+
+
+def _scores_table(pictures: Sequence[Picture], scores: Mapping[str, np.ndarray]) -> str:
+    width = min(40, max(len(picture.path.name) for picture in pictures))
+    lines = [f"{'file':{width}}  {_columns(scores)}  prompt"]
+    for i, picture in enumerate(pictures):
+        row = _columns({name: values[i] for name, values in scores.items()}, ".4f")
+        lines.append(f"{_short(picture.path.name, width):{width}}  {row}  {_short(picture.prompt, 50)}")
+    means = _columns({name: values.mean() for name, values in scores.items()}, ".4f")
+    return "\n".join([*lines, f"{f'mean of {len(pictures)}':{width}}  {means}"])
+
+
+def _diversity_table(groups: Mapping[str, Mapping[str, float]]) -> str:
+    values = {prompt: {k: v for k, v in group.items() if k != "images"} for prompt, group in groups.items()}
+    names = list(next(iter(values.values())))
+    lines = [f"images  {_columns(dict.fromkeys(names, 0))}  prompt"]
+    for prompt, own in values.items():
+        lines.append(f"{groups[prompt]['images']:>6}  {_columns(own, '.4f')}  {_short(prompt, 50)}")
+    if len(values) > 1:
+        means = {name: float(np.mean([own[name] for own in values.values()])) for name in names}
+        lines.append(f"{'mean':>6}  {_columns(means, '.4f')}  of {len(values)} prompts")
     return "\n".join(lines)
+
+
+def _columns(values: Mapping[str, Any], form: str | None = None) -> str:
+    """A column per name, wide enough for it: the values in a format, or without a format the names themselves."""
+    cells = [(name if form is None else f"{value:{form}}", max(len(name), 8)) for name, value in values.items()]
+    return "  ".join(f"{cell:>{width}}" for cell, width in cells)
 
 
 def write(
     path: Path, pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """A .json with everything, or a .csv with a line per picture. Raises ConfigError for another ending."""
+    """Writes a .json with everything, or a .csv with a line per picture, in which diversity is that of its prompt."""
+    measures = [name for name in next(iter(groups.values()), {}) if name != "images"]
     rows = [
         {
             "file": str(picture.path),
             "prompt": picture.prompt,
             **{name: float(scores[name][i]) for name in scores},
-            # Of the picture's prompt; a lone picture has none.
-            **({key: groups.get(picture.prompt, {}).get(key, "") for key in MEASURES} if groups else {}),
+            # A lone picture has none.
+            **{name: groups.get(picture.prompt, {}).get(name, "") for name in measures},
         }
         for i, picture in enumerate(pictures)
     ]

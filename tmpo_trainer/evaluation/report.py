@@ -4,45 +4,60 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import write_text
 from ..pictures.grids import grid, zoom
-from . import held_out, statistics
 from .held_out import Evaluation
-from .statistics import interval, numbers, summary, verdict
+from .statistics import Interval, interval, paired_gain, summary, verdict
 
 
-def _figures(parts: list[held_out.Evaluation]) -> dict[str, np.ndarray]:
-    """Measures by name. With two lists of prompts the task's scores are on the first, all else on the last."""
-    scores = {name: values for part in parts for name, values in part.scores.items()}
-    return {**scores, "LGMD": parts[-1].lgmd, "cosine diversity": parts[-1].cosine}
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; every row has as many cells as the head."""
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def rows(models: Mapping[str, list[held_out.Evaluation]]) -> tuple[str, dict[str, Any]]:
-    """The table in markdown, and the same as an object: per model and measure mean, low and high; gains if there are two.
+@dataclass
+class Intervals:
+    """Intervals over prompts of every measure: by model, and of the paired gain where there are two models."""
 
-    Args:
-        models: {label: its evaluations}, the base first.
-    """
-    measured = {label: _figures(parts) for label, parts in models.items()}
-    names = list(next(iter(measured.values())))
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
-    content: dict[str, Any] = {"models": {}}
-    for label, values in measured.items():
-        found = {name: interval(values[name]) for name in names}
-        content["models"][label] = {name: numbers(values) for name, values in found.items()}
-        cells = [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in found.values()]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    if len(measured) == 2:
-        base, trained = measured.values()
-        gains = {name: statistics.paired_gain(base[name], trained[name]) for name in names}
-        content["gain"] = {name: numbers(gain) for name, gain in gains.items()}
-        cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in gains.values()]
-        lines.append(f"| change, paired | {' | '.join(cells)} |")
-    return "\n".join(lines), content
+    models: dict[str, dict[str, Interval]]
+    gain: dict[str, Interval]
+
+    @classmethod
+    def of(cls, models: Mapping[str, Sequence[Evaluation]]) -> Intervals:
+        """Of {model: its evaluations, one per list of prompts}, the base first.
+
+        With two lists the scores of each are on its own prompts, and diversity is on those of the last.
+        """
+        measured = {label: _figures(parts) for label, parts in models.items()}
+        gain = {}
+        if len(measured) == 2:
+            base, trained = measured.values()
+            gain = {name: paired_gain(base[name], trained[name]) for name in base}
+        return cls({label: {n: interval(v) for n, v in values.items()} for label, values in measured.items()}, gain)
+
+    def markdown(self) -> str:
+        """A row per model, and one of the gain."""
+        names = list(next(iter(self.models.values())))
+        rows = [[label, *(found[name].text() for name in names)] for label, found in self.models.items()]
+        if self.gain:
+            rows.append(["change, paired", *(self.gain[name].text("+.3f") for name in names)])
+        return markdown_table(["", *names], rows)
+
+    def content(self) -> dict[str, Any]:
+        """The same for JSON."""
+        models = {label: {n: v.finite() for n, v in found.items()} for label, found in self.models.items()}
+        gain = {"gain": {name: values.finite() for name, values in self.gain.items()}} if self.gain else {}
+        return {"models": models, **gain}
+
+
+def _figures(parts: Sequence[Evaluation]) -> dict[str, np.ndarray]:
+    return {name: values for part in parts for name, values in part.scores.items()} | parts[-1].diversity
 
 
 def curves(
@@ -54,12 +69,9 @@ def curves(
 ) -> None:
     """Reward, diversity and distance from the base over updates, with a running mean, as a PNG.
 
-    Evaluations on the way, if there were any, get a panel of their own.
+    If the model was evaluated during training, the gains have a panel of their own.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     series = [(f"reward/{name}", f"reward: {name}") for name in rewards]
     series += [("lgmd", "LGMD of the leaves"), ("latent_std", "latent standard deviation")]
@@ -69,30 +81,39 @@ def curves(
     if any(line["ratio_mean"] != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
     panels = len(series) + bool(evaluations)
-    figure, axes = pyplot.subplots(1, panels, figsize=(3.6 * panels, 3), layout="constrained")
+    figure = Figure(figsize=(3.6 * panels, 3), layout="constrained")
+    axes = figure.subplots(1, panels)
     updates = [line["update"] for line in metrics]
-    if evaluations:
-        axis = axes[-1]
-        gains = [line["gain"][target] for line in evaluations]
-        centre = np.array([gain["mean"] for gain in gains])
-        ends = [centre - [gain["low"] for gain in gains], [gain["high"] for gain in gains] - centre]
-        axis.errorbar([line["update"] for line in evaluations], centre, ends, marker="o", capsize=3, color="tab:green")
-        axis.axhline(0, color="grey", linewidth=1)
-        axis.set_title(f"gain on held-out prompts: {target}", fontsize=10)
-        axis.set_xlabel("update")
-        axis.grid(alpha=0.3)
     for axis, (key, title) in zip(axes, series, strict=False):
-        values = np.array([line[key] for line in metrics])
-        window = max(1, len(values) // 12)
-        smooth = np.convolve(values, np.ones(window) / window, "valid")
-        axis.plot(updates, values, color="tab:blue", alpha=0.3, linewidth=1)
-        axis.plot(updates[window - 1 :], smooth, color="tab:blue", linewidth=2)
+        _plot_series(axis, updates, np.array([line[key] for line in metrics]))
         axis.set_title(title, fontsize=10)
+    if evaluations:
+        _plot_gains(axes[-1], [line["update"] for line in evaluations], [line["gain"][target] for line in evaluations])
+        axes[-1].set_title(f"gain on held-out prompts: {target}", fontsize=10)
+    for axis in axes:
         axis.set_xlabel("update")
-        axis.ticklabel_format(useOffset=False)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+
+def running_mean(values: np.ndarray, share: int) -> np.ndarray:
+    """Means of `values [N]` over windows of one in `share` of them: `[M]`, for the last M of the N."""
+    window = max(1, len(values) // share)
+    return np.convolve(values, np.ones(window) / window, "valid")
+
+
+def _plot_series(axis: Any, updates: Sequence[int], values: np.ndarray) -> None:
+    smooth = running_mean(values, 12)
+    axis.plot(updates, values, color="tab:blue", alpha=0.3, linewidth=1)
+    axis.plot(updates[-len(smooth) :], smooth, color="tab:blue", linewidth=2)
+    axis.ticklabel_format(useOffset=False)
+
+
+def _plot_gains(axis: Any, updates: Sequence[int], gains: Sequence[Mapping[str, float]]) -> None:
+    centre = np.array([gain["mean"] for gain in gains])
+    ends = [centre - [gain["low"] for gain in gains], [gain["high"] for gain in gains] - centre]
+    axis.errorbar(updates, centre, ends, marker="o", capsize=3, color="tab:green")
+    axis.axhline(0, color="grey", linewidth=1)
 
 
 def side_by_side(base: Evaluation, trained: Evaluation, path: Path, images: int = 6) -> None:
@@ -117,37 +138,34 @@ def write_report(
     """Writes report.md, report.json, curves.png and samples.png. Returns the verdict.
 
     Args:
-        target: the score whose rise is claimed. about: lines on how the figures were made.
+        metrics: lines of metrics.jsonl. evaluations: lines of evaluations.jsonl. rewards: names of the run's rewards.
+        about: lines on how the figures were made. target: the score whose rise is claimed.
     """
     figures = summary(base, trained)
     after_last = {"update": metrics[-1]["update"], **figures}
     curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
     side_by_side(base, trained, run / "samples.png")
-    table = [
-        f"| {name} | {figures['base'][name]:.3f} | {figures['trained'][name]:.3f} | {gain['mean']:+.3f} "
-        f"[{gain['low']:+.3f}, {gain['high']:+.3f}] |"
+    checks = verdict(base, trained, target)
+    write_text(run / "report.md", _markdown(figures, checks, about))
+    content = {"prompts": len(base.prompts), **figures, "verdict": checks}
+    write_text(run / "report.json", json.dumps(content, indent=2) + "\n")
+    return checks
+
+
+def _markdown(figures: Mapping[str, Any], checks: Mapping[str, bool], about: Sequence[str]) -> str:
+    before, after = figures["base"], figures["trained"]
+    rows = [
+        [name, f"{before[name]:.3f}", f"{after[name]:.3f}", Interval(**gain).text("+.3f")]
         for name, gain in figures["gain"].items()
     ]
-    checks = verdict(base, trained, target)
-    text = [
+    stds = before["latent_std"], after["latent_std"]
+    rows.append(["latent standard deviation", *(f"{std:.3f}" for std in stds), f"{stds[1] / stds[0] - 1:+.1%}"])
+    sections = [
         "# Report",
-        "",
-        *about,
-        "",
-        "| held-out prompts | base | trained | change, 95% paired interval |",
-        "|---|---|---|---|",
-        *table,
-        f"| latent standard deviation | {base.latent_std:.3f} | {trained.latent_std:.3f} | "
-        f"{trained.latent_std / base.latent_std - 1:+.1%} |",
-        "",
-        *[f"- [{'x' if holds else ' '}] {claim}" for claim, holds in checks.items()],
-        "",
+        "\n".join(about),
+        markdown_table(["held-out prompts", "base", "trained", "change, 95% paired interval"], rows),
+        "\n".join(f"- [{'x' if holds else ' '}] {claim}" for claim, holds in checks.items()),
         "![curves](curves.png)",
-        "",
         "![base and trained](samples.png)",
-        "",
     ]
-    (run / "report.md").write_text("\n".join(text), encoding="utf-8")
-    content = {"prompts": len(base.prompts), **figures, "verdict": checks}
-    (run / "report.json").write_text(json.dumps(content, indent=2) + "\n")
-    return checks
+    return "\n\n".join(sections) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,30 +12,49 @@ from .held_out import Evaluation
 LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15
 
 
-def paired_gain(
-    base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000
-) -> tuple[float, float, float]:
+class Interval(NamedTuple):
+    """A mean over prompts and the ends of its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def text(self, form: str = ".3f") -> str:
+        """`mean [low, high]`, each number in the given format."""
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    def finite(self) -> dict[str, float | None]:
+        """For JSON, which has no infinity: the ends of a single prompt's interval are null."""
+        return {key: value if np.isfinite(value) else None for key, value in self._asdict().items()}
+
+
+def paired_gain(base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000) -> Interval:
     """Mean gain per prompt and its 95% bootstrap interval over prompts. `[P]` or `[P, n]` each.
 
     A single prompt says nothing about others: its interval is infinite.
     """
     difference = (trained - base).reshape(len(base), -1).mean(1)
     if len(difference) < 2:
-        return float(difference.mean()), -np.inf, np.inf
+        return Interval(float(difference.mean()), -np.inf, np.inf)
     rng = np.random.default_rng(seed)
     means = difference[rng.integers(0, len(difference), (draws, len(difference)))].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+def interval(values: np.ndarray) -> Interval:
+    """Mean over prompts and its 95% bootstrap interval. `[P]` or `[P, n]`."""
+    return paired_gain(np.zeros_like(values), values)
 
 
 def verdict(base: Evaluation, trained: Evaluation, score: str) -> dict[str, bool]:
     """The claims of a successful run, each true or false: the score rose, and nothing collapsed or overshot."""
-    _, low, _ = paired_gain(base.scores[score], trained.scores[score])
+    before, after = ({name: v.mean() for name, v in model.diversity.items()} for model in (base, trained))
     claims = {
-        f"{score} rose (95% interval above 0)": low > 0,
-        f"LGMD at least the base's less {LGMD_LOSS}": trained.lgmd.mean() >= base.lgmd.mean() - LGMD_LOSS,
+        f"{score} rose (95% interval above 0)": paired_gain(base.scores[score], trained.scores[score]).low > 0,
+        f"LGMD at least the base's less {LGMD_LOSS}": after["LGMD"] >= before["LGMD"] - LGMD_LOSS,
         f"cosine diversity at least {COSINE_SHARE:.0%} of the base's": (
-            trained.cosine.mean() >= COSINE_SHARE * base.cosine.mean()
+            after["cosine diversity"] >= COSINE_SHARE * before["cosine diversity"]
         ),
         f"latent standard deviation within {LATENT_STD_SHARE:.0%} of the base's": (
             abs(trained.latent_std / base.latent_std - 1) <= LATENT_STD_SHARE
@@ -44,31 +63,11 @@ def verdict(base: Evaluation, trained: Evaluation, score: str) -> dict[str, bool
     return {claim: bool(holds) for claim, holds in claims.items()}
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over prompts and its 95% bootstrap interval. `[P]` or `[P, n]`."""
-    return paired_gain(np.zeros_like(values), values)
-
-
-def numbers(values: tuple[float, float, float]) -> dict[str, float | None]:
-    """For JSON, which has no infinity: that of one prompt is null."""
-    return {
-        key: value if np.isfinite(value) else None for key, value in zip(("mean", "low", "high"), values, strict=True)
-    }
-
-
-def measures(evaluation: Evaluation) -> dict[str, np.ndarray]:
-    """Scores `[P, n]` and diversities `[P]` of an evaluation, by the names that reports give them."""
-    return {**evaluation.scores, "LGMD": evaluation.lgmd, "cosine diversity": evaluation.cosine}
-
-
 def summary(base: Evaluation, trained: Evaluation) -> dict[str, Any]:
     """Means of base and trained model, and the gains with their 95% paired intervals."""
-    before, after = measures(base), measures(trained)
+    before, after = base.measures, trained.measures
     return {
         "base": {name: float(values.mean()) for name, values in before.items()} | {"latent_std": base.latent_std},
         "trained": {name: float(values.mean()) for name, values in after.items()} | {"latent_std": trained.latent_std},
-        "gain": {
-            name: dict(zip(("mean", "low", "high"), paired_gain(before[name], after[name]), strict=True))
-            for name in before
-        },
+        "gain": {name: paired_gain(before[name], after[name])._asdict() for name in before},
     }

@@ -1,0 +1,79 @@
+"""The figures, tables and pictures of `compare`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tmpo_trainer.diversity import MEASURES, Measure
+from tmpo_trainer.evaluation import comparison
+from tmpo_trainer.evaluation.held_out import Evaluation
+
+
+def measured(score: float, cosine: float, updates: int = 0) -> comparison.Measured:
+    """Three prompts that differ, two pictures. An update: two prompts, 100 evaluations in the rollout, 10 in the replay."""
+    evaluation = Evaluation(
+        prompts=["a", "b", "c"],
+        scores={"right": score * np.array([[0.5, 0.5], [1, 1], [1.5, 1.5]])},
+        diversity={name: np.full(3, cosine) for name in MEASURES} | {"LGMD": np.array([0.1, 0.2, 0.3])},
+        latent_std=0.5 * (1 + score),
+        shown=[0, 2],
+        images=np.zeros((2, 2, 8, 8, 3), np.uint8),
+    )
+    line = {
+        "evaluations/rollout": 100.0, "evaluations/replay": 10.0, "seconds": {"total": 2.0}, "reward/right": score,
+    }  # fmt: skip
+    return comparison.Measured(evaluation, comparison.Course([line] * updates, 2))
+
+
+def test_figures_by_hand() -> None:
+    base = measured(0.0, 0.4)
+    found = comparison.figures([measured(0.2, 0.3, 5), measured(0.4, 0.3, 5)], base.evaluation)
+    assert found["right"]["mean"] == pytest.approx(0.3) and found["right"]["spread"] == pytest.approx(0.2 / 2**0.5)
+    # Means of three draws of .15, .3, .45: one in 27 is the least.
+    assert found["gain"]["right"] == pytest.approx((0.3, 0.15, 0.45))
+    assert found["gain"]["cosine diversity"][0] == pytest.approx(-0.1)
+    assert found["latent std, change"]["mean"] == pytest.approx(0.3)
+    assert (
+        found["network evaluations/update"]["mean"] == 2 * (100 + 2 * 10)
+        and found["network evaluations"]["mean"] == 5 * 240
+    )
+    assert found["s/update"]["mean"] == 2 and found["updates"]["mean"] == 5
+    text = comparison.figures_table(
+        {"base": comparison.figures([base], base.evaluation), "x": found}, ["right", "LGMD"]
+    )
+    assert text.splitlines()[2] == "| base |  |  |  |  | 0.000 | 0.200 |  |"
+    assert text.splitlines()[3] == "| x | 2 | 5 | 240 | 2.00 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
+
+
+def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
+    """It says nothing about others: infinite in the table, null in JSON, which has no infinity."""
+    runs = {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}
+    for run in (runs["base"][0], runs["x"][0]):
+        found = run.evaluation
+        found.prompts, found.shown, found.images = ["a"], [0], found.images[:1]
+        found.scores = {"right": found.scores["right"][:1]}
+        found.diversity = {name: values[:1] for name, values in found.diversity.items()}
+    comparison.write(tmp_path, runs, {})
+    assert "| x | +0.100 [-inf, +inf] |" in (tmp_path / "table.md").read_text()
+    gain = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]["gain"]["right"]
+    assert gain == {"mean": pytest.approx(0.1), "low": None, "high": None}
+
+
+def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a column in both tables and a panel in the picture."""
+    monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
+    comparison.write(
+        tmp_path, {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}, {"evaluations": 1e4}, ["y"]
+    )
+    text = (tmp_path / "table.md").read_text()
+    assert f"| {' | '.join(MEASURES)} | latent std |" in text and "| largest, change |" in text
+    assert "Budget: 10,000 network evaluations per run." in text and "Failed and not in the table: y." in text
+    arm = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]
+    assert arm["largest"]["mean"] == pytest.approx(0.3) and arm["gain"]["largest"]["mean"] == pytest.approx(-0.1)
+    width, height = Image.open(tmp_path / "pareto.png").size
+    assert width / height == pytest.approx(1.1 * (len(MEASURES) + 1))

@@ -1,0 +1,177 @@
+"""`evaluate`: base model and LoRA measured on the same held-out prompts and noise, and what is written about them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..backbones import is_hub_id
+from ..backbones.base import Backbone
+from ..evaluation import report
+from ..evaluation.features import Features
+from ..evaluation.held_out import Evaluation, HeldOut
+from ..files import write_text
+from ..lora.attach import attach, check_lora
+from ..pictures.grids import grid, zoom
+from ..processes import together
+from ..prompts.lists import PromptList, read_prompts
+from ..rewards import Scorer
+from ..settings.config import TrainConfig
+from ..training.run_folder import agreed_folder
+from . import loading
+
+
+@dataclass
+class Part:
+    """A list of held-out prompts, and what is measured on it.
+
+    name: of the file that keeps the base's evaluation. rewards: names. evaluations: by model, the base first.
+    """
+
+    name: str
+    prompts: PromptList
+    rewards: Sequence[str]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+
+def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
+    """Evaluates the base model and, if one is given, a LoRA; writes table.md, table.json and pictures.
+
+    Args:
+        config: what to evaluate: model, held-out prompts, scorers (`reward`), images, steps, guidance, features.
+        lora: a run's folder or a LoRA file.
+        preference: prompts for all but the first score and for diversity, as in the paper; by default the same prompts.
+
+    Raises:
+        ConfigError: before anything is drawn.
+    """
+    loading.need_gpu(config)
+    chosen = loading.choose_device(config.device)
+    parts = read_parts(config, preference)
+    loading.check_rewards(config)
+    loading.check_features(config.features)
+    skeleton = loading.skeleton(config, chosen)
+    if lora is not None:
+        check_lora(lora, skeleton.transformer)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loading.quiet()
+    accelerator = Accelerator(cpu=chosen.type == "cpu")
+    device = chosen if accelerator.num_processes == 1 else accelerator.device
+    texts = [text for part in parts for text in part.prompts.texts]
+
+    def load() -> tuple[list[Scorer], Features, Backbone]:
+        backbone = loading.load_model(config, device, texts)
+        if lora is not None:
+            attach(backbone, lora)
+        return loading.scorers(config, device), loading.features(config, device), backbone
+
+    folder = agreed_folder(config.output_dir, "evaluate", accelerator)
+    scorers, features, backbone = together(accelerator, load)
+    assert features is not None
+    by_name = dict(zip(config.reward, scorers, strict=True))
+    evaluate(config, parts, by_name, features, backbone, lora is not None, folder, accelerator)
+    if accelerator.is_main_process:
+        write(config, parts, features.name, folder)
+    return 0
+
+
+def read_parts(config: TrainConfig, preference: Path | None) -> list[Part]:
+    """One part, or two as in the paper: the first reward on its own prompts, the others and diversity on `preference`.
+
+    Raises:
+        ConfigError: the prompts cannot be read or do not suit the rewards.
+    """
+    if preference is None:
+        return [Part("base", loading.heldout_prompts(config, "prompts"), config.reward)]
+    others = read_prompts(preference).first(config.eval_limit)
+    loading.check_prompts(config.reward[1:], others)
+    task = config.model_copy(update={"reward": config.reward[:1]})
+    return [
+        Part("base-task", loading.heldout_prompts(task, "prompts"), config.reward[:1]),
+        Part("base-preference", others, config.reward[1:]),
+    ]
+
+
+def evaluate(
+    config: TrainConfig,
+    parts: Sequence[Part],
+    scorers: dict[str, Scorer],
+    features: Features,
+    backbone: Backbone,
+    with_lora: bool,
+    folder: Path,
+    accelerator: Accelerator,
+) -> None:
+    """Fills in the parts' evaluations: of the base, and of the LoRA if the backbone has one."""
+    total = (2 if with_lora else 1) * sum(len(part.prompts.texts) for part in parts)
+    with tqdm(total=total, unit="prompt", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
+        for part in parts:
+            own = [scorers[name] for name in part.rewards]
+            protocol = loading.evaluation_protocol(config, part.prompts, own, features)
+            identity = loading.identity(config)
+            held_out = HeldOut(backbone, protocol, folder / f"{part.name}.npz", identity, accelerator)
+            if with_lora:
+                backbone.transformer.disable_adapters()
+            part.evaluations["base"] = held_out.base(bar.update)
+            if with_lora:
+                backbone.transformer.enable_adapters()
+                part.evaluations["LoRA"] = held_out.measure(bar.update)
+
+
+def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Path) -> None:
+    """Writes table.md, table.json and the pictures, and prints the table."""
+    models = {label: [part.evaluations[label] for part in parts] for label in parts[0].evaluations}
+    intervals = report.Intervals.of(models)
+    pictures = [folder / "samples.png", folder / "samples-preference.png"][: len(parts)]
+    for part, path in zip(parts, pictures, strict=True):
+        show(part, path)
+    # No paths of this machine.
+    model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
+    text = intervals.markdown()
+    sections = [f"# {model}", about(config, parts, features), text, *(f"![pictures]({path.name})" for path in pictures)]
+    write_text(folder / "table.md", "\n\n".join(sections) + "\n")
+    settings: dict[str, Any] = {
+        "model": model,
+        "images": config.eval_images,
+        "steps": config.eval_steps,
+        "guidance": config.guidance,
+        "seed": config.seed,
+        "resolution": list(config.resolution),
+        "rewards": list(config.reward),
+        "prompts": len(parts[0].prompts.texts),
+        "preference_prompts": len(parts[1].prompts.texts) if len(parts) > 1 else 0,
+        "features": features,
+    }
+    content = {"settings": settings, **intervals.content()}
+    write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    print(text)
+    print(f"table: {folder / 'table.md'}", file=sys.stderr)
+
+
+def about(config: TrainConfig, parts: Sequence[Part], features: str) -> str:
+    """How the figures were made, in a sentence or two."""
+    others = f" and {len(parts[1].prompts.texts)} for preference and diversity" if len(parts) > 1 else ""
+    return (
+        f"{len(parts[0].prompts.texts)} prompts{others} x {config.eval_images} images, {config.eval_steps} steps, guidance "
+        f"{config.guidance:g}, {config.resolution[0]}x{config.resolution[1]}, seed {config.seed}; the same noise for every "
+        "model. The brackets hold 95% bootstrap intervals over prompts. Diversity of pictures is measured on "
+        f"{features} features."
+    )
+
+
+def show(part: Part, path: Path) -> None:
+    """Writes a part's pictures: base and LoRA side by side, or the base alone."""
+    base = part.evaluations["base"]
+    if "LoRA" in part.evaluations:
+        report.side_by_side(base, part.evaluations["LoRA"], path)
+    else:
+        grid(list(base.images), [base.prompts[i] for i in base.shown], zoom(base.images[0])).save(path)
