@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import urllib.error
 import urllib.request
@@ -141,13 +140,12 @@ def _lines(prompts: Sequence[str]) -> bytes:
 def fetch_reward(name: str) -> list[tuple[Path, str | None]]:
     """Downloads a scorer's files into the hub's cache and checks them: (file, what was checked) each. Raises ConfigError."""
     from ..hub import hub_file
-    from ..rewards import check_name
+    from ..rewards import find
 
-    check_name(name)
-    if name.startswith("remote"):
-        raise ConfigError("reward remote has its weights where it runs: `fetch` there")
-    sources = getattr(importlib.import_module(f"..rewards.{name}", __package__), "SOURCES", ())
-    files = [(repository, file) for repository, names in sources for file in names]
+    found = find(name)
+    if found.WEIGHTS == "server":
+        raise ConfigError(f"reward {name} has its weights where it runs: `fetch` them there")
+    files = [(repository, file) for repository, names in found.SOURCES for file in names]
     paths = [hub_file(f"reward {name}", repository, file, f"--reward-models {name}=PATH") for repository, file in files]
     return [(path, verify(path)) for path in paths]
 

@@ -54,6 +54,11 @@ class Clause:
     shape: str
 
     def text(self) -> str:
+        """The words that the bundled model was trained on and that its frozen prompt lists hold.
+
+        They have "a" before "orange" too. `parse` takes "an" as well, and the model draws it as well: its tokenizer
+        happens to have "an" as one token (from "cyan"), and an article's meaning is not missed.
+        """
         return f"{NUMBERS[self.count]} {self.color} {self.shape}{'s' if self.count > 1 else ''}"
 
 

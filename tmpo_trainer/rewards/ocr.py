@@ -16,7 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..settings.errors import ConfigError
+from ..prompts.lists import GENERATED, PromptList, from_entries
+from ..prompts.rendering import generate
+from ..prompts.split import Split
+
+WEIGHTS = "package"
+PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "rapidfuzz": "rapidfuzz"}
 
 QUOTED = re.compile(r'["“]([^"“”]+)["”]')
 #: The longest side for the text detector. Letters of a twentieth of the picture's height are still found.
@@ -43,6 +48,11 @@ def target(prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
 def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
     """Raises ValueError for a prompt that cannot be scored."""
     target(prompt, metadata)
+
+
+def default_prompts(split: Split) -> PromptList:
+    """Generated prompts with a text to render in each."""
+    return from_entries("ocr prompts", generate(split, GENERATED[split]))
 
 
 def _letters(text: str) -> str:
@@ -92,13 +102,13 @@ class OcrScorer:
         count = len(self._engines)
 
         def work(first: int) -> list[str]:
-            # It wants BGR. Lines upside down are not turned: a picture that needs it is no good one.
+            # The engine expects BGR. Lines upside down are not turned: a picture that needs it is not a good one.
             texts = []
             for i in range(first, len(images), count):
                 try:
                     result = self._engines[first](np.ascontiguousarray(images[i][..., ::-1]), use_cls=False)
                 except Exception as error:
-                    # Of its own kinds, which are not public, e.g. for a picture of two rows.
+                    # Its exceptions are not public; it raises them for a picture of two rows, for example.
                     raise ValueError(f"reward ocr cannot read image {i}: {' '.join(str(error).split())}") from None
                 texts.append(" ".join(result.txts or ()))
             return texts
@@ -116,10 +126,5 @@ class OcrScorer:
 
 
 def load(device: torch.device, path: str | None = None) -> OcrScorer:
-    """The scorer. Raises ConfigError if rapidocr is not installed."""
-    if path:
-        raise ConfigError("--reward-models ocr=...: ocr has its weights from the rapidocr package, leave it out")
-    try:
-        return OcrScorer()
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'reward ocr needs {error.name}: pip install -c constraints.txt -e ".[train]"') from None
+    """The scorer, which runs on the CPU."""
+    return OcrScorer()

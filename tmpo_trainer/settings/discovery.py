@@ -10,7 +10,7 @@ import pkgutil
 from types import ModuleType
 
 #: `tmpo_trainer`, under whatever name ComfyUI imports it.
-_ROOT = __package__.rpartition(".")[0]
+_ROOT = __name__.rsplit(".", 2)[0]
 
 
 def names(kind: str) -> list[str]:

@@ -17,9 +17,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former
 
 from tmpo_trainer.demo.build import make_tokenizer
+from tmpo_trainer.prompts.compositional import CLASSES, COLORS
 from tmpo_trainer.rewards import geneval
 from tmpo_trainer.rewards.parts import detect
-from tmpo_trainer.rewards.parts.detect import CLASSES, COLORS, Detection, instances
+from tmpo_trainer.rewards.parts.detect import Detection, instances
 from tmpo_trainer.settings.errors import ConfigError
 
 CPU = torch.device("cpu")

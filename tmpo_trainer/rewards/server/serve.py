@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ... import __version__
 from ...settings.errors import ConfigError
-from .. import Scorer, check_name, load_scorer
+from .. import Scorer, check_reward, load_scorer
 from ..remote import Timed, is_loopback, one_line
 from .queue import Job, Queue, Refused
 
@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
 class RewardServer:
     """Serves scorers until `stop`; `with` starts and stops it.
 
-    The address is taken at once, so that one in use is told before scorers are loaded; who connects waits for `start`.
+    The address is taken at once, so that one in use is reported before scorers are loaded; clients wait for `start`.
 
     Args:
         scorers: by name. With one, /compute is its path; with any number, /NAME/compute is. Read at `start` and later.
@@ -324,11 +324,11 @@ def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, pa
     Raises:
         ConfigError: a reward is not known or cannot be loaded, or the address cannot be had.
     """
-    for name in rewards:
-        check_name(name)
     for name in paths:
         if name not in rewards:
             raise ConfigError(f"--reward-models {name}=...: {name} is not among --reward {' '.join(rewards)}")
+    for name in rewards:
+        check_reward(name, paths.get(name))
     scorers: dict[str, Scorer] = {}
     server = RewardServer(scorers, host, port)
     ended = threading.Event()
