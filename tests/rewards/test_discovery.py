@@ -53,7 +53,7 @@ def check(prompt, metadata):
 
 
 def default_prompts(split):
-    return PromptList("dummies", [f"a red circle", f"two red circles", split])
+    return PromptList("dummies", ["a red circle", "two red circles", split])
 """
 
 #: The least that a file needs.
@@ -164,7 +164,7 @@ def test_a_class_is_a_reward(dropped: Path, short: list[str], given: str) -> Non
     name = "own.rewards:Bright"
     (dropped / "run.yaml").write_text(f"reward: ['{name}']\n")
     chosen = ["--reward", name] if given == "flag" else ["--config", "run.yaml"]
-    # Its prompts are the preference list, of which two updates need little.
+    # Without a file, its prompts are the preference list.
     assert main.main([*short, *chosen]) == 0
     assert yaml.safe_load((dropped / "out" / "config.yaml").read_text())["reward"] == [name]
     assert 0 < logged(dropped)[f"reward/{name}"] < 255
