@@ -37,7 +37,7 @@ def model_files() -> list[str]:
     for folder in folder_paths.get_folder_paths(FOLDER):
         if Path(folder).is_dir():
             found |= {entry.name for entry in Path(folder).iterdir() if not entry.name.startswith(".")}
-    # Whether a file has the text tower too is seen when it is loaded.
+    # Whether a file has the text tower as well is known only when it is loaded.
     towers = [f"{VISION}/{name}" for name in folder_paths.get_filename_list(VISION) if name.endswith(".safetensors")]
     return [HUB, *sorted(found), *towers]
 
@@ -60,7 +60,7 @@ def _scorer(name: str, path: str | None, changed: int) -> Any:
     """Kept between runs: loading takes longer than scoring. Its weights wait in the computer's memory.
 
     Args:
-        changed: when the file was: another one is loaded anew.
+        changed: when the file was last changed; a newer one is loaded again.
     """
     device = comfy.model_management.get_torch_device()
     scorer = rewards.load_scorer(name, device, path)
@@ -192,7 +192,7 @@ class CombineScores(io.ComfyNode):
         for other in given[1:]:
             if other.prompts != first.prompts or unlike(other.seen, first.seen):
                 raise ValueError("these scores are of different batches: score the same images with the same prompts")
-        # The first of each: what another Combine Scores has made is one score, not its parts again.
+        # Only the first of each: the output of another Combine Scores is one score, without its parts.
         values: list[tuple[str, Tensor]] = []
         for scores in given:
             name = next(iter(scores.values))

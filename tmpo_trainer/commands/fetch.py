@@ -17,7 +17,7 @@ RAW = "https://raw.githubusercontent.com"
 
 HUB_LISTS = "zhwang/HPDv2"
 
-#: Largest file accepted from GitHub, in bytes; the largest wanted has some 15 million.
+#: Bytes of the largest file that is accepted from GitHub; the largest of the lists has some 15 million.
 MOST = 50_000_000
 
 SECONDS = 60
@@ -190,14 +190,14 @@ def command(arguments: Sequence[str]) -> int:
     """Runs the command. Returns the exit code."""
     parser = command_parser(
         "fetch",
-        "Downloads scorers and models into the hub's cache (HF_HOME), and prompt lists of the literature into a folder; "
-        "checks their hashes.",
+        "Downloads scorers and models into the hub's cache (HF_HOME) and prompt lists of the literature into a folder, "
+        "and checks their hashes.",
     )
-    parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="scorers")
+    parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="scorers to download")
     parser.add_argument("--prompts", nargs="+", default=[], metavar="NAME", help=", ".join(PROMPTS))
     parser.add_argument("--model", nargs="+", default=[], metavar="ID", help="models to train, e.g. owner/name")
     parser.add_argument("--features", metavar="ID", help="a DINOv2 for cosine diversity, e.g. facebook/dinov2-large")
-    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="for prompt lists [prompts]")
+    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="where prompt lists go [prompts]")
     namespace = parser.parse_args(arguments)
     if not (namespace.reward or namespace.prompts or namespace.model or namespace.features):
         raise ConfigError("fetch what? Give --reward, --prompts, --model or --features")

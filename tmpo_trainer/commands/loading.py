@@ -105,7 +105,7 @@ def train_prompts(config: TrainConfig) -> PromptList:
 
 
 def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptList:
-    """Held-out prompts, likewise."""
+    """Held-out prompts: the configured file, or the list that comes with the rewards. Raises ConfigError."""
     return _prompts(config, config.eval_prompts, "heldout", flag).first(config.eval_limit)
 
 

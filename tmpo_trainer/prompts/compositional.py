@@ -46,7 +46,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 
-#: Their number is hard to tell, in words and in pictures.
+#: How many there are is hard to say, in words and in pictures.
 UNCOUNTED = ("skis", "scissors", "broccoli")
 
 #: "a left of b" and "b right of a" are one scene.

@@ -37,7 +37,7 @@ SOURCES: tuple[Source, ...] = (
 MODES = ("strict", "partial")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITIONS = ("left of", "right of", "above", "below")
-#: Where objects are counted, only sure ones are.
+#: Where objects are counted, only those with a score above this count.
 COUNTING_THRESHOLD = 0.9
 #: The most objects of a class that are looked at, best first.
 MOST_OBJECTS = 16
@@ -204,7 +204,7 @@ class GenevalScorer:
     """Scores pictures against the metadata of their prompts; see `judge`.
 
     Args:
-        detector: may be shared: scorers that look at the same pictures one after the other have them looked at once.
+        detector: may be shared: of scorers that get the same pictures one after the other, only the first makes it work.
         mode: what `score` returns, "strict" (0 or 1, for training) or "partial" (0..1, for evaluation).
 
     Raises:

@@ -1,7 +1,7 @@
 """Text rendering: 1 - normalised edit distance between what a picture says and what it should say, 0 to 1.
 
-As in Flow-GRPO (Liu et al. 2025, arXiv:2505.05470), which reads with PaddleOCR. Here rapidocr reads, whose wheel carries
-PP-OCR's weights: no hub is needed.
+As in Flow-GRPO (Liu et al. 2025, arXiv:2505.05470), which reads with PaddleOCR. Here rapidocr reads. Its wheel contains
+PP-OCR's weights, so no hub is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "rapidfuzz": "
 QUOTED = re.compile(r'["“]([^"“”]+)["”]')
 #: The longest side for the text detector. Letters of a twentieth of the picture's height are still found.
 DETECTION_SIDE = 320
-#: Engines that read at the same time, one thread each; more gain little.
+#: Most engines that read at the same time, one thread each; more gain little.
 MOST_ENGINES = 8
 
 
@@ -76,7 +76,7 @@ class OcrScorer:
     """Reads pictures on the CPU. Nothing read scores 0, which is what it deserves.
 
     Args:
-        engines: that read at the same time; by default one per CPU that this process may use, at most 8.
+        engines: how many read at the same time; by default one per CPU that this process may use, at most 8.
     """
 
     name = "ocr"

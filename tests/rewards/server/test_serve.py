@@ -552,7 +552,7 @@ def test_a_port_in_use(mean, server):
         RewardServer({}, port=server.port)
     # Before anything is loaded.
     with pytest.raises(ConfigError, match=cause):
-        serve.serve(["pickscore"], "127.0.0.1", server.port, torch.device("cpu"), {"pickscore": "/nowhere"})
+        serve.serve(["pickscore"], "127.0.0.1", server.port, torch.device("cpu"), {})
 
 
 @pytest.mark.parametrize(

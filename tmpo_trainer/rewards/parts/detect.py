@@ -28,7 +28,7 @@ from .clip import ClipTowers
 #: GenEval's own, with their "a orange": other words would give other features.
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
-#: What is not the object, in the picture that is asked for its colour: #999.
+#: The grey, #999, that hides everything but the object in the picture whose colour is named.
 GREY = 0x99
 
 #: Score above which an object counts at all.
@@ -214,7 +214,7 @@ def load_detector(folder: Path, device: torch.device) -> Detector:
             f"reward geneval: {folder} tells {network.config.num_labels} classes apart, not COCO's {len(CLASSES)}: "
             "take facebook/mask2former-swin-small-coco-instance"
         )
-    # What is not in the file would be random.
+    # Weights that are not in the file would be random.
     missing = sorted(report["missing_keys"] & dict(network.named_parameters()).keys())
     if missing:
         raise ConfigError(f"reward geneval: {folder} is no whole Mask2Former ({missing[0]} is missing)")
