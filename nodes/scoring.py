@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..tmpo_trainer import objectives, selection
+from ..tmpo_trainer import objectives, rewards, selection
+from ..tmpo_trainer.settings import discovery
 from .images import pixels, thumbs, unlike
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
@@ -23,15 +23,10 @@ FOLDER = "tmpo_rewards"
 #: ComfyUI's own, for whole CLIP models.
 VISION = "clip_vision"
 HUB = "(hub)"
-REWARDS = ["pickscore", "hpsv2", "imagereward", "clipscore", "ocr", "geneval", "shapes"]
+#: The node has no field for the address that `remote` needs.
+REWARDS = [name for name in discovery.names("rewards") if name != "remote"]
 #: Bytes that the largest scorer needs on a GPU.
 ROOM = 4 * 2**30
-#: What ComfyUI does not bring: the module that a reward needs, and what to install for it.
-PACKAGES = {
-    "shapes": ("cv2", "opencv-python-headless"),
-    "ocr": ("rapidocr", "rapidocr onnxruntime rapidfuzz"),
-    "hpsv2": ("ftfy", "ftfy"),
-}
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
@@ -42,7 +37,7 @@ def model_files() -> list[str]:
     for folder in folder_paths.get_folder_paths(FOLDER):
         if Path(folder).is_dir():
             found |= {entry.name for entry in Path(folder).iterdir() if not entry.name.startswith(".")}
-    # Whether a file has the text tower too is seen when it is loaded.
+    # Whether a file has the text tower as well is known only when it is loaded.
     towers = [f"{VISION}/{name}" for name in folder_paths.get_filename_list(VISION) if name.endswith(".safetensors")]
     return [HUB, *sorted(found), *towers]
 
@@ -65,13 +60,11 @@ def _scorer(name: str, path: str | None, changed: int) -> Any:
     """Kept between runs: loading takes longer than scoring. Its weights wait in the computer's memory.
 
     Args:
-        changed: when the file was: another one is loaded anew.
+        changed: when the file was last changed; a newer one is loaded again.
     """
-    from ..tmpo_trainer.rewards import Parked, load_scorer
-
     device = comfy.model_management.get_torch_device()
-    scorer = load_scorer(name, device, path)
-    return Parked(scorer, device) if hasattr(scorer, "to") else scorer
+    scorer = rewards.load_scorer(name, device, path)
+    return rewards.Parked(scorer, device) if hasattr(scorer, "to") else scorer
 
 
 def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
@@ -129,7 +122,8 @@ class ScoreImages(io.ComfyNode):
                 io.Combo.Input(
                     "reward", options=REWARDS, default="pickscore",
                     tooltip="pickscore, hpsv2, imagereward: what people like. clipscore: likeness to the prompt. ocr: text in "
-                    'double quotes. geneval: objects, colours, places. shapes: the same for the demo model.',
+                    "double quotes. geneval: objects, colours, places. shapes: the same for the demo model; shapes-partial: "
+                    "the share of it that is right. sharpness: detail, noise included.",
                 ),
                 io.Combo.Input(
                     "model", options=model_files(), default=HUB,
@@ -150,8 +144,6 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, prompt, reward, model, metadata="", tree=None) -> io.NodeOutput:
-        from ..tmpo_trainer.rewards import check_finite
-
         prompts = prompts_of(prompt, len(images), tree)
         about = None
         if metadata.strip():
@@ -160,14 +152,12 @@ class ScoreImages(io.ComfyNode):
             except json.JSONDecodeError as error:
                 raise ValueError(f"metadata is not JSON: {error}") from None
         device = comfy.model_management.get_torch_device()
-        module, packages = PACKAGES.get(reward, ("torch", "torch"))
-        if find_spec(module) is None:
-            raise ValueError(f"reward {reward} needs {module}: pip install {packages}, then restart ComfyUI")
         path = model_path(model)
+        rewards.check_reward(reward, path)
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)
         scorer = _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0)
-        values = check_finite(reward, scorer.score(pixels(images), prompts, about), prompts)
+        values = rewards.check_finite(reward, scorer.score(pixels(images), prompts, about), prompts)
         scores = Scores({reward: values}, prompts, thumbs(images))
         return io.NodeOutput(scores, summary(scores))
 
@@ -202,7 +192,7 @@ class CombineScores(io.ComfyNode):
         for other in given[1:]:
             if other.prompts != first.prompts or unlike(other.seen, first.seen):
                 raise ValueError("these scores are of different batches: score the same images with the same prompts")
-        # The first of each: what another Combine Scores has made is one score, not its parts again.
+        # Only the first of each: the output of another Combine Scores is one score, without its parts.
         values: list[tuple[str, Tensor]] = []
         for scores in given:
             name = next(iter(scores.values))
@@ -217,12 +207,11 @@ class CombineScores(io.ComfyNode):
                 f"{len(factors)} weights for {len(values)} scores ({', '.join(name for name, _ in values)})"
             )
         total = torch.zeros(len(first))
-        for (_, raw), factor in zip(values, factors, strict=True):
-            for members in groups(first.prompts):
-                part = raw[members]
-                total[members] += factor * (objectives.zscore(part) if zscore else part)
-        parts = {f"{name} (part)" if name == "combined" else name: v for name, v in values}
-        scores = Scores({"combined": total, **parts}, first.prompts, first.seen)
+        for members in groups(first.prompts):
+            parts = {name: raw[members] for name, raw in values}
+            total[members] = rewards.combine(parts, factors, "zscore" if zscore else "none")
+        named = {f"{name} (part)" if name == "combined" else name: v for name, v in values}
+        scores = Scores({"combined": total, **named}, first.prompts, first.seen)
         return io.NodeOutput(scores, summary(scores))
 
 
@@ -245,7 +234,10 @@ class BoltzmannWeights(io.ComfyNode):
             ],
             outputs=[
                 ScoresSocket.Output(display_name="weights", tooltip="q first, then p and advantage."),
-                io.Float.Output(display_name="effective_leaves", tooltip="Among how many leaves q is spread, of a prompt's."),
+                io.Float.Output(
+                    display_name="effective_leaves",
+                    tooltip="exp of the entropy of q, the mean over prompts: 1 if one leaf has it all, K if all are alike.",
+                ),
                 io.String.Output(display_name="text", tooltip="How far q is spread, by prompt."),
             ],
         )  # fmt: skip
@@ -254,19 +246,22 @@ class BoltzmannWeights(io.ComfyNode):
     def execute(cls, scores, beta, tree=None) -> io.NodeOutput:
         if tree is not None:
             tree.check(len(scores), "scores")
-        q, p = torch.zeros(len(scores)), torch.zeros(len(scores))
+        q, p, advantage = (torch.zeros(len(scores)) for _ in range(3))
         numbers, lines = [], []
         members_of = tree_groups(tree, scores.prompts)
         paths = None if tree is None else objectives.path_sum(tree.log_probs, tree.plan.index().leaf_edges)
         for members in members_of:
-            weights = selection.boltzmann(scores.first()[members], beta)
+            own = scores.first()[members]
+            weights = selection.boltzmann(own, beta)
             q[members] = weights.float()
-            numbers.append(selection.effective_number(weights))
+            numbers.append(objectives.effective_number(weights.log()))
             if paths is not None:
-                p[members] = paths[members].log_softmax(0).exp()
+                p[members] = paths[members].softmax(0)
+                target = objectives.zscore(own.double())
+                advantage[members] = objectives.softmax_tb_advantage(target, paths[members].double(), beta).float()
             lines.append(f"{scores.prompts[members[0]]}: q spread over {numbers[-1]:.1f} of {len(members)} leaves")
         values = {"q": q}
         if tree is not None:
-            values |= {"p": p, "advantage": (q.double().log() - p.double().log()).float()}
+            values |= {"p": p, "advantage": advantage}
         found = Scores(values, scores.prompts, scores.seen)
         return io.NodeOutput(found, sum(numbers) / len(numbers), "\n".join(lines))

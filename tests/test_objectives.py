@@ -420,6 +420,14 @@ def test_figures_describe_the_group():
     assert equal["effective_leaves"] == pytest.approx(27)
 
 
+def test_effective_number_by_hand():
+    """q = (1/2, 1/4, 1/4) has an entropy of 1.5 bits."""
+    log_q = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
+    assert objectives.effective_number(log_q) == pytest.approx(2**1.5)
+    assert objectives.effective_number(torch.full((8,), 1 / 8).log()) == pytest.approx(8)
+    assert objectives.effective_number(torch.tensor([0.0, -500.0, -900.0]).log_softmax(0)) == pytest.approx(1)
+
+
 def test_only_the_current_log_probs_carry_gradient():
     plan = TreePlan.tmpo(6, (1, 2, 3), 3)
     index = plan.index()

@@ -21,12 +21,6 @@ def test_boltzmann_by_hand() -> None:
     assert selection.boltzmann(torch.full((4,), 7.0), 5.0).tolist() == pytest.approx([0.25] * 4)
 
 
-def test_effective_number() -> None:
-    assert selection.effective_number(torch.full((8,), 1 / 8)) == pytest.approx(8)
-    assert selection.effective_number(torch.tensor([0.0, 1.0, 0.0])) == pytest.approx(1)
-    assert selection.effective_number(torch.tensor([0.5, 0.25, 0.25])) == pytest.approx(1 / 0.375)
-
-
 def test_best_is_stable() -> None:
     scores = torch.tensor([0.0, 1.0, 1.0, 0.5, 1.0])
     assert selection.best(scores, 2) == [1, 2]

@@ -274,13 +274,18 @@ def sibling_log_softmax(edge_values: Tensor, edge_parent: Tensor) -> Tensor:
     return edge_values - group_logsumexp(edge_values, edge_parent, int(edge_parent.max()) + 1)[edge_parent]
 
 
+def effective_number(log_q: Tensor) -> float:
+    """exp of the entropy of a distribution `[K]`, given by its finite logs: K if all are alike, 1 if one has it all."""
+    return torch.exp(-(log_q.exp() * log_q).sum()).item()
+
+
 def target_figures(rewards: Tensor, beta: float, path_log_probs: Tensor) -> dict[str, float]:
-    """How far rewards and log-probabilities `[K]` spread, and exp of the entropy of softmax(beta R)."""
+    """How far rewards and log-probabilities `[K]` spread, and among how many leaves softmax(beta R) does."""
     log_q = (beta * rewards).log_softmax(-1)
     return {
         "log_prob_std": path_log_probs.std(correction=0).item(),
         "beta_reward_std": (beta * rewards).std(correction=0).item(),
-        "effective_leaves": torch.exp(-(log_q.exp() * log_q).sum()).item(),
+        "effective_leaves": effective_number(log_q),
     }
 
 

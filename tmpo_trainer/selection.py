@@ -23,11 +23,6 @@ def boltzmann_by_group(scores: Tensor, groups: Iterable[list[int]], beta: float)
     return weights
 
 
-def effective_number(weights: Tensor) -> float:
-    """1 / sum q^2: among how many of the K pictures the weights are spread. 1 to K."""
-    return float(1 / weights.double().square().sum())
-
-
 def best(scores: Tensor, count: int) -> list[int]:
     """Indices of the highest scores, best first; of equal ones the earlier."""
     return torch.sort(scores, descending=True, stable=True).indices[:count].tolist()

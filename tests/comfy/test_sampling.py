@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tmpo_trainer import tree
+from tmpo_trainer import objectives, rewards, tree
 from tmpo_trainer.commands import loading
 from tmpo_trainer.lora import attach
+from tmpo_trainer.settings import discovery
 from tmpo_trainer.settings.config import TrainConfig
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -296,6 +297,36 @@ def test_a_missing_package_is_told_with_the_mend(pack: Any, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ValueError, match="reward shapes needs cv2: pip install opencv-python-headless"):
         scoring.ScoreImages.execute(torch.zeros(1, 64, 64, 3), "a red circle", "shapes", "(hub)")
+
+
+def test_the_node_offers_every_reward_but_remote(pack: Any) -> None:
+    from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
+
+    assert [*scoring.REWARDS, "remote"] == sorted(discovery.names("rewards"), key=lambda name: (name == "remote", name))
+    sharp = scoring.ScoreImages.execute(torch.rand(2, 8, 8, 3), "a", "sharpness", "(hub)").result[0]
+    assert list(sharp.values) == ["sharpness"] and (sharp.first() > 0).all()
+
+
+def test_scores_are_combined_and_weighed_as_in_training(pack: Any) -> None:
+    """Prompt by prompt, with the numbers of the trainer's own functions."""
+    from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
+
+    images, prompts, values = (
+        torch.rand(6, 8, 8, 3),
+        ["a", "b"] * 3,
+        torch.tensor([[3.0, 1, 2, 8, 7, 5], [1, 1, 0, 2, 5, 0]]),
+    )
+    first, second = (scoring.Scores({name: row}, prompts, images) for name, row in zip("xy", values, strict=True))
+    for zscore in (True, False):
+        found = scoring.CombineScores.execute(first, "1, 0.5", zscore, second).result[0].first()
+        for start in (0, 1):
+            x, y = values[:, start::2]
+            expected = rewards.combine({"x": x, "y": y}, [1, 0.5], "zscore" if zscore else "none")
+            torch.testing.assert_close(found[start::2], expected, atol=0, rtol=0)
+    weighed = scoring.BoltzmannWeights.execute(first, 1.5).result
+    logs = [(1.5 * objectives.zscore(values[0, start::2].double())).log_softmax(0) for start in (0, 1)]
+    assert weighed[1] == pytest.approx(sum(math.exp(-(log.exp() * log).sum()) for log in logs) / 2)
+    torch.testing.assert_close(weighed[0].first()[::2], logs[0].exp().float())
 
 
 def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -> None:

@@ -122,10 +122,11 @@ def test_a_scorers_files_are_checked(hub: Path, capsys: pytest.CaptureFixture[st
         blobs = [put(hub, repository, name, name.encode(), name.endswith(".pt")) for name in names]
         if repository == "xswu/HPSv2":
             (weights,) = blobs
-    assert main.main(["fetch", "--reward", "hpsv2", "shapes"]) == 0
+    assert main.main(["fetch", "--reward", "hpsv2", "shapes-partial", "shapes"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "HPS_v2.1_compressed.pt" in out[0] and "SHA-256 checked" in out[0]
     assert "git id checked" in out[1] and out[-1] == "reward shapes: has no weights to fetch"
+    assert out[-2] == "reward shapes-partial: has no weights to fetch"
     weights.write_bytes(b"something else")
     assert main.main(["fetch", "--reward", "hpsv2"]) == 2
     assert "is damaged (SHA-256" in capsys.readouterr().err

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tmpo_trainer.prompts import compositional, rendering
-from tmpo_trainer.prompts.lists import PromptList, about, default_prompts, read_prompts
-from tmpo_trainer.rewards import check_prompts, geneval
+from tmpo_trainer.prompts.lists import PromptList, about, read_prompts
+from tmpo_trainer.rewards import check_prompts, default_prompts
 from tmpo_trainer.settings.errors import ConfigError
 
 PREFERENCE = ("pickscore", "hpsv2", "imagereward", "clipscore")
@@ -41,6 +43,8 @@ def test_rewards_without_a_list_in_common() -> None:
     assert default_prompts(["remote"], "train") is None
     assert default_prompts(["remote-a", "remote-b"], "train") is None
     assert default_prompts(["geneval", "ocr"], "train") is None
+    assert default_prompts(["geneval", "shapes-partial"], "train") is None
+    assert default_prompts(["shapes", "shapes-partial", "sharpness"], "train") == default_prompts(["shapes"], "train")
     # A remote one takes what the others have.
     assert default_prompts(["shapes", "remote"], "train") == default_prompts(["shapes"], "train")
     assert default_prompts(["hpsv2", "geneval"], "heldout") == default_prompts(["geneval"], "heldout")
@@ -83,7 +87,7 @@ def test_shares_of_the_tags() -> None:
 
 def test_words_say_what_the_metadata_says() -> None:
     """Read back from the words: count, colour, place, class."""
-    names = sorted(geneval.CLASSES, key=len, reverse=True)
+    names = sorted(compositional.CLASSES, key=len, reverse=True)
     plurals = {compositional.plural(name): name for name in names}
     numbers = {"two": 2, "three": 3, "four": 4}
 
@@ -93,7 +97,7 @@ def test_words_say_what_the_metadata_says() -> None:
             return {"class": plurals[rest], "count": numbers[first]}
         assert first == ("an" if rest[0] in "aeiou" else "a")
         colour, _, name = rest.partition(" ")
-        return {"class": name, "count": 1, "color": colour} if colour in geneval.COLORS and name in names else {
+        return {"class": name, "count": 1, "color": colour} if colour in compositional.COLORS and name in names else {
             "class": rest, "count": 1
         }  # fmt: skip
 
@@ -112,6 +116,13 @@ def test_words_say_what_the_metadata_says() -> None:
         assert entry["include"] == parts
         counted = [item for item in entry["include"] if item["count"] > 1]
         assert entry.get("exclude", []) == [{"class": item["class"], "count": item["count"] + 1} for item in counted]
+
+
+def test_generated_prompts_need_no_rewards() -> None:
+    """Nor torch, which the packages above bring along."""
+    code = "import sys; import tmpo_trainer.prompts.compositional; print(*{'torch', 'tmpo_trainer.rewards'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_equal_scenes_in_other_words() -> None:

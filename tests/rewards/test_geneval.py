@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from tmpo_trainer.prompts.compositional import CLASSES, COLORS
 from tmpo_trainer.rewards import geneval
-from tmpo_trainer.rewards.geneval import CLASSES, COLORS, asked_colors, check, judge, keep, relations
+from tmpo_trainer.rewards.geneval import asked_colors, check, judge, keep, relations
 
 Box = tuple[float, float, float, float]
 

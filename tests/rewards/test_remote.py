@@ -28,6 +28,7 @@ from tmpo_trainer.rewards import load_scorer, remote, score_all
 from tmpo_trainer.rewards.remote import RemoteError, RemoteScorer
 from tmpo_trainer.settings.errors import ConfigError
 
+CPU = torch.device("cpu")
 #: Bytes to send, or what is done with a connection whose request has been read.
 Reply = bytes | Callable[[socket.socket], None]
 
@@ -629,13 +630,13 @@ def test_load_asks_whether_the_server_is_there(fake):
 
 @pytest.mark.parametrize("health", [b"", b"OK", b"[]", b'{"rewards": ["a"]}', b'{"rewards": 3}', b"[" * 200_000])
 def test_other_servers_may_say_anything_at_health(fake, health):
-    remote.load(fake(http(health)).url)
+    remote.load(CPU, fake(http(health)).url)
 
 
 def test_load_says_how_to_start_a_server_that_is_down():
     port = free_port()
     with pytest.raises(ConfigError) as caught:
-        remote.load(f"http://127.0.0.1:{port}")
+        remote.load(CPU, f"http://127.0.0.1:{port}")
     assert str(caught.value) == (
         f"reward remote at http://127.0.0.1:{port}: Connection refused; is it running? To start one: "
         f"`python -m tmpo_trainer serve --reward NAME --port {port}`"
@@ -646,18 +647,18 @@ def test_load_tries_once_and_takes_its_arguments(fake):
     server = fake(slow)
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"reward ocr2 at .*: no whole reply within 0.2 s"):
-        remote.load(server.url, timeout=0.2, name="ocr2")
+        remote.load(CPU, server.url, remote_timeout=0.2, name="ocr2")
     assert time.monotonic() - began < 2
     for status in ("503 Busy", "500 Error", "404 Not Found"):
         server = fake(http({"error": "loading"}, status))
         with pytest.raises(ConfigError, match=f"replied {status[:3]}: loading; is it running"):
-            remote.load(server.url)
+            remote.load(CPU, server.url)
         assert len(server.asked) == 1
     with pytest.raises(ConfigError, match=r"--remote-hosts example\.com$"):
-        remote.load("http://example.com", ["example.org"])
+        remote.load(CPU, "http://example.com", ["example.org"])
 
 
 def test_load_wants_one_of_several_rewards(fake):
     server = fake(http({"rewards": ["ocr", "shapes"]}))
     with pytest.raises(ConfigError, match=rf"it has ocr, shapes; add one to the URL: {server.url}/ocr$"):
-        remote.load(server.url)
+        remote.load(CPU, server.url)

@@ -299,6 +299,14 @@ def test_a_prompt_outside_the_domain_is_named():
         ShapesScorer().score(paint()[None], ["a photo of a cat"])
 
 
+def test_an_article_before_a_vowel_is_read():
+    """The frozen lists have "a orange circle"; people write "an"."""
+    image = domain.draw([Object(30.0, 30.0, 10.0, "orange", "circle")], GREY)[None]
+    assert domain.parse("an orange circle") == domain.parse("a orange circle")
+    for prompt in ("a orange circle", "an orange circle", "An orange circle."):
+        assert ShapesScorer().score(image, [prompt]).tolist() == [1]
+
+
 def test_as_many_prompts_as_images():
     with pytest.raises(ValueError, match="1 images but 2 prompts"):
         ShapesScorer().score(paint()[None], ["a red circle"] * 2)

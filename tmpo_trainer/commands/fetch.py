@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import urllib.error
 import urllib.request
@@ -18,7 +17,7 @@ RAW = "https://raw.githubusercontent.com"
 
 HUB_LISTS = "zhwang/HPDv2"
 
-#: Largest file accepted from GitHub, in bytes; the largest wanted has some 15 million.
+#: Bytes of the largest file that is accepted from GitHub; the largest of the lists has some 15 million.
 MOST = 50_000_000
 
 SECONDS = 60
@@ -141,13 +140,12 @@ def _lines(prompts: Sequence[str]) -> bytes:
 def fetch_reward(name: str) -> list[tuple[Path, str | None]]:
     """Downloads a scorer's files into the hub's cache and checks them: (file, what was checked) each. Raises ConfigError."""
     from ..hub import hub_file
-    from ..rewards import check_name
+    from ..rewards import find
 
-    check_name(name)
-    if name.startswith("remote"):
-        raise ConfigError("reward remote has its weights where it runs: `fetch` there")
-    sources = getattr(importlib.import_module(f"..rewards.{name}", __package__), "SOURCES", ())
-    files = [(repository, file) for repository, names in sources for file in names]
+    found = find(name)
+    if found.WEIGHTS == "server":
+        raise ConfigError(f"reward {name} has its weights where it runs: `fetch` them there")
+    files = [(repository, file) for repository, names in found.SOURCES for file in names]
     paths = [hub_file(f"reward {name}", repository, file, f"--reward-models {name}=PATH") for repository, file in files]
     return [(path, verify(path)) for path in paths]
 
@@ -192,14 +190,14 @@ def command(arguments: Sequence[str]) -> int:
     """Runs the command. Returns the exit code."""
     parser = command_parser(
         "fetch",
-        "Downloads scorers and models into the hub's cache (HF_HOME), and prompt lists of the literature into a folder; "
-        "checks their hashes.",
+        "Downloads scorers and models into the hub's cache (HF_HOME) and prompt lists of the literature into a folder, "
+        "and checks their hashes.",
     )
-    parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="scorers")
+    parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="scorers to download")
     parser.add_argument("--prompts", nargs="+", default=[], metavar="NAME", help=", ".join(PROMPTS))
     parser.add_argument("--model", nargs="+", default=[], metavar="ID", help="models to train, e.g. owner/name")
     parser.add_argument("--features", metavar="ID", help="a DINOv2 for cosine diversity, e.g. facebook/dinov2-large")
-    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="for prompt lists [prompts]")
+    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="where prompt lists go [prompts]")
     namespace = parser.parse_args(arguments)
     if not (namespace.reward or namespace.prompts or namespace.model or namespace.features):
         raise ConfigError("fetch what? Give --reward, --prompts, --model or --features")

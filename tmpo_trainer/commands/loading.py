@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -18,13 +17,9 @@ from ..backbones.check import check_transformer
 from ..evaluation import held_out
 from ..evaluation.features import Features, check_features, load_features
 from ..lora import adapter as lora
-from ..prompts.lists import PromptList, default_prompts, read_prompts
+from ..prompts.lists import PromptList, read_prompts
 from ..prompts.split import Split
-from ..rewards import Parked, Scorer, check_name, check_prompts, load_scorer, remote_address
-from ..rewards.geneval import GenevalScorer
-from ..rewards.parts.weights import existing
-from ..rewards.remote import RemoteScorer
-from ..rewards.shapes import ShapesScorer
+from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, variants
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
 from ..training import trackers
@@ -32,7 +27,6 @@ from ..training import trackers
 #: See `identity`.
 IDENTITY = (
     "model", "transformer", "quantize", "dtype", "device", "max_sequence_length", "split_guidance", "reward_models", "features",
-    "pickscore_scale",
 )  # fmt: skip
 
 
@@ -90,21 +84,20 @@ def train_prompts(config: TrainConfig) -> PromptList:
 
 
 def heldout_prompts(config: TrainConfig, flag: str = "eval-prompts") -> PromptList:
-    """Held-out prompts, likewise."""
+    """Held-out prompts: the configured file, or the list that comes with the rewards. Raises ConfigError."""
     return _prompts(config, config.eval_prompts, "heldout", flag).first(config.eval_limit)
 
 
+def reward_paths(config: TrainConfig) -> dict[str, str]:
+    """The paths and addresses that `--reward-models` gives, by reward."""
+    return dict(entry.split("=", 1) for entry in config.reward_models)
+
+
 def check_rewards(config: TrainConfig) -> None:
-    """Raises ConfigError for rewards that are not known, have no address, or whose files are not there."""
-    paths = dict(entry.split("=", 1) for entry in config.reward_models)
+    """Raises ConfigError for rewards that are not known, lack a package, or whose path or address cannot be used."""
+    paths = reward_paths(config)
     for name in (*config.reward, *config.extra_rewards):
-        check_name(name)
-        path = paths.get(name)
-        if name == "remote" or name.startswith("remote-"):
-            RemoteScorer(remote_address(name, path), config.remote_hosts, config.remote_timeout, name)
-        elif path is not None and name not in ("shapes", "ocr"):
-            # Those two have none, and say so.
-            existing(name, path)
+        check_reward(name, paths.get(name), dict(config))
 
 
 def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, PromptList, Backbone]:
@@ -143,34 +136,17 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
 
 
 def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
-    """The scorers of a run: of its rewards, or of some other names. Raises ConfigError for weights that cannot be had."""
-    paths = dict(entry.split("=", 1) for entry in config.reward_models)
-    more: Any = {
-        "hosts": config.remote_hosts,
-        "timeout": config.remote_timeout,
-        "pickscore_scale": config.pickscore_scale,
-    }
-    found = [load_scorer(name, device, paths.get(name), **more) for name in names or config.reward]
+    """The scorers of a run's rewards, or of some other names. Raises ConfigError for weights that cannot be had."""
+    paths = reward_paths(config)
+    found = [load_scorer(name, device, paths.get(name), dict(config)) for name in names or config.reward]
     if config.offload_scorers:
         return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
     return found
 
 
 def evaluation_scorers(found: list[Scorer]) -> list[tuple[str, Scorer]]:
-    """What a report measures: the rewards; those of clauses both strict and partial."""
-    pairs: list[tuple[str, Scorer]] = []
-    for scorer in found:
-        inner = scorer.scorer if isinstance(scorer, Parked) else scorer
-        if isinstance(inner, ShapesScorer):
-            pairs += [("shapes strict", ShapesScorer("strict")), ("shapes partial", ShapesScorer("partial"))]
-        elif isinstance(inner, GenevalScorer):
-            # They share what the detector finds.
-            partial: Scorer = GenevalScorer(inner.detector, inner.classifier, "partial")
-            partial = Parked(partial, scorer.device) if isinstance(scorer, Parked) else partial
-            pairs += [("geneval strict", scorer), ("geneval partial", partial)]
-        else:
-            pairs.append((scorer.name, scorer))
-    return pairs
+    """What a report measures: the variants of each scorer, as (label, scorer) pairs. No label comes twice."""
+    return list({label: part for scorer in found for label, part in variants(scorer)}.items())
 
 
 def features(config: TrainConfig, device: torch.device) -> Features:
@@ -180,13 +156,9 @@ def features(config: TrainConfig, device: torch.device) -> Features:
 
 def identity(config: TrainConfig) -> list[str]:
     """What the base's figures depend on beside prompts and sampling: the model's and the scorers' settings and files."""
-    found = [str((name, getattr(config, name))) for name in IDENTITY]
-    for given in (
-        config.model,
-        config.transformer,
-        config.features,
-        *(e.split("=", 1)[1] for e in config.reward_models),
-    ):
+    options = [option for reward in config.reward for option in find(reward).OPTIONS]
+    found = [str((name, getattr(config, name))) for name in (*IDENTITY, *options)]
+    for given in (config.model, config.transformer, config.features, *reward_paths(config).values()):
         path = Path(str(given)).expanduser()
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         found += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]

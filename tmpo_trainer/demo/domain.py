@@ -54,6 +54,11 @@ class Clause:
     shape: str
 
     def text(self) -> str:
+        """The words that the bundled model was trained on and that its frozen prompt lists hold.
+
+        They have "a" before "orange" too, and must stay as they are. `parse` accepts "an" as well. So does the model:
+        "an" is one token of its tokenizer (the end of "cyan"), and of 30 orange shapes it drew as many with either word.
+        """
         return f"{NUMBERS[self.count]} {self.color} {self.shape}{'s' if self.count > 1 else ''}"
 
 

@@ -10,8 +10,22 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ..rewards.geneval import CLASSES, COLORS
 from .split import Split, side
+
+#: COCO's classes, named as GenEval's prompts name them, in the order of the outputs of the detector in `rewards`.
+CLASSES = (
+    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
+    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
+    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
+    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
+    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
+    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
+    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
+    *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
+    *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
+)
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 #: Shares of the tags. In training the hard ones come more often.
 SHARES: dict[Split, dict[str, int]] = {
@@ -32,7 +46,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 
-#: Their number is hard to tell, in words and in pictures.
+#: How many there are is hard to say, in words and in pictures.
 UNCOUNTED = ("skis", "scissors", "broccoli")
 
 #: "a left of b" and "b right of a" are one scene.

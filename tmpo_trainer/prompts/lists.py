@@ -14,8 +14,6 @@ from .split import Split
 
 LISTS = Path(__file__).parent
 
-DEMO_LISTS = Path(__file__).parents[1] / "demo" / "prompts"
-
 #: Lengths of the generated lists where no file is given.
 GENERATED: dict[Split, int] = {"train": 1500, "heldout": 240}
 
@@ -94,20 +92,9 @@ def _objects(path: Path, lines: list[tuple[int, str]]) -> PromptList:
     return PromptList(str(path), texts, {prompt: entry for prompt, entry in metadata.items() if entry})
 
 
-def default_prompts(rewards: Sequence[str], split: Split) -> PromptList | None:
-    """The prompts that come with the package for some rewards; None where there are none for them all."""
-    kinds = {name.removesuffix("-partial") for name in rewards} & {"shapes", "geneval", "ocr"}
-    if len(kinds) > 1 or all(name.startswith("remote") for name in rewards):
-        return None
-    if "shapes" in kinds:
-        return read_prompts(DEMO_LISTS / f"{split}.txt")
-    if not kinds:
-        return read_prompts(LISTS / f"preference-{split}.txt")
-    if "geneval" in kinds:
-        from .compositional import generate
-    else:
-        from .rendering import generate
-    return from_entries(f"{kinds.pop()} prompts", generate(split, GENERATED[split]))
+def preference(split: Split) -> PromptList:
+    """The hand-written prompts, for any reward that has no list of its own."""
+    return read_prompts(LISTS / f"preference-{split}.txt")
 
 
 def from_entries(where: str, entries: Sequence[Mapping[str, Any]]) -> PromptList:

@@ -1,10 +1,25 @@
-"""Scorers. Each maps images and prompts to one float32 number per image; one file per scorer."""
+"""Scorers: each maps images and prompts to one float32 number per image.
+
+One file per scorer, found by its name (`settings.discovery`) and imported only when it is chosen: `shapes-partial` is
+`shapes_partial.py`. A file has a function `load` and, by the names of the fields of `Reward`, whatever else applies to
+its scorer. Beside the methods of `Scorer`, a scorer may have
+
+- `waits = True`: it keeps no GPU busy, and scores in a thread beside the others;
+- `to(device)`: moves its weights, which lets it be `Parked`;
+- `variants()`: the (label, scorer) pairs that a report shows in its place.
+
+A class elsewhere is a reward as well, by the name `package.module:Class`. It is called as `Class(device)`, or as
+`Class(device, path)` where `--reward-models` gives it a path.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,8 +27,13 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..prompts.lists import PromptList
+from ..prompts.lists import PromptList, preference
+from ..prompts.split import Split
+from ..settings import discovery
 from ..settings.errors import ConfigError, suggest
+
+#: Files that are no scorers, see `settings.discovery`.
+SHARED: tuple[str, ...] = ()
 
 
 class Scorer(Protocol):
@@ -26,11 +46,35 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Reward:
+    """What the file of a scorer declares, by these names, and what holds where it declares nothing."""
+
+    load: Callable[..., Scorer]
+    """`load(device, path, **options)`; `path` is None unless `--reward-models` gives one. Raises ConfigError."""
+    WEIGHTS: Literal["file", "none", "package", "server"] = "file"
+    """Where the weights are: in a file or folder, which `path` may name; nowhere; in the first of PACKAGES; or on a
+    server, whose address `path` must be. There may be several scorers of the last kind: `remote-a` is one more
+    `remote`, and its functions are given the name as an option."""
+    SOURCES: Sequence[tuple[str, Sequence[str]]] = ()
+    """Hub repositories and the files of each, for `fetch`."""
+    OPTIONS: Sequence[str] = ()
+    """The names of settings that `load` takes as keywords."""
+    PACKAGES: Mapping[str, str] = field(default_factory=dict)
+    """Modules that ComfyUI does not bring, and the name of each for pip."""
+    check_path: Callable[..., None] | None = None
+    """`check_path(path, **options)` raises ConfigError for a path that cannot be used; by default it has to exist."""
+    check: Callable[[str, Any], None] | None = None
+    """`check(prompt, metadata)` raises ValueError for a prompt that cannot be scored; by default any can."""
+    default_prompts: Callable[[Split], PromptList] | None = preference
+    """The prompts of a split where no file is given; None if nobody can know what it scores."""
+
+
 class Parked:
     """A scorer whose weights are on the device only while it scores.
 
     Args:
-        scorer: with a method `to(device)`. device: where it scores; in between it is on the CPU.
+        scorer: has a method `to(device)`. device: where it scores; in between it is on the CPU.
     """
 
     def __init__(self, scorer: Any, device: torch.device):
@@ -40,89 +84,135 @@ class Parked:
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
         """As the scorer does."""
         try:
-            # Also what was on the way when the device was full goes back.
+            # Inside, because a device that runs full half-way has some of the weights, which must go back as well.
             self.scorer.to(self.device)
             return self.scorer.score(images, prompts, metadata)
         finally:
             self.scorer.to(torch.device("cpu"))
 
-
-#: Files that are no scorers, see `settings.discovery`.
-SHARED: tuple[str, ...] = ()
-NAMES = (
-    "shapes", "shapes-partial", "pickscore", "hpsv2", "imagereward", "clipscore", "geneval", "ocr", "sharpness", "remote",
-)  # fmt: skip
-#: Those that want more of a prompt than its words.
-PARTICULAR = ("shapes", "geneval", "ocr")
+    def variants(self) -> list[tuple[str, Scorer]]:
+        """Those of the scorer, parked as well."""
+        pairs = variants(self.scorer)
+        return [(label, Parked(part, self.device) if hasattr(part, "to") else part) for label, part in pairs]
 
 
-def check_name(name: str) -> None:
-    """Raises ConfigError for a scorer that is not known. `remote-...` is as good as `remote`: for several of them."""
-    if name not in NAMES and not name.startswith("remote-"):
-        raise ConfigError(f"unknown reward {name}{suggest(name, NAMES)} (known: {', '.join(NAMES)})")
+def find(name: str) -> Reward:
+    """What is declared of a reward. Imports its file. Raises ConfigError for a name that is not known."""
+    if ":" in name:
+        return _from_class(name)
+    known = discovery.names("rewards")
+    if name in known:
+        return _declared(discovery.load("rewards", name))
+    first = name.partition("-")[0]
+    if first in known:
+        found = _declared(discovery.load("rewards", first))
+        if found.WEIGHTS == "server":
+            return found
+    raise ConfigError(
+        f"unknown reward {name}{suggest(name, known)} (known: {', '.join(known)}; or write package.module:Class)"
+    )
+
+
+def _declared(module: ModuleType) -> Reward:
+    own = vars(module)
+    return Reward(**{each.name: own[each.name] for each in fields(Reward) if each.name in own})
+
+
+def _from_class(name: str) -> Reward:
+    path, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*path.split("."), attribute)):
+        raise ConfigError(f"reward {name}: write package.module:Class")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ConfigError(f"reward {name} cannot be imported: {' '.join(str(error).split())}") from None
+    if attribute not in vars(module):
+        raise ConfigError(f"reward {name}: {path} has no {attribute}{suggest(attribute, vars(module))}")
+    made = vars(module)[attribute]
+    return Reward(lambda device, path: made(device) if path is None else made(device, path))
+
+
+def _options(name: str, found: Reward, settings: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {key: settings[key] for key in found.OPTIONS if key in settings}
+    return {**chosen, "name": name} if found.WEIGHTS == "server" else chosen
+
+
+def check_reward(name: str, path: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    """Refuses before anything is loaded what cannot be; arguments are those of `load_scorer`.
+
+    Raises:
+        ConfigError: the reward is not known, a package that it needs is not installed, or the path cannot be used.
+    """
+    found = find(name)
+    missing = {module: pip for module, pip in found.PACKAGES.items() if importlib.util.find_spec(module) is None}
+    if missing:
+        raise ConfigError(f"reward {name} needs {', '.join(missing)}: pip install {' '.join(missing.values())}")
+    if found.check_path is not None:
+        found.check_path(path, **_options(name, found, settings or {}))
+    elif path is not None and found.WEIGHTS == "file":
+        from .parts.weights import existing
+
+        existing(name, path)
+    elif path is not None:
+        package = next(iter(found.PACKAGES), "")
+        why = "has no weights" if found.WEIGHTS == "none" else f"has its weights from the {package} package"
+        raise ConfigError(f"--reward-models {name}={path}: {name} {why}, leave it out")
 
 
 def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
-    """Raises ConfigError for the first prompt that one of the scorers cannot score."""
+    """Raises ConfigError for the first prompt that one of the rewards cannot score."""
     for name in names:
-        if _module(name) in PARTICULAR:
-            check = importlib.import_module(f".{_module(name)}", __name__).check
-            for prompt in prompts.texts:
-                try:
-                    check(prompt, prompts.metadata.get(prompt))
-                except ValueError as error:
-                    raise ConfigError(f"{prompts.where}: {error}") from None
+        check = find(name).check
+        if check is None:
+            continue
+        for prompt in prompts.texts:
+            try:
+                check(prompt, prompts.metadata.get(prompt))
+            except ValueError as error:
+                raise ConfigError(f"{prompts.where}: {error}") from None
 
 
-def _module(name: str) -> str:
-    return name.removesuffix("-partial")
-
-
-def remote_address(name: str, path: str | None) -> str:
-    """The URL of a remote reward. Raises ConfigError if none was given."""
-    if path is None:
-        raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
-    return path
+def default_prompts(names: Sequence[str], split: Split) -> PromptList | None:
+    """The prompts that come with the package for some rewards; None where there are none that suit them all."""
+    lists = {find(name).default_prompts for name in names} - {None}
+    # Any prompt suits a reward that has no list of its own.
+    found = lists - {preference} or lists
+    own = found.pop() if len(found) == 1 else None
+    return None if own is None else own(split)
 
 
 def load_scorer(
     name: str,
     device: torch.device | None = None,
     path: str | None = None,
-    hosts: Sequence[str] = (),
-    timeout: float = 120,
-    pickscore_scale: Literal["raw", "flow"] = "raw",
+    settings: Mapping[str, Any] | None = None,
 ) -> Scorer:
-    """A scorer by its name.
+    """The scorer of a reward.
 
     Args:
-        device: where it runs; by default the CPU. path: of its weights, in place of the hub's; the URL of a remote one.
-        hosts: beside this machine, that a remote scorer may be on. timeout: seconds for a reply of it.
-        pickscore_scale: see `pickscore.load`.
+        device: where it runs; by default the CPU. path: its weights, in place of the hub's, or the address of its
+            server. settings: values by the names of `TrainConfig`, of which it takes its OPTIONS.
 
     Raises:
-        ConfigError: it is not known, or its weights cannot be had.
+        ConfigError: as `check_reward`; or its weights cannot be had.
     """
-    check_name(name)
-    if name == "remote" or name.startswith("remote-"):
-        from . import remote
+    check_reward(name, path, settings)
+    found = find(name)
+    scorer = found.load(device or torch.device("cpu"), path, **_options(name, found, settings or {}))
+    # Metrics and reports go by the scorer's name, which has to be the one that the settings hold.
+    scorer.name = name
+    return scorer
 
-        return remote.load(remote_address(name, path), hosts, timeout, name)
-    if name == "pickscore":
-        from . import pickscore
 
-        return pickscore.load(device or torch.device("cpu"), path, pickscore_scale)
-    if name == "shapes-partial":
-        from . import shapes
-
-        return shapes.load_partial(path)
-    return importlib.import_module(f".{name}", __name__).load(device or torch.device("cpu"), path)
+def variants(scorer: Any) -> list[tuple[str, Scorer]]:
+    """The (label, scorer) pairs that a report shows of a scorer."""
+    return scorer.variants() if hasattr(scorer, "variants") else [(scorer.name, scorer)]
 
 
 def score_all(
     scorers: Sequence[tuple[str, Scorer]], images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None
 ) -> dict[str, Tensor]:
-    """Scores by name, float32 `[N]` each. Those that keep no GPU busy (`waits`) go on in threads beside the others.
+    """Scores by name, float32 `[N]` each. Scorers that keep no GPU busy (`waits`) run in threads beside the others.
 
     Raises:
         ValueError: a score is not finite, or there are not N. Whatever a scorer raises.
@@ -139,7 +229,7 @@ def score_all(
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Raises ValueError, naming the scorer and the first prompt to blame, unless there is a finite number for each."""
+    """Raises ValueError, which names the scorer and the first prompt to blame, unless every prompt has a finite score."""
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {name} gave {tuple(scores.shape)} scores for {len(prompts)} images")
     bad = torch.nonzero(~torch.isfinite(scores)).flatten()
@@ -150,7 +240,7 @@ def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def combine(scores: dict[str, Tensor], weights: Sequence[float] | None, norm: str) -> Tensor:
-    """Weighted sum of rewards `[K]` each; with `zscore` normalised within the group first. `[K]`."""
+    """The weighted sum `[K]` of rewards `[K]`. With norm `zscore` each is normalised within the group of K first."""
     factors = weights or [1.0] * len(scores)
     parts = [objectives.zscore(values) if norm == "zscore" else values for values in scores.values()]
     return torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)

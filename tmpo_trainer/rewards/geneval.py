@@ -20,10 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..prompts.compositional import CLASSES, COLORS, generate
+from ..prompts.lists import GENERATED, PromptList, from_entries
+from ..prompts.split import Split
 from ..settings.errors import ConfigError, suggest
-from . import clipscore
+from . import Scorer, clipscore
 from .parts.clip import TOKENIZER, load_clip
-from .parts.detect import CLASSES, COLORS, THRESHOLD, Box, ColorClassifier, Detection, Detector, cut, load_detector
+from .parts.detect import THRESHOLD, Box, ColorClassifier, Detection, Detector, cut, load_detector
 from .parts.weights import Source, existing, hub_folder
 
 SOURCES: tuple[Source, ...] = (
@@ -34,7 +37,7 @@ SOURCES: tuple[Source, ...] = (
 MODES = ("strict", "partial")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITIONS = ("left of", "right of", "above", "below")
-#: Where objects are counted, only sure ones are.
+#: Where objects are counted, only those with a score above this count.
 COUNTING_THRESHOLD = 0.9
 #: The most objects of a class that are looked at, best first.
 MOST_OBJECTS = 16
@@ -136,7 +139,7 @@ def judge(metadata: Mapping[str, Any], objects: Objects) -> tuple[float, float]:
 
 
 def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
-    """Raises ValueError, with one line that names the prompt and the mend, unless its metadata is GenEval's."""
+    """Raises ValueError, with one line that names the prompt and says how to fix it, unless its metadata is GenEval's."""
     try:
         _check(metadata)
     except ValueError as error:
@@ -201,7 +204,7 @@ class GenevalScorer:
     """Scores pictures against the metadata of their prompts; see `judge`.
 
     Args:
-        detector: may be shared: scorers that look at the same pictures one after the other have them looked at once.
+        detector: may be shared: of scorers that get the same pictures one after the other, only the first makes it work.
         mode: what `score` returns, "strict" (0 or 1, for training) or "partial" (0..1, for evaluation).
 
     Raises:
@@ -243,6 +246,15 @@ class GenevalScorer:
             kept[i][name][place] = replace(kept[i][name][place], color=color)
         pairs = [judge(about, objects) for about, objects in zip(metadata, kept, strict=True)]
         return torch.tensor([pair[MODES.index(self.mode)] for pair in pairs], dtype=torch.float32)
+
+    def variants(self) -> list[tuple[str, Scorer]]:
+        """Both modes, whichever is trained on. They share the detector, which looks at each picture once."""
+        return [(f"geneval {mode}", GenevalScorer(self.detector, self.classifier, mode)) for mode in MODES]
+
+
+def default_prompts(split: Split) -> PromptList:
+    """Generated prompts with GenEval's metadata."""
+    return from_entries("geneval prompts", generate(split, GENERATED[split]))
 
 
 def load(device: torch.device, path: str | None = None) -> GenevalScorer:

@@ -13,6 +13,7 @@ from .parts.clip import TOKENIZER, ClipTowers, pad
 from .parts.openclip import load_checkpoint
 from .parts.weights import Source, existing, hub_folder
 
+PACKAGES = {"ftfy": "ftfy"}
 SOURCES: tuple[Source, ...] = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), TOKENIZER)
 
 

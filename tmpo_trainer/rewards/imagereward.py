@@ -25,7 +25,7 @@ SOURCES: tuple[Source, ...] = (
     ("zai-org/ImageReward", ("ImageReward.pt",)),
     ("google-bert/bert-base-uncased", ("tokenizer_config.json", "vocab.txt", "tokenizer.json")),
 )
-#: Of the raw scores on the authors' data.
+#: Mean and standard deviation of the raw scores on the authors' data.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
 VISION = {
@@ -51,7 +51,7 @@ class ImageReward(torch.nn.Module):
         size = text.hidden_size
         for i, width in enumerate(widths):
             layers.append(torch.nn.Linear(size, width))
-            # Where dropout was in training; no activations anywhere.
+            # Dropout was here in training. There are no activations anywhere.
             if i < len(widths) - 2:
                 layers.append(torch.nn.Identity())
             size = width
@@ -77,7 +77,7 @@ def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name = key.removeprefix("blip.visual_encoder.")
             for theirs, ours in VISION.items():
                 name = name.replace(theirs, ours)
-            # Only now: norm1 and norm2 begin alike.
+            # Only after the loop, because norm1 and norm2 begin with the same word.
             name = f"post_layernorm.{name.removeprefix('norm.')}" if name.startswith("norm.") else name
             found[f"vision.{name}"] = value
         elif key.startswith("blip.text_encoder."):

@@ -1,7 +1,7 @@
 """Text rendering: 1 - normalised edit distance between what a picture says and what it should say, 0 to 1.
 
-As in Flow-GRPO (Liu et al. 2025, arXiv:2505.05470), which reads with PaddleOCR. Here rapidocr reads, whose wheel carries
-PP-OCR's weights: no hub is needed.
+As in Flow-GRPO (Liu et al. 2025, arXiv:2505.05470), which reads with PaddleOCR. Here rapidocr reads. Its wheel contains
+PP-OCR's weights, so no hub is needed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..settings.errors import ConfigError
+from ..prompts.lists import GENERATED, PromptList, from_entries
+from ..prompts.rendering import generate
+from ..prompts.split import Split
+
+WEIGHTS = "package"
+PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "rapidfuzz": "rapidfuzz"}
 
 QUOTED = re.compile(r'["“]([^"“”]+)["”]')
 #: The longest side for the text detector. Letters of a twentieth of the picture's height are still found.
 DETECTION_SIDE = 320
-#: Engines that read at the same time, one thread each; more gain little.
+#: Most engines that read at the same time, one thread each; more gain little.
 MOST_ENGINES = 8
 
 
@@ -45,6 +50,11 @@ def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
     target(prompt, metadata)
 
 
+def default_prompts(split: Split) -> PromptList:
+    """Generated prompts with a text to render in each."""
+    return from_entries("ocr prompts", generate(split, GENERATED[split]))
+
+
 def _letters(text: str) -> str:
     return "".join(text.split()).lower()
 
@@ -66,7 +76,7 @@ class OcrScorer:
     """Reads pictures on the CPU. Nothing read scores 0, which is what it deserves.
 
     Args:
-        engines: that read at the same time; by default one per CPU that this process may use, at most 8.
+        engines: how many read at the same time; by default one per CPU that this process may use, at most 8.
     """
 
     name = "ocr"
@@ -92,13 +102,13 @@ class OcrScorer:
         count = len(self._engines)
 
         def work(first: int) -> list[str]:
-            # It wants BGR. Lines upside down are not turned: a picture that needs it is no good one.
+            # The engine expects BGR. Lines upside down are not turned: a picture that needs it is not a good one.
             texts = []
             for i in range(first, len(images), count):
                 try:
                     result = self._engines[first](np.ascontiguousarray(images[i][..., ::-1]), use_cls=False)
                 except Exception as error:
-                    # Of its own kinds, which are not public, e.g. for a picture of two rows.
+                    # Its exceptions are not public; it raises them for a picture of two rows, for example.
                     raise ValueError(f"reward ocr cannot read image {i}: {' '.join(str(error).split())}") from None
                 texts.append(" ".join(result.txts or ()))
             return texts
@@ -116,10 +126,5 @@ class OcrScorer:
 
 
 def load(device: torch.device, path: str | None = None) -> OcrScorer:
-    """The scorer. Raises ConfigError if rapidocr is not installed."""
-    if path:
-        raise ConfigError("--reward-models ocr=...: ocr has its weights from the rapidocr package, leave it out")
-    try:
-        return OcrScorer()
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'reward ocr needs {error.name}: pip install -c constraints.txt -e ".[train]"') from None
+    """The scorer, which runs on the CPU."""
+    return OcrScorer()

@@ -10,22 +10,23 @@ from .parts.clip import TOKENIZER, ClipScorer
 from .parts.openclip import load_towers
 from .parts.weights import Source, existing, hub_folder
 
+OPTIONS = ("pickscore_scale",)
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 
-
-#: `raw` as its authors print it; `flow` a 26th, about 1, as Flow-GRPO has it.
+#: `raw` is the score as its authors print it; `flow` is a 26th of it, about 1, as in Flow-GRPO.
 Scale = Literal["raw", "flow"]
 DIVISORS: dict[Scale, float] = {"raw": 1, "flow": 26}
 
 
-def load(device: torch.device, path: str | None = None, scale: Scale = "raw") -> ClipScorer:
+def load(device: torch.device, path: str | None = None, pickscore_scale: Scale = "raw") -> ClipScorer:
     """exp(logit_scale) * cos of a ViT-H/14 CLIP.
 
     Args:
         path: a folder or file with the model, see `openclip.load_towers`, in place of the hub's.
+        pickscore_scale: one of DIVISORS.
 
     Raises:
         ConfigError: the weights cannot be had.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
-    return ClipScorer("pickscore", load_towers("pickscore", folder, device), DIVISORS[scale])
+    return ClipScorer("pickscore", load_towers("pickscore", folder, device), DIVISORS[pickscore_scale])

@@ -28,6 +28,11 @@ from torch import Tensor
 
 from ..settings.errors import ConfigError
 
+WEIGHTS = "server"
+OPTIONS = ("remote_hosts", "remote_timeout")
+#: What it scores is known where it runs.
+default_prompts = None
+
 #: Seconds to wait before each further try, where the server cannot be reached or says that it is busy.
 PAUSES = (1.0, 3.0, 10.0, 20.0)
 UNAVAILABLE = (502, 503, 504)
@@ -265,19 +270,38 @@ def _rewards(reply: bytes, count: int, first: int) -> list[float]:
     return [float(value) for value in rewards]
 
 
-def load(url: str, hosts: Sequence[str] = (), timeout: float = 120.0, name: str = "remote") -> RemoteScorer:
-    """The scorer, if its server is there; arguments as of `RemoteScorer`.
+def check_path(
+    path: str | None, remote_hosts: Sequence[str] = (), remote_timeout: float = 120.0, name: str = "remote"
+) -> RemoteScorer:
+    """The scorer, without asking its server. `path` is the URL; the other arguments are those of `RemoteScorer`.
 
     Raises:
-        ConfigError: as `RemoteScorer`; the server does not answer, or hosts several rewards and the URL names none.
+        ConfigError: as `RemoteScorer`, or there is no URL.
     """
-    scorer = RemoteScorer(url, hosts, timeout, name)
+    if path is None:
+        raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
+    return RemoteScorer(path, remote_hosts, remote_timeout, name)
+
+
+def load(
+    device: torch.device,
+    path: str | None,
+    remote_hosts: Sequence[str] = (),
+    remote_timeout: float = 120.0,
+    name: str = "remote",
+) -> RemoteScorer:
+    """The scorer, if its server is there; arguments as in `check_path`.
+
+    Raises:
+        ConfigError: as `check_path`; the server does not answer, or hosts several rewards and the URL names none.
+    """
+    scorer = check_path(path, remote_hosts, remote_timeout, name)
     try:
         reply = scorer.health()
     except RemoteError as error:
-        port = urlsplit(url).port or 18085
-        mend = f"`python -m tmpo_trainer serve --reward NAME --port {port}`"
-        raise ConfigError(f"{error}; is it running? To start one: {mend}") from None
+        port = urlsplit(scorer.url).port or 18085
+        start = f"`python -m tmpo_trainer serve --reward NAME --port {port}`"
+        raise ConfigError(f"{error}; is it running? To start one: {start}") from None
     try:
         about = json.loads(reply)
     except (ValueError, RecursionError):

@@ -19,10 +19,16 @@ import torch
 from torch import Tensor
 
 from ..demo import domain
-from ..settings.errors import ConfigError
+from ..demo import split as demo_lists
+from ..prompts.lists import PromptList, read_prompts
+from ..prompts.split import Split
+from . import Scorer
 
 if TYPE_CHECKING:
     from PIL import Image
+
+WEIGHTS = "none"
+PACKAGES = {"cv2": "opencv-python-headless"}
 
 #: Components smaller than this, in pixels, are specks and not objects (the smallest object drawn has about 175).
 MIN_AREA = 20
@@ -202,6 +208,10 @@ class ShapesScorer:
         table = torch.tensor(scores, dtype=torch.float32).reshape(-1, 2)
         return table[:, 0].contiguous(), table[:, 1].contiguous()
 
+    def variants(self) -> list[tuple[str, Scorer]]:
+        """Both modes, whichever is trained on."""
+        return [(f"shapes {mode}", ShapesScorer(mode)) for mode in MODES]
+
 
 def _holds(relation: str, a: Found, b: Found) -> bool:
     """GenEval's rule: is `a` in `relation` to `b`, with some slack for their sizes?"""
@@ -320,16 +330,11 @@ def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
     domain.parse(prompt)
 
 
+def default_prompts(split: Split) -> PromptList:
+    """The demo's lists."""
+    return read_prompts(demo_lists.FOLDER / f"{split}.txt")
+
+
 def load(device: torch.device, path: str | None = None) -> ShapesScorer:
-    """The scorer. Raises ConfigError if a path is given: it has no weights."""
-    if path:
-        raise ConfigError("--reward-models shapes=...: shapes has no weights, leave it out")
+    """The scorer, strict, which runs on the CPU."""
     return ShapesScorer()
-
-
-def load_partial(path: str | None = None) -> ShapesScorer:
-    """The scorer of what is right about a picture, 0..1, by the name of shapes-partial. Errors as `load`."""
-    load(torch.device("cpu"), path)
-    scorer = ShapesScorer("partial")
-    scorer.name = "shapes-partial"
-    return scorer

@@ -1,7 +1,7 @@
 """Sharpness: the variance of the Laplacian of a picture's luma. No model; higher is sharper, noise included.
 
-Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy". As a reward it is worth nothing; as an auxiliary
-score (GARDO) it tells of pictures that please the reward and have gone soft or harsh.
+Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy". As a reward it is worth nothing. As an
+auxiliary score (GARDO) it shows when pictures that please the reward have gone soft or harsh.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..settings.errors import ConfigError
+WEIGHTS = "none"
 
 #: ITU-R BT.601.
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -33,7 +33,5 @@ class SharpnessScorer:
 
 
 def load(device: torch.device, path: str | None = None) -> SharpnessScorer:
-    """The scorer. Raises ConfigError if a path is given: it has no weights."""
-    if path:
-        raise ConfigError("--reward-models sharpness=...: sharpness has no weights, leave it out")
+    """The scorer, which runs on the CPU."""
     return SharpnessScorer()

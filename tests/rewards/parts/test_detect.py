@@ -17,9 +17,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former
 
 from tmpo_trainer.demo.build import make_tokenizer
-from tmpo_trainer.rewards import geneval
+from tmpo_trainer.prompts.compositional import CLASSES, COLORS
+from tmpo_trainer.rewards import Parked, geneval, variants
 from tmpo_trainer.rewards.parts import detect
-from tmpo_trainer.rewards.parts.detect import CLASSES, COLORS, Detection, instances
+from tmpo_trainer.rewards.parts.detect import Detection, instances
 from tmpo_trainer.settings.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -453,6 +454,24 @@ def test_scores_from_files(folder: Path, scorer: geneval.GenevalScorer, images: 
     whole = geneval.load(CPU, str(folder))
     assert whole.name == "geneval" and whole.mode == "strict"
     assert whole.score(images[:2], prompts[:2], metadata[:2]).tolist() == [1, 0]
+
+
+def test_a_report_shows_both_scores_and_the_detector_looks_once(scorer: geneval.GenevalScorer) -> None:
+    """Parked or not: both share the weights."""
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    about: list[dict[str, object]] = [{"tag": "single_object", "include": [{"class": "dog", "count": 1}]}]
+    for given in (scorer, Parked(scorer, torch.device("cpu:0"))):
+        image = image + 1
+        looked: list[int] = []
+        network = scorer.detector.network
+        handle = network.register_forward_hook(lambda *arguments, looked=looked: looked.append(1))
+        pairs = variants(given)
+        assert [label for label, _ in pairs] == ["geneval strict", "geneval partial"]
+        for _, part in pairs:
+            assert isinstance(part, Parked) == isinstance(given, Parked)
+            part.score(image, ["a dog"], about)
+        handle.remove()
+        assert looked == [1]
 
 
 def test_moving_moves_both(scorer: geneval.GenevalScorer) -> None:

@@ -552,7 +552,7 @@ def test_a_port_in_use(mean, server):
         RewardServer({}, port=server.port)
     # Before anything is loaded.
     with pytest.raises(ConfigError, match=cause):
-        serve.serve(["pickscore"], "127.0.0.1", server.port, torch.device("cpu"), {"pickscore": "/nowhere"})
+        serve.serve(["pickscore"], "127.0.0.1", server.port, torch.device("cpu"), {})
 
 
 @pytest.mark.parametrize(
@@ -565,6 +565,7 @@ def test_a_port_in_use(mean, server):
         ((["shapes"], "192.0.2.1", 0, {}), "cannot serve at 192.0.2.1:0"),
         ((["shapes"], "127.0.0.1", 0, {"ocr": "x"}), "--reward-models ocr=...: ocr is not among --reward shapes"),
         ((["remote"], "127.0.0.1", 0, {}), "reward remote needs its address"),
+        ((["shapes"], "127.0.0.1", 0, {"shapes": "x"}), "shapes has no weights"),
     ],
     ids=lambda value: str(value)[:30],
 )

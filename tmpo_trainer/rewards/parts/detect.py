@@ -21,27 +21,14 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
 from ...hub import told
+from ...prompts.compositional import CLASSES, COLORS
 from ...settings.errors import ConfigError
 from .clip import ClipTowers
 
-#: COCO's classes in the order of the detector's outputs, named as GenEval's prompts name them.
-CLASSES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
-    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
-    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
-    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
-    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
-    *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
-    *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
-)
-
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-
+#: GenEval's own, with their "a orange": other words would give other features.
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
-#: What is not the object, in the picture that is asked for its colour: #999.
+#: The grey, #999, that hides everything but the object in the picture whose colour is named.
 GREY = 0x99
 
 #: Score above which an object counts at all.
@@ -227,7 +214,7 @@ def load_detector(folder: Path, device: torch.device) -> Detector:
             f"reward geneval: {folder} tells {network.config.num_labels} classes apart, not COCO's {len(CLASSES)}: "
             "take facebook/mask2former-swin-small-coco-instance"
         )
-    # What is not in the file would be random.
+    # Weights that are not in the file would be random.
     missing = sorted(report["missing_keys"] & dict(network.named_parameters()).keys())
     if missing:
         raise ConfigError(f"reward geneval: {folder} is no whole Mask2Former ({missing[0]} is missing)")

@@ -1,6 +1,6 @@
 """CLIP checkpoints in open_clip's names, as HPS's and LAION's: run by open_clip where it works, else by transformers.
 
-open_clip needs a torchvision that works, so it is never a must. Both ways agree: tests/tiny/test_open_clip.py.
+open_clip needs a torchvision that works, so it is never required. Both ways agree: tests/tiny/test_open_clip.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .clip import VOCABULARY, ClipTowers, Prepare, crop, load_clip, load_tokeniz
 from .clip_file import header
 from .weights import fill, state
 
-#: Of a block, from open_clip's names to transformers'. Queries, keys and values are one tensor there.
+#: Names inside a block, from open_clip's to transformers'. Queries, keys and values are one tensor in open_clip.
 BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -49,7 +49,7 @@ OUTSIDE = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
 
-#: Multiplied from the other side.
+#: These are multiplied from the other side, and therefore transposed.
 TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visual_projection.weight"}
 
 
@@ -118,7 +118,7 @@ def config_of(tensors: Mapping[str, Tensor], quick_gelu: bool = False) -> CLIPCo
 
 def clean(prompt: str) -> str:
     """open_clip's cleaning: broken encodings, HTML entities, white space, lower case."""
-    # Here, because PickScore and CLIP score from a folder do without it.
+    # Imported here, because PickScore and CLIP score from a folder do not need it.
     import ftfy
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split()).lower()
@@ -146,7 +146,7 @@ def package() -> Any | None:
 def build_transformers(scorer: str, file: Path, tensors: Mapping[str, Tensor], config: CLIPConfig) -> CLIPModel:
     """A transformers CLIPModel with the checkpoint's weights. Raises ConfigError if they do not fit."""
     model = CLIPModel(config)
-    # Positions are counted there, not stored.
+    # transformers counts positions and does not store them.
     own = {key: value for key, value in model.state_dict().items() if key.endswith("position_ids")}
     fill(scorer, file, model, from_open_clip(tensors) | own)
     return model
@@ -191,7 +191,7 @@ def load_checkpoint(
     Raises:
         ConfigError: it cannot be read, or is no CLIP in open_clip's names.
     """
-    # Some carry the causal mask.
+    # Some checkpoints hold the causal mask as well.
     tensors = {key: value.float() for key, value in state(scorer, file, "state_dict").items() if key != "attn_mask"}
     try:
         config = config_of(tensors, quick_gelu)
@@ -212,7 +212,7 @@ def load_checkpoint(
 
 
 def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
-    """What the weights do not tell, from the hub's `open_clip_config.json` beside them.
+    """What the weights do not say, from the hub's `open_clip_config.json` beside them.
 
     OpenAI's need another activation, LAION's ViT-L/14 another mean and std: a guess would give plausible, wrong scores.
 

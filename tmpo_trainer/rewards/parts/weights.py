@@ -15,7 +15,7 @@ from torch import Tensor
 from ...hub import hub_file
 from ...settings.errors import ConfigError
 
-#: A hub repository and the files wanted of it.
+#: A hub repository and the names of the files that are needed from it.
 Source = tuple[str, tuple[str, ...]]
 
 
@@ -38,7 +38,7 @@ def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors or torch file; of the latter only tensors are ever unpickled.
 
     Args:
-        key: of a dictionary around them, if any.
+        key: the entry that holds them, where a dictionary is around them.
     """
     if file.is_dir():
         raise ConfigError(f"reward {scorer}: {file} is a folder: give the checkpoint's file")

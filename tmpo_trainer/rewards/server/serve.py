@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ... import __version__
 from ...settings.errors import ConfigError
-from .. import Scorer, check_name, load_scorer
+from .. import Scorer, check_reward, load_scorer
 from ..remote import Timed, is_loopback, one_line
 from .queue import Job, Queue, Refused
 
@@ -38,7 +38,7 @@ MOST_PIXELS = 2**26
 #: Seconds for a request to arrive in full, and for its reply to be taken.
 READ_TIMEOUT, WRITE_TIMEOUT = 60.0, 30.0
 
-#: Seconds to go on reading what was refused: closing earlier could reset the connection before the reply is read.
+#: Seconds to go on reading a refused request: closing earlier could reset the connection before the reply is read.
 LINGER = 2.0
 
 #: Seconds for the last replies when the server stops.
@@ -60,13 +60,13 @@ def decode(text: str, most_pixels: int) -> np.ndarray:
         raise ValueError("not base64") from None
     if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
         raise ValueError("not a PNG")
-    # Before Pillow sees it, which has a limit of its own but only warns.
+    # This comes before Pillow, which has a limit of its own but only warns.
     width, height = struct.unpack(">II", data[16:24])
     if width * height > most_pixels:
         raise Refused(413, f"{width} x {height} pixels: more than {MOST_PIXELS} in a request")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            # A second header would be heard.
+            # Pillow would obey a second header.
             if image.size != (width, height):
                 raise ValueError("two sizes")
             if image.mode not in MODES:
@@ -255,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
 class RewardServer:
     """Serves scorers until `stop`; `with` starts and stops it.
 
-    The address is taken at once, so that one in use is told before scorers are loaded; who connects waits for `start`.
+    The address is taken at once, so that one in use is reported before scorers are loaded; clients wait for `start`.
 
     Args:
         scorers: by name. With one, /compute is its path; with any number, /NAME/compute is. Read at `start` and later.
@@ -324,11 +324,11 @@ def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, pa
     Raises:
         ConfigError: a reward is not known or cannot be loaded, or the address cannot be had.
     """
-    for name in rewards:
-        check_name(name)
     for name in paths:
         if name not in rewards:
             raise ConfigError(f"--reward-models {name}=...: {name} is not among --reward {' '.join(rewards)}")
+    for name in rewards:
+        check_reward(name, paths.get(name))
     scorers: dict[str, Scorer] = {}
     server = RewardServer(scorers, host, port)
     ended = threading.Event()
@@ -341,7 +341,7 @@ def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, pa
             scorers[name] = load_scorer(name, device, paths.get(name))
         if not is_loopback(host):
             print(
-                f"tmpo_trainer: warning: whoever reaches {server.url} can use it, there is no password", file=sys.stderr
+                f"tmpo_trainer: warning: whoever reaches {server.url} can use it: there is no password", file=sys.stderr
             )
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

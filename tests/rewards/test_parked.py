@@ -1,0 +1,76 @@
+"""Scorers whose weights are on the device only while they score."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tmpo_trainer.rewards import Parked, hpsv2, imagereward, pickscore
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "two blue squares", "a red circle", "a green triangle"]
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward"])
+def test_parking_changes_no_score(
+    name: str, clip_folder: Path, network: imagereward.ImageReward, bert: Any, images: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The weights are where they are wanted while the scorer works, and go back: read off what modules are told."""
+
+    def make() -> Any:
+        if name == "imagereward":
+            return imagereward.ImageRewardScorer(network, bert, CPU)
+        scorer = pickscore.load(CPU, str(clip_folder))
+        return scorer if name == "pickscore" else hpsv2.HpsScorer(scorer.towers)
+
+    expected = make().score(images, PROMPTS)
+    assert expected.std() > 1e-4
+    # Another one, that has not encoded the prompts yet.
+    scorer = make()
+    events: list[str] = []
+    move, run = nn.Module.to, nn.Module.__call__
+
+    def to(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
+        events.extend(str(found) for found in (*arguments, *options.values()) if isinstance(found, torch.device))
+        return move(module, *arguments, **options)
+
+    def call(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        events.append("works")
+        return run(module, *arguments, **options)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    # The same device by another name.
+    parked = Parked(scorer, torch.device("cpu:0"))
+    assert torch.equal(parked.score(images, PROMPTS), expected)
+    assert [event for event, _ in itertools.groupby(events)] == ["cpu", "cpu:0", "works", "cpu"]
+    assert parked.name == name
+
+
+@pytest.mark.parametrize("fails", ["score", "to"])
+def test_a_parked_scorer_that_fails_comes_back(fails: str, images: np.ndarray) -> None:
+    """While it scores, or half-way to a device without room."""
+
+    class Failing:
+        name, device = "failing", ""
+
+        def to(self, device: torch.device) -> None:
+            self.device = str(device)
+            if fails == "to" and self.device == "cpu:0":
+                raise RuntimeError("out of memory")
+
+        def score(self, *arguments: Any) -> Tensor:
+            assert self.device == "cpu:0"
+            raise ValueError("no such picture")
+
+    scorer = Failing()
+    with pytest.raises((RuntimeError, ValueError), match="out of memory" if fails == "to" else "no such picture"):
+        Parked(scorer, torch.device("cpu:0")).score(images, PROMPTS)
+    assert scorer.device == "cpu"

@@ -1,0 +1,15 @@
+"""The share of what a prompt of the demo domain asks for that holds, 0 to 1: what `shapes` demands in full."""
+
+from __future__ import annotations
+
+import torch
+
+from . import shapes
+
+WEIGHTS, PACKAGES = shapes.WEIGHTS, shapes.PACKAGES
+check, default_prompts = shapes.check, shapes.default_prompts
+
+
+def load(device: torch.device, path: str | None = None) -> shapes.ShapesScorer:
+    """The scorer, which runs on the CPU."""
+    return shapes.ShapesScorer("partial")
