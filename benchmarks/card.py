@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from tmpo_trainer.backbones import DEMO_MODEL
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.demo import domain, split
 from tmpo_trainer.evaluation import held_out
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", default="40,000", help="as the build had it, for the text")
     parser.add_argument("--grid", type=Path, help="also save a picture grid here")
     args = parser.parse_args(arguments)
-    backbone = SD3Backbone.load(args.folder, torch.float32, torch.device("cpu"), 0)
+    backbone = SD3Backbone.load(args.folder, LoadOptions(torch.float32, torch.device("cpu"), 0))
     features = EfficientNetLite(torch.device("cpu"))
     rng = np.random.default_rng(args.seed)
     rows, pictures, labels = [], [], []
