@@ -99,7 +99,8 @@ def _backbone(model: str, folder: Path) -> type[Backbone]:
             if pipeline in declared:
                 return declared[pipeline]
     known = [kind for name in discovery.names("backbones") for kind in discovery.load("backbones", name).PIPELINES]
-    raise ConfigError(f"model {model} is a {pipeline}: this version trains {' and '.join(known)} models")
+    *others, last = known
+    raise ConfigError(f"model {model} is a {pipeline}: this version trains {', '.join(others)} and {last} models")
 
 
 def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> Backbone:

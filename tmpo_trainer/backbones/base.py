@@ -94,12 +94,12 @@ class Backbone(ABC):
     @classmethod
     def load(cls, folder: Path, options: LoadOptions) -> Backbone:
         """Loads a pipeline folder and freezes all of it."""
-        left_out = {name: None for name in cls.optional_parts if not (folder / name).is_dir()}
+        left_out = cls._absent(folder)
         features: dict[str, Conditioning] = {}
         if options.prompts is not None and cls.frees_text_encoders(folder):
             # Guidance may want the empty prompt.
             features = cls._features([*options.prompts, ""], folder, options)
-            left_out |= {name: None for name in cls._text_parts() if (folder / name).is_dir()}
+            left_out |= dict.fromkeys(cls._text_parts())
         network = cls.load_transformer(folder, options)
         pipeline: Any = cls.pipeline_class.from_pretrained(
             folder, dtype=options.dtype, local_files_only=True, transformer=network, **left_out
@@ -118,6 +118,11 @@ class Backbone(ABC):
         for prompt, kept in features.items():
             backbone.keep(prompt, kept)
         return backbone
+
+    @classmethod
+    def _absent(cls, folder: Path) -> dict[str, None]:
+        """The optional parts that a folder lacks. diffusers refuses the folder if it is not told."""
+        return {name: None for name in cls.optional_parts if not (folder / name).is_dir()}
 
     @classmethod
     def load_transformer(cls, folder: Path, options: LoadOptions) -> Any:
@@ -259,7 +264,12 @@ class Backbone(ABC):
         def encode(chosen: list[str]) -> list[Conditioning]:
             if not loaded:
                 pipeline: Any = cls.pipeline_class.from_pretrained(
-                    folder, dtype=options.dtype, local_files_only=True, transformer=None, vae=None
+                    folder,
+                    dtype=options.dtype,
+                    local_files_only=True,
+                    transformer=None,
+                    vae=None,
+                    **cls._absent(folder),
                 )
                 loaded.append(pipeline.to(options.device))
             return cls.encode_prompts(loaded[0], chosen, options.device, options.max_sequence_length)
@@ -337,7 +347,7 @@ class Backbone(ABC):
     # Decoding
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Latents `[N, ...]` as the VAE takes them."""
+        """Latents `[N, ...]` as the VAE takes them, in its precision."""
         return latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
 
     def vae_pixels(self, unscaled: Tensor) -> Tensor:
