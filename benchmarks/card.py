@@ -48,7 +48,7 @@ together by rectified flow ({steps} steps of 64), seed 0, averaged weights, on 2
 All prompts of the domain were in its training data; "held out" below means held out from reward training. A rebuild does not
 give the same bits (bfloat16 kernels). The rule for channels without signal and the second learning-rate cycle came into the
 script after the autoencoder of these files had been trained, and were applied to it by the same arithmetic. The build was
-resumed twice, and each time the tokenizer gave the article "a" another id (since mended); the last one is here.
+resumed twice, and each time the tokenizer gave the article "a" another id (fixed since); the last one is here.
 
 ## Accuracy
 

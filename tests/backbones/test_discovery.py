@@ -72,10 +72,10 @@ class DummyBackbone(Backbone):
         def velocity(x, sigma):
             times = rows_per_prompt(len(x), len(prompts))
             return self.transformer(
-                hidden_states=x.squeeze(2),
+                hidden_states=x.squeeze(2).to(self.transformer.dtype),
                 timestep=1000 * sigma,
                 encoder_hidden_states=tree.tile(states * mask[..., None], times),
-                pooled_projections=x.new_zeros(len(x), self.transformer.config.pooled_projection_dim),
+                pooled_projections=states.new_zeros(len(x), self.transformer.config.pooled_projection_dim),
                 return_dict=False,
             )[0].unsqueeze(2)
 

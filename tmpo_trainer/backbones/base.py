@@ -121,7 +121,7 @@ class Backbone(ABC):
 
     @classmethod
     def _absent(cls, folder: Path) -> dict[str, None]:
-        """The optional parts that a folder lacks. diffusers refuses the folder if it is not told."""
+        """The optional parts that a folder lacks; diffusers refuses the folder unless each is given as None."""
         return {name: None for name in cls.optional_parts if not (folder / name).is_dir()}
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor
 #: backbone's own file interprets.
 Conditioning = dict[str, Tensor]
 
-#: How the names of those parts of a pipeline begin that are needed for text alone.
+#: The names of the parts of a pipeline that are needed only for text begin with these.
 TEXT_PARTS = ("text_encoder", "tokenizer")
 
 

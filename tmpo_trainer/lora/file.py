@@ -104,7 +104,9 @@ def checks(lora: LoraFile) -> dict[str, bool]:
         "all numbers are finite": finite,
         "it differs from zero": any(bool(up.any()) and bool(down.any()) for down, up in pairs),
         "alpha is folded in: diffusers and ComfyUI apply it at the same strength": lora.scale == 1,
-        "module names are diffusers' (transformer....)": all(name.startswith("transformer.") for name in lora.layers),
+        "module names are diffusers' own, transformer.<path>": all(
+            name.startswith("transformer.") for name in lora.layers
+        ),
     }
 
 
