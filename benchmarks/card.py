@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from tmpo_trainer.backbones import DEMO_MODEL
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.demo import domain, split
 from tmpo_trainer.evaluation import held_out
@@ -48,7 +49,7 @@ together by rectified flow ({steps} steps of 64), seed 0, averaged weights, on 2
 All prompts of the domain were in its training data; "held out" below means held out from reward training. A rebuild does not
 give the same bits (bfloat16 kernels). The rule for channels without signal and the second learning-rate cycle came into the
 script after the autoencoder of these files had been trained, and were applied to it by the same arithmetic. The build was
-resumed twice, and each time the tokenizer gave the article "a" another id (since mended); the last one is here.
+resumed twice, and each time the tokenizer gave the article "a" another id (fixed since); the last one is here.
 
 ## Accuracy
 
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", default="40,000", help="as the build had it, for the text")
     parser.add_argument("--grid", type=Path, help="also save a picture grid here")
     args = parser.parse_args(arguments)
-    backbone = SD3Backbone.load(args.folder, torch.float32, torch.device("cpu"), 0)
+    backbone = SD3Backbone.load(args.folder, LoadOptions(torch.float32, torch.device("cpu"), 0))
     features = EfficientNetLite(torch.device("cpu"))
     rng = np.random.default_rng(args.seed)
     rows, pictures, labels = [], [], []

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tmpo_trainer.backbones import load_backbone
-from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.demo import build
 from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.training.loop import Trainer
@@ -240,7 +240,7 @@ def load(tiny_model: Path) -> Callable[..., Backbone]:
     """A fresh backbone of the tiny model."""
 
     def load(max_sequence_length: int = 0) -> Backbone:
-        return load_backbone(str(tiny_model), torch.float32, torch.device("cpu"), max_sequence_length)
+        return load_backbone(str(tiny_model), LoadOptions(torch.float32, torch.device("cpu"), max_sequence_length))
 
     return load
 
@@ -258,7 +258,7 @@ def load_stock(tiny_model: Path) -> Callable[[], StableDiffusion3Pipeline]:
 
 
 def load_folder(folder: Path, config: TrainConfig) -> Backbone:
-    return load_backbone(str(folder), torch.float32, torch.device("cpu"), config.max_sequence_length)
+    return load_backbone(str(folder), LoadOptions(torch.float32, torch.device("cpu"), config.max_sequence_length))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tmpo_trainer.backbones import load_backbone, load_skeleton
-from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.commands import main
 
 
@@ -141,12 +141,16 @@ def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tin
 @pytest.mark.parametrize("targets", ["paper", "attention", "text", "all-linear"])
 def test_a_skeleton_has_the_geometry_of_its_model(model: Path, tmp_path: Path, targets: Any) -> None:
     skeleton = load_skeleton(str(model), torch.float32, 12)
-    backbone = load_backbone(str(model), torch.float32, torch.device("cpu"), 12, ["a red circle"], tmp_path)
+    options = LoadOptions(torch.float32, torch.device("cpu"), 12, prompts=["a red circle"], text_cache=tmp_path)
+    backbone = load_backbone(str(model), options)
     assert skeleton.device.type == "meta"
     assert skeleton.latent_shape(32, 64) == backbone.latent_shape(32, 64)
     assert torch.equal(skeleton.sigmas(6, 32, 64), backbone.sigmas(6, 32, 64))
     assert skeleton.architecture == backbone.architecture
-    assert skeleton.text_tokens(model, 12) == backbone.encode(["a red circle"]).tokens.shape[1]
+    blank, (real,) = skeleton.blank_conditioning(model), backbone.encode(["a red circle"])
+    assert {name: (value.shape, value.dtype) for name, value in blank.items()} == {
+        name: (value.shape, value.dtype) for name, value in real.items()
+    }
     # The layers that get a LoRA are those that peft finds.
     backbone.transformer.add_adapter(backbone.adapter(targets, 4, 8))
     found = {

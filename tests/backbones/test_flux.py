@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone
-from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
 from tmpo_trainer.settings.config import LoraTargets
 from tmpo_trainer.training.loop import Trainer
@@ -31,7 +32,7 @@ def folder(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path]) ->
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Backbone:
-    return load_backbone(str(folder), torch.float32, torch.device("cpu"), TOKENS)
+    return load_backbone(str(folder), LoadOptions(torch.float32, torch.device("cpu"), TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -138,52 +139,15 @@ def test_an_update_trains_and_replays_exactly(folder: Path, make_trainer: Callab
     assert any((value - before[name]).abs().max() > 0 for name, value in trainer.lora.items())
 
 
-# -- text features on disk -------------------------------------------------------------------------------------------
-
-
-def cached(folder: Path, cache: Path, prompts: list[str], tokens: int = TOKENS) -> Backbone:
-    return load_backbone(str(folder), torch.float32, torch.device("cpu"), tokens, prompts, cache)
-
-
-def test_features_are_computed_once_for_all_runs_and_the_encoders_go(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = load_backbone(str(folder), torch.float32, torch.device("cpu"), TOKENS)
-    expected = whole.encode(PROMPTS)
-    first = cached(folder, tmp_path, PROMPTS)
-    assert first.pipeline.text_encoder is None and first.pipeline.text_encoder_2 is None
-    # The prompts and the empty one.
-    assert len(list(tmp_path.glob("*.safetensors"))) == len(PROMPTS) + 1
-    monkeypatch.setattr(FluxBackbone, "_encode", lambda *arguments: pytest.fail("encoded again"))
-    second = cached(folder, tmp_path, PROMPTS[::-1])
-    for backbone in (first, second):
-        got = backbone.encode(PROMPTS)
-        torch.testing.assert_close(got.tokens, expected.tokens, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(got.pooled, expected.pooled, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="prompt 'another' was not encoded when the model was loaded"):
-        second.encode(["another"])
-
-
-def test_features_of_other_settings_and_damaged_files_are_made_anew(folder: Path, tmp_path: Path) -> None:
-    cached(folder, tmp_path, PROMPTS)
-    files = set(tmp_path.glob("*.safetensors"))
-    cached(folder, tmp_path, PROMPTS, tokens=TOKENS // 2)
-    assert len(set(tmp_path.glob("*.safetensors")) - files) == len(files)
-    for file in files:
-        file.write_bytes(file.read_bytes()[:50])
-    again = cached(folder, tmp_path, PROMPTS).encode(PROMPTS)
-    expected = load_backbone(str(folder), torch.float32, torch.device("cpu"), TOKENS).encode(PROMPTS)
-    torch.testing.assert_close(again.tokens, expected.tokens, atol=1e-6, rtol=1e-5)
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_run_from_cached_features_is_the_same_run(
-    folder: Path, tmp_path: Path, make_trainer: Callable[..., Trainer]
-) -> None:
-    plain = make_trainer(folder=folder, max_sequence_length=TOKENS, guidance=3.5, prompts=PROMPTS)
-    from_disk = Trainer(
-        plain.config, tmp_path, cached(folder, tmp_path / "text", PROMPTS), plain.scorers, plain.prompts
-    )
-    expected, got = plain.update(), from_disk.update()
-    for name in ("reward/red", "lgmd", "loss", "grad_norm"):
-        assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+def test_names_of_newer_comfyui_become_the_original_ones(tmp_path: Path) -> None:
+    """End to end in tests/comfy, with ComfyUI's own file of FLUX."""
+    file = tmp_path / "flux.safetensors"
+    names = ["double_blocks.0.img_attn.norm.query_norm", "single_blocks.0.norm.key_norm"]
+    written = {f"{name}.weight": torch.full((2,), float(i)) for i, name in enumerate(names)}
+    save_file({**written, "final_layer.linear.weight": torch.ones(2, 2)}, file)
+    found = FluxBackbone.single_file(file)
+    assert isinstance(found, dict)
+    assert found.keys() == {f"{names[0]}.scale", f"{names[1]}.scale", "final_layer.linear.weight"}
+    assert found[f"{names[1]}.scale"].tolist() == [1, 1]
+    save_file({f"{name}.scale": torch.ones(2) for name in names}, file)
+    assert FluxBackbone.single_file(file) == str(file)

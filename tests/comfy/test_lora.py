@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DMod
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmpo_trainer.backbones.base import Backbone
+from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.lora.export import export_lora
@@ -154,7 +154,8 @@ def compare(comfy_sd: Any, backbone: Backbone, plain: dict[str, Tensor], ours: A
     written = {key: value.contiguous() for key, value in patcher.model.diffusion_model.state_dict().items()}
     save_file(written, single)
     backbone.transformer.save_config(folder / "transformer")
-    read = backbone._transformer(folder, torch.float32, single, None).state_dict()
+    options = LoadOptions(torch.float32, torch.device("cpu"), 0, transformer=single)
+    read = backbone.load_transformer(folder, options).state_dict()
     assert read.keys() == plain.keys() and all(torch.equal(read[key], plain[key]) for key in read)
     single.unlink()
     file = load_file(folder / "pytorch_lora_weights.safetensors")

@@ -11,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 
 from tmpo_trainer.backbones import DEMO_MODEL
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.demo import domain, split
 from tmpo_trainer.evaluation import held_out, statistics
@@ -24,7 +25,7 @@ HELDOUT = read_prompts(split.FOLDER / "heldout.txt").texts
 
 @pytest.fixture(scope="module")
 def backbone() -> SD3Backbone:
-    return SD3Backbone.load(DEMO_MODEL, torch.float32, torch.device("cpu"), 0)
+    return SD3Backbone.load(DEMO_MODEL, LoadOptions(torch.float32, torch.device("cpu"), 0))
 
 
 def measure(backbone: SD3Backbone, prompts: list[str], images: int = 6) -> held_out.Evaluation:

@@ -12,6 +12,7 @@ import torch
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone, load_skeleton
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.rewards.shapes import ShapesScorer
 from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.training import memory
@@ -45,12 +46,13 @@ def test_an_update_takes_what_was_estimated(model: Path, tmp_path: Path, quantiz
     tokens, device = config.max_sequence_length, torch.device("cuda")
     skeleton = load_skeleton(str(model), torch.bfloat16, tokens)
     plan = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
-    phases = memory.estimate(skeleton, config, [plan], skeleton.text_tokens(model, tokens), 0)
-    backbone = load_backbone(str(model), torch.bfloat16, device, tokens, [PROMPT], tmp_path, nf4=quantize == "nf4")
+    phases = memory.estimate(skeleton, model, config, [plan])
+    options = LoadOptions(torch.bfloat16, device, tokens, prompts=[PROMPT], text_cache=tmp_path, nf4=quantize == "nf4")
+    backbone = load_backbone(str(model), options)
     trainer = Trainer(config, tmp_path, backbone, [ShapesScorer()], [PROMPT])
     trainer.update()
     torch.cuda.reset_peak_memory_stats()
     assert trainer.update()["replay_ratio_error"] < 0.05
-    during = [parts for title, parts in phases.items() if not title.startswith("sample")]
+    during = [parts for title, parts in phases.items() if not title.startswith(("text", "sample"))]
     most = max(sum(parts.values()) for parts in during)
     assert torch.cuda.max_memory_allocated() == pytest.approx(most, rel=0.1)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.commands import main
 from tmpo_trainer.evaluation import held_out
 from tmpo_trainer.lora import adapter as lora
@@ -140,7 +141,7 @@ BREAKS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, str]]] 
         lambda state: None,
         {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'},
     ),
-    "module names are those of": (
+    "module names are diffusers'": (
         lambda state: [state.update({k.replace("transformer", "unet"): state.pop(k)}) for k in list(state)],
         {},
     ),
@@ -175,18 +176,12 @@ def test_the_change_of_a_module_is_measured() -> None:
     assert lora_file.delta_norm(down, up) == pytest.approx((up @ down).norm().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("module", "metadata", "family"),
-    [
-        ("transformer.single_transformer_blocks.0.attn.to_q", {}, "flux"),
-        ("transformer.transformer_blocks.0.attn.to_q", {}, "sd3"),
-        ("transformer.transformer_blocks.0.attn.to_q", {"modelspec.architecture": "flux-1-dev/lora"}, "flux"),
-        ("unet.down_blocks.0.attentions.0.to_q", {}, "unknown"),
-    ],
-)
-def test_the_family_is_told_from_names_and_metadata(module: str, metadata: dict[str, str], family: str) -> None:
-    state = {f"{module}.lora_A.weight": torch.ones(1, 2), f"{module}.lora_B.weight": torch.ones(2, 1)}
-    assert lora_file.split(state, metadata).family == family
+def test_the_architecture_is_the_metadatas(tmp_path: Path) -> None:
+    state = {"transformer.a.lora_A.weight": torch.ones(1, 2), "transformer.a.lora_B.weight": torch.ones(2, 1)}
+    for metadata, told in (({}, "not stated"), ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev/lora")):
+        save_file(state, tmp_path / "lora.safetensors", metadata)
+        text, sound = lora_file.describe(tmp_path / "lora.safetensors")
+        assert f"architecture    {told}\n" in text and sound
 
 
 # attach
@@ -200,7 +195,8 @@ def test_beside_bfloat16_layers_it_computes_in_bfloat16(
     folder = tiny_flux(True) if kind == "flux" else tiny_sd35
     gradients, peaks, starts = [], [], []
     for ours in (True, False):
-        backbone = load_backbone(str(folder), torch.bfloat16, torch.device("cpu"), 12, ["a red circle"], tmp_path)
+        options = LoadOptions(torch.bfloat16, torch.device("cpu"), 12, prompts=["a red circle"], text_cache=tmp_path)
+        backbone = load_backbone(str(folder), options)
         config = backbone.adapter("paper", 4, 8)
         torch.manual_seed(0)
         if ours:
@@ -220,7 +216,7 @@ def test_beside_bfloat16_layers_it_computes_in_bfloat16(
         def work(network: Any = network, x: Tensor = x) -> None:
             network(x, torch.full((6,), 0.5)).float().square().mean().backward()
 
-        peaks.append(memory._peak(backbone.transformer, work, gradient=True))
+        peaks.append(memory.peak_bytes(backbone.transformer, work, gradient=True))
         assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in parameters.values())
         gradients.append({name: p.grad for name, p in parameters.items()})
     # peft's random lora_A is kept.

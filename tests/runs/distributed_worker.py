@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.lora import export
 from tmpo_trainer.processes import whole
 from tmpo_trainer.settings.config import TrainConfig
@@ -65,7 +66,7 @@ def run(
     torch.manual_seed(0)
     own = GARDO if method == "gardo" else {}
     config = TrainConfig(**{**SETTINGS, **own}, prompts_per_update=prompts, method=method)
-    backbone = load_backbone(model, torch.float32, torch.device("cpu"), 0)
+    backbone = load_backbone(model, LoadOptions(torch.float32, torch.device("cpu"), 0))
     trainer = Trainer(
         config,
         folder,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.demo import build
 from tmpo_trainer.methods.base import evaluations
@@ -512,7 +513,7 @@ def test_overhead_of_an_update(red_scorer: Any, tmp_path: Path) -> None:
     encoders = [build.make_text_encoder(tokenizer) for _ in range(2)]
     model = build.TextToVelocity(encoders, build.make_transformer())
     build.assemble(build.make_vae(), tokenizer, model).save_pretrained(tmp_path / "model")
-    backbone = load_backbone(str(tmp_path / "model"), torch.float32, torch.device("cpu"), 0)
+    backbone = load_backbone(str(tmp_path / "model"), LoadOptions(torch.float32, torch.device("cpu"), 0))
     config = TrainConfig(**presets.preset("demo"))
     trainer = Trainer(config, tmp_path, backbone, [red_scorer], ["a red circle", "two blue squares"])
     seconds = [trainer.update()["seconds"] for _ in range(3)]

@@ -31,7 +31,7 @@ def settings(**changes: Any) -> TrainConfig:
 def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
     skeleton = load_skeleton(str(folder), torch.float32, TOKENS)
     skeleton.split_guidance = config.split_guidance
-    return memory.estimate(skeleton, config, [PLAN], skeleton.text_tokens(folder, TOKENS), 0)
+    return memory.estimate(skeleton, folder, config, [PLAN])
 
 
 def part(phases: dict[str, dict[str, int]], phase: str, name: str) -> int:
@@ -60,11 +60,11 @@ def test_fake_tensors_count_what_real_ones_take(
     def replay() -> None:
         network(x + 0, sigma + 0).sum().backward()
 
-    real = memory._peak(backbone.transformer, replay, gradient=True)
+    real = memory.peak_bytes(backbone.transformer, replay, gradient=True)
     assert part(phases, "replay, 6", "forward and backward") == pytest.approx(real, rel=0.02)
     latents = torch.randn(5, *trainer.latent_shape)
     vae = backbone.pipeline.vae
-    real = memory._peak(vae, lambda: vae.decode(latents + 0), gradient=False)
+    real = memory.peak_bytes(vae, lambda: vae.decode(latents + 0), gradient=False)
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights
@@ -89,7 +89,7 @@ def test_a_whole_update_takes_what_the_phases_say(
         peak.ignore_tensors([*moments, *trainer.ema.values()])
         trainer.update()
     known = ("transformer", "VAE", "LoRA, optimiser, average")
-    during = [parts for title, parts in phases.items() if not title.startswith(("sample", "optimiser"))]
+    during = [parts for title, parts in phases.items() if not title.startswith(("text", "sample", "optimiser"))]
     most = max(sum(size for name, size in parts.items() if name not in known) for parts in during)
     # Pictures are on the host with a GPU; here they are counted, whole and in parts.
     pictures = 27 * config.prompts_per_batch * 64 * 64 * 3

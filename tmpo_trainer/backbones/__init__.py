@@ -1,27 +1,32 @@
-"""What differs between image models: text encoding, velocity, sigmas, decoding, LoRA targets."""
+"""What differs between image models: text encoding, velocity, sigmas, decoding, LoRA targets.
+
+Every file here is a backbone, but for those in `SHARED`. It declares which pipelines it trains, as the `_class_name` of
+their model_index.json has it, and with which class: `PIPELINES = {"FluxPipeline": FluxBackbone}`. Nothing else has to
+be changed for a new one, see `settings.discovery`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..settings import discovery
 from ..settings.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from .base import Backbone
+    from .base import Backbone, LoadOptions
 
 #: Files that are no backbones, see `settings.discovery`.
 SHARED = ("base", "check", "text")
-#: The pipelines that can be trained.
-PIPELINES = ("StableDiffusion3Pipeline", "FluxPipeline")
-#: What a pipeline needs of a hub repository; single-file checkpoints at the top are as large again.
+#: What a pipeline needs of a hub repository. Single-file checkpoints at the top level would double the download.
 HUB_FILES = ("model_index.json", "*/*")
-#: What tells everything but the weights.
+#: The same without the weights.
 HUB_CONFIGS = ("model_index.json", "*/*.json")
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
@@ -52,12 +57,7 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
         raise ConfigError(
             f"model {model} {what}: give `demo`, a local diffusers pipeline folder or a hub id owner/name"
         )
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{index} names no _class_name: not a diffusers pipeline folder") from None
-    if name not in PIPELINES:
-        raise ConfigError(f"model {model} is a {name}: this version trains {' and '.join(PIPELINES)} models")
+    _backbone(model, folder)
     return folder
 
 
@@ -84,12 +84,23 @@ def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
         ) from None
 
 
-def _kind(folder: Path) -> type[Backbone]:
-    from .flux import FluxBackbone
-    from .sd3 import SD3Backbone
-
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    return FluxBackbone if name == "FluxPipeline" else SD3Backbone
+def _backbone(model: str, folder: Path) -> type[Backbone]:
+    """The class that trains a pipeline folder. Raises ConfigError if there is none."""
+    index = folder / "model_index.json"
+    try:
+        pipeline: str = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{index} names no _class_name: not a diffusers pipeline folder") from None
+    for name in discovery.names("backbones"):
+        spec = importlib.util.find_spec(f"{__name__}.{name.replace('-', '_')}")
+        # A file that never mentions the pipeline does not train it and is not imported.
+        if spec is not None and spec.origin and pipeline in Path(spec.origin).read_text(encoding="utf-8"):
+            declared: dict[str, type[Backbone]] = discovery.load("backbones", name).PIPELINES
+            if pipeline in declared:
+                return declared[pipeline]
+    known = [kind for name in discovery.names("backbones") for kind in discovery.load("backbones", name).PIPELINES]
+    *others, last = known
+    raise ConfigError(f"model {model} is a {pipeline}: this version trains {', '.join(others)} and {last} models")
 
 
 def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> Backbone:
@@ -97,33 +108,22 @@ def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> B
     from . import check
 
     folder = find_model(model, weights=False)
-    return check.skeleton(model, folder, _kind(folder), dtype, max_sequence_length)
+    return check.skeleton(model, folder, _backbone(model, folder), dtype, max_sequence_length)
 
 
-def load_backbone(
-    model: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_sequence_length: int,
-    prompts: Sequence[str] | None = None,
-    text_cache: Path | None = None,
-    transformer: Path | None = None,
-    nf4: bool = False,
-    sharded: bool = False,
-) -> Backbone:
-    """Loads a pipeline folder; see `Backbone.load`. Raises ConfigError for anything that is none."""
+def load_backbone(model: str, options: LoadOptions) -> Backbone:
+    """Loads a model, after the checks that need no weights. Raises ConfigError for one that cannot be loaded."""
     from safetensors import SafetensorError
 
     from . import check
 
-    skeleton = load_skeleton(model, dtype, max_sequence_length)
-    if transformer is not None:
-        check.check_transformer(transformer, skeleton, nf4)
-    folder = find_model(model, transformer=transformer is None)
-    check.check_weights(model, folder, () if transformer is None else ("transformer",))
+    skeleton = load_skeleton(model, options.dtype, options.max_sequence_length)
+    own_transformer = options.transformer is None
+    if options.transformer is not None:
+        check.check_transformer(options.transformer, skeleton, options.nf4)
+    folder = find_model(model, transformer=own_transformer)
+    check.check_weights(model, folder, () if own_transformer else ("transformer",))
     try:
-        return _kind(folder).load(
-            folder, dtype, device, max_sequence_length, prompts, text_cache, transformer, nf4, sharded
-        )
+        return type(skeleton).load(folder, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,12 @@ import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import tree
 from ..settings.config import LoraTargets
-from .text import Features, TextCache, default_folder, features_of
+from ..settings.errors import ConfigError
+from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, features_of
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -31,165 +30,188 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_TEXT_FEED_FORWARD)
 TEXT_STREAM = (*_TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
 
 
-#: The parts of a pipeline that are needed for text alone.
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
 
-
-@dataclass
-class Encoded:
-    """Text features of prompts: tokens `[P, S, D]`, pooled `[P, C]`."""
-
-    tokens: Tensor
-    pooled: Tensor
-
-
-def single_file(file: Path) -> str | dict[str, Tensor]:
-    """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
-
-    Newer ComfyUI (0.33) calls FLUX's norms of queries and keys `weight`, also in what it saves; they were `scale`.
+    Attributes:
+        dtype: precision of the frozen weights. max_sequence_length: text tokens, as in the pipeline's call.
+        prompts: all that the model will be asked for. With them, a model that frees its text encoders encodes them
+            first, or finds them in `text_cache`, and the encoders are not kept.
+        text_cache: where text features are kept between runs; by default `text.default_folder()`.
+        transformer: a single safetensors file, in ComfyUI's or the original names, in place of the folder's.
+        nf4: quantise the transformer's linear layers to four bits while it is loaded.
+        sharded: leave the transformer in the computer's memory; FSDP2 puts each device's share there.
     """
-    if file.suffix != ".safetensors":
-        return str(file)
-    with safe_open(file, "pt") as opened:
-        if not any(name.endswith("query_norm.weight") for name in opened.keys()):  # noqa: SIM118
-            return str(file)
-    return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", k): v for k, v in load_file(file).items()}
+
+    dtype: torch.dtype
+    device: torch.device
+    max_sequence_length: int
+    prompts: Sequence[str] | None = None
+    text_cache: Path | None = None
+    transformer: Path | None = None
+    nf4: bool = False
+    sharded: bool = False
 
 
 class Backbone(ABC):
     """A frozen pipeline; a LoRA, if any, lives in its transformer.
 
-    Latents are scaled and not packed, `[N, C, H / 8, W / 8]`, whatever the transformer takes.
+    A subclass says what its model's text features, latents and network calls look like; nothing outside its file does.
+    Latents are scaled, and have one shape per resolution, see `latent_shape`, whatever the transformer takes.
 
     Args:
         pipeline: the loaded pipeline.
-        max_sequence_length: T5 tokens (or the zero tokens that stand for them), as in the pipeline's call.
+        max_sequence_length: text tokens, as in the pipeline's call.
     """
 
+    #: What the model is called in messages.
+    family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     transformer_class: ClassVar[type[ModelMixin]]
-    #: The folder of the T5 encoder.
-    t5: ClassVar[str]
+    vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
+    scheduler_class: ClassVar[Any] = FlowMatchEulerDiscreteScheduler
     #: Parts that a pipeline folder may lack.
     optional_parts: ClassVar[tuple[str, ...]] = ()
     #: The endings of the names of the modules that get a LoRA, for each setting of `lora_targets`.
     lora_targets: ClassVar[dict[LoraTargets, tuple[str, ...]]]
-    #: calculate_shift's last default, which differs between diffusers' pipelines.
-    default_max_shift: ClassVar[float]
     #: Channels of the transformer's input per channel of the latent: FLUX takes patches of 2x2.
-    patch_channels: ClassVar[int]
+    patch_channels: ClassVar[int] = 1
+    #: Scaling factors of other families' VAEs of the same shape: a wrong one gives grey or garish pictures, no error.
+    other_scaling_factors: ClassVar[dict[str, float]] = {}
 
     def __init__(self, pipeline: Any, max_sequence_length: int):
         self.pipeline = pipeline
         self.max_sequence_length = max_sequence_length
         self.transformer = pipeline.transformer
+        self.vae = pipeline.vae
         #: Classifier-free guidance in two network calls instead of one of twice the batch.
         self.split_guidance = False
-        self._encoded: dict[str, tuple[Tensor, Tensor]] = {}
+        self._encoded: dict[str, Conditioning] = {}
+
+    # Loading
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_sequence_length: int,
-        prompts: Sequence[str] | None = None,
-        text_cache: Path | None = None,
-        transformer: Path | None = None,
-        nf4: bool = False,
-        sharded: bool = False,
-    ) -> Backbone:
-        """Loads a pipeline folder and freezes all of it.
-
-        Args:
-            prompts: all that will be asked for. With them, a model with T5 (which is as large as many a transformer)
-                encodes them first, or finds them in `text_cache`, and the encoders are not kept.
-            transformer: a single safetensors file, in ComfyUI's or the original names, in place of the folder's.
-            nf4: quantise the transformer's linear layers to four bits while it is loaded.
-            sharded: leave the transformer in the computer's memory; FSDP2 puts each device's share there.
-        """
-        absent = [name for name in cls.optional_parts if not (folder / name).is_dir()]
-        features: dict[str, Features] = {}
-        left_out = dict.fromkeys(absent)
-        if prompts is not None and cls.t5 not in absent:
-            encoders = [name for name in TEXT_PARTS if (folder / name).is_dir()]
-            settings = [cls.pipeline_class.__name__, str(dtype), max_sequence_length]
-            cache = TextCache(text_cache or default_folder(), folder, settings)
+    def load(cls, folder: Path, options: LoadOptions) -> Backbone:
+        """Loads a pipeline folder and freezes all of it."""
+        left_out = cls._absent(folder)
+        features: dict[str, Conditioning] = {}
+        if options.prompts is not None and cls.frees_text_encoders(folder):
             # Guidance may want the empty prompt.
-            features = cls._features([*prompts, ""], cache, folder, dtype, device, max_sequence_length)
-            left_out |= dict.fromkeys(encoders)
-        network = cls._transformer(folder, dtype, transformer, device if nf4 else None)
+            features = cls._features([*options.prompts, ""], folder, options)
+            left_out |= dict.fromkeys(cls._text_parts())
+        network = cls.load_transformer(folder, options)
         pipeline: Any = cls.pipeline_class.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, transformer=network, **left_out
+            folder, dtype=options.dtype, local_files_only=True, transformer=network, **left_out
         )
         for name, part in pipeline.components.items():
-            if isinstance(part, torch.nn.Module) and not (sharded and name == "transformer"):
-                part.to(device)
-        if device.type == "cpu":
+            if isinstance(part, torch.nn.Module) and not (options.sharded and name == "transformer"):
+                part.to(options.device)
+        if options.device.type == "cpu":
             # Convolutions on a CPU are about 1.4 times faster in this layout.
             pipeline.vae.to(memory_format=torch.channels_last)
         for part in pipeline.components.values():
             if isinstance(part, torch.nn.Module):
                 part.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
-        backbone = cls(pipeline, max_sequence_length)
-        for prompt, (tokens, pooled) in features.items():
-            backbone.keep(prompt, tokens, pooled)
+        backbone = cls(pipeline, options.max_sequence_length)
+        for prompt, kept in features.items():
+            backbone.keep(prompt, kept)
         return backbone
 
     @classmethod
-    def _transformer(cls, folder: Path, dtype: torch.dtype, file: Path | None, nf4: torch.device | None) -> Any:
-        """The transformer on the CPU; with `nf4` in four bits, on that device."""
+    def _absent(cls, folder: Path) -> dict[str, None]:
+        """The optional parts that a folder lacks; diffusers refuses the folder unless each is given as None."""
+        return {name: None for name in cls.optional_parts if not (folder / name).is_dir()}
+
+    @classmethod
+    def load_transformer(cls, folder: Path, options: LoadOptions) -> Any:
+        """The transformer, on the CPU; with `nf4` in four bits, on the device."""
         kind: Any = cls.transformer_class
-        how: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
-        if nf4 is not None:
-            how["device_map"] = {"": nf4}
+        how: dict[str, Any] = {"torch_dtype": options.dtype, "local_files_only": True}
+        if options.nf4:
+            how["device_map"] = {"": options.device}
             how["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_compute_dtype=options.dtype,
                 bnb_4bit_use_double_quant=True,
             )
+        file = options.transformer
         if file is None:
             return kind.from_pretrained(folder, subfolder="transformer", **how)
         try:
-            return kind.from_single_file(single_file(file), config=str(folder), subfolder="transformer", **how)
+            return kind.from_single_file(cls.single_file(file), config=str(folder), subfolder="transformer", **how)
         except (LookupError, RuntimeError) as error:
-            # What diffusers' conversion does with names that it does not find, and with what stays empty for want of them.
+            # diffusers' conversion raises these for names that it does not find, or weights that stay empty without them.
             raise ValueError(
                 f"--transformer {file} is not this model's {kind.__name__} in ComfyUI's or the original names ({error})"
             ) from None
+
+    @staticmethod
+    def single_file(file: Path) -> str | dict[str, Tensor]:
+        """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first."""
+        return str(file)
 
     @classmethod
     def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:
         """A backbone from a folder's configs alone, on the meta device: no weights, no text encoders.
 
-        Its geometry, names and sizes are the model's: what can be checked and counted before anything is loaded.
+        Its geometry, names and sizes are the model's, so that they can be checked and counted before anything is loaded.
         """
 
         def build(kind: Any, name: str) -> Any:
             with torch.device("meta"):
                 return kind.from_config(kind.load_config(folder, subfolder=name, local_files_only=True)).to(dtype)
 
-        needed = inspect.signature(cls.pipeline_class).parameters
-        parts: dict[str, Any] = {name: None for name in TEXT_PARTS if name in needed}
+        parts: dict[str, Any] = dict.fromkeys(cls._text_parts())
         parts["transformer"] = build(cls.transformer_class, "transformer").requires_grad_(False)
-        parts["vae"] = build(AutoencoderKL, "vae").requires_grad_(False)
-        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(
-            folder, subfolder="scheduler", local_files_only=True
-        )
+        parts["vae"] = build(cls.vae_class, "vae").requires_grad_(False)
+        parts["scheduler"] = cls.scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         return cls(cls.pipeline_class(**parts), max_sequence_length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    # Checks of the skeleton, see check.py
+
+    def check_vae(self, model: str) -> None:
+        """Whether the VAE is the transformer's. Raises ConfigError that begins with the model's name."""
+        config = self.vae.config
+        channels = self.transformer.config.in_channels // self.patch_channels
+        if config.latent_channels != channels:
+            raise ConfigError(
+                f"model {model}: its VAE makes {config.latent_channels} channels, its transformer takes {channels}: the "
+                "VAE is of another model; take both from the same one"
+            )
+        if config.scaling_factor is None or config.shift_factor is None:
+            raise ConfigError(
+                f"model {model}: vae/config.json lacks scaling_factor or shift_factor: take it from the model"
+            )
+        for other, factor in self.other_scaling_factors.items():
+            if abs(config.scaling_factor - factor) < 1e-3:
+                raise ConfigError(
+                    f"model {model}: its VAE has scaling_factor {config.scaling_factor}, that of {other}, but the "
+                    f"transformer is {self.family}'s: take the VAE of the same model"
+                )
+
+    def check_single_file(self, where: str, names: Sequence[str]) -> None:  # noqa: B027
+        """Whether a single-file transformer is this model's, by its tensors' names. Raises ConfigError, after `where`."""
+
+    # The LoRA
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """The name that modelspec metadata gives this kind of model."""
 
     def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
         """The LoRA of a run, as peft's config."""
-        modules = list(self.lora_targets[targets])
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
-            target_modules=modules,
-            # The model's own last layer has the name of one in FLUX's single blocks. A regex is matched as a whole.
-            exclude_modules="proj_out" if "proj_out" in modules else None,
+            target_modules=list(self.lora_targets[targets]),
             init_lora_weights="gaussian",
         )
 
@@ -202,93 +224,118 @@ class Backbone(ABC):
             if isinstance(module, torch.nn.Linear) and name.endswith(endings)
         }
 
+    # Text
+
     @classmethod
-    def _features(
-        cls,
-        prompts: Sequence[str],
-        cache: TextCache,
-        folder: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        max_sequence_length: int,
-    ) -> dict[str, Features]:
+    def _text_parts(cls) -> list[str]:
+        """The names of the pipeline's text encoders and tokenizers."""
+        return [name for name in inspect.signature(cls.pipeline_class).parameters if name.startswith(TEXT_PARTS)]
+
+    @classmethod
+    def frees_text_encoders(cls, folder: Path) -> bool:
+        """Whether all prompts are encoded before the transformer is loaded, and the text encoders freed."""
+        return True
+
+    @classmethod
+    def text_encoder_bytes(cls, folder: Path, dtype: torch.dtype) -> int:
+        """Bytes of a pipeline folder's text encoders, from their configs."""
+        import transformers
+
+        index = json.loads((folder / "model_index.json").read_text())
+        total = 0
+        for name in cls._text_parts():
+            config = folder / name / "config.json"
+            if name.startswith("text_encoder") and config.is_file():
+                kind = getattr(transformers, (index.get(name) or [None, None])[1] or "", None)
+                if kind is None:
+                    continue
+                with torch.device("meta"):
+                    model = kind(kind.config_class.from_pretrained(config.parent, local_files_only=True))
+                total += sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        return total
+
+    @classmethod
+    def _features(cls, prompts: Sequence[str], folder: Path, options: LoadOptions) -> dict[str, Conditioning]:
         """Text features from the cache; the encoders are loaded for those that are missing, if any, and freed."""
+        settings = [cls.pipeline_class.__name__, str(options.dtype), options.max_sequence_length]
+        cache = TextCache(options.text_cache or default_folder(), folder, settings)
         loaded: list[Any] = []
 
-        def encode(chosen: list[str]) -> tuple[Tensor, Tensor]:
+        def encode(chosen: list[str]) -> list[Conditioning]:
             if not loaded:
                 pipeline: Any = cls.pipeline_class.from_pretrained(
-                    folder, dtype=dtype, local_files_only=True, transformer=None, vae=None
+                    folder,
+                    dtype=options.dtype,
+                    local_files_only=True,
+                    transformer=None,
+                    vae=None,
+                    **cls._absent(folder),
                 )
-                loaded.append(pipeline.to(device))
-            return cls._encode(loaded[0], chosen, device, max_sequence_length)
+                loaded.append(pipeline.to(options.device))
+            return cls.encode_prompts(loaded[0], chosen, options.device, options.max_sequence_length)
 
         found = features_of(prompts, cache, encode)
         loaded.clear()
-        if device.type == "cuda":
+        if options.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
 
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.device
-
-    @property
-    @abstractmethod
-    def architecture(self) -> str:
-        """The name that modelspec metadata gives this kind of model."""
-
     @staticmethod
     @abstractmethod
-    def _encode(
+    def encode_prompts(
         pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens `[P, S, D]` and pooled `[P, C]` of prompts, by the pipeline."""
+    ) -> list[Conditioning]:
+        """The features of each prompt, by the pipeline's text encoders."""
 
-    @classmethod
     @abstractmethod
-    def text_tokens(cls, folder: Path, max_sequence_length: int) -> int:
-        """How many tokens the transformer gets for a prompt."""
+    def blank_conditioning(self, folder: Path) -> Conditioning:
+        """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
 
-    def keep(self, prompt: str, tokens: Tensor, pooled: Tensor) -> None:
-        """Gives the features of a prompt, tokens `[S, D]` and pooled `[C]`, instead of having them encoded."""
-        self._encoded[prompt] = (tokens, pooled)
+    def keep(self, prompt: str, features: Conditioning) -> None:
+        """Gives the features of a prompt, instead of having them encoded."""
+        self._encoded[prompt] = features
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Encoded:
-        """Text features, computed once per prompt and kept. Raises ValueError if the encoders are gone."""
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """The features of each prompt, computed once and kept. Raises ValueError if the encoders are gone."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
         if missing:
-            if self.pipeline.text_encoder is None:
+            parts = self.pipeline.components.items()
+            if all(part is None for name, part in parts if name.startswith(TEXT_PARTS)):
                 raise ValueError(f"prompt {missing[0]!r} was not encoded when the model was loaded")
-            tokens, pooled = self._encode(self.pipeline, missing, self.device, self.max_sequence_length)
-            for i, prompt in enumerate(missing):
-                self.keep(prompt, tokens[i], pooled[i])
-        pairs = [self._encoded[prompt] for prompt in prompts]
-        tokens, pooled = (torch.stack(halves).to(self.device) for halves in zip(*pairs, strict=True))
-        return Encoded(tokens, pooled)
+            made = self.encode_prompts(self.pipeline, missing, self.device, self.max_sequence_length)
+            for prompt, features in zip(missing, made, strict=True):
+                self.keep(prompt, features)
+        found = [self._encoded[prompt] for prompt in prompts]
+        return [{name: value.to(self.device) for name, value in features.items()} for features in found]
+
+    # Sampling
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of a picture's latent. Raises ValueError for a size that does not fit."""
 
     @abstractmethod
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler."""
 
-    def _sigmas(self, num_steps: int, height: int, width: int, start: np.ndarray | None) -> Tensor:
-        """The scheduler's sigmas, from `start` or its own, shifted by the number of tokens if it wants that."""
+    def shifted_sigmas(self, num_steps: int, tokens: int, max_shift: float, start: np.ndarray | None = None) -> Tensor:
+        """The scheduler's sigmas, shifted by the number of image tokens if its config asks for that.
+
+        Args:
+            max_shift: `calculate_shift`'s last argument if the config has none; it differs between pipelines.
+            start: the sigmas before the shift; by default the scheduler's own.
+        """
         config = self.pipeline.scheduler.config
         scheduler = self.pipeline.scheduler.from_config(config)
         arguments: dict[str, Any] = {}
         if config.get("use_dynamic_shifting"):
-            _, rows, columns = self.latent_shape(height, width)
             arguments["mu"] = calculate_shift(
-                (rows // 2) * (columns // 2),
+                tokens,
                 config.get("base_image_seq_len", 256),
                 config.get("max_image_seq_len", 4096),
                 config.get("base_shift", 0.5),
-                config.get("max_shift", self.default_max_shift),
+                config.get("max_shift", max_shift),
             )
         scheduler.set_timesteps(num_steps, sigmas=start, **arguments)
         return scheduler.sigmas.float().cpu()
@@ -297,14 +344,22 @@ class Backbone(ABC):
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)]."""
 
+    # Decoding
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Latents `[N, ...]` as the VAE takes them, in its precision."""
+        return latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+
+    def vae_pixels(self, unscaled: Tensor) -> Tensor:
+        """What the VAE makes of `unscale`'s result: RGB from -1 to 1, `[N, 3, H, W]`."""
+        return self.vae.decode(unscaled, return_dict=False)[0]
+
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int) -> np.ndarray:
-        """Scaled latents `[N, C, h, w]` -> uint8 RGB `[N, H, W, 3]`, rounded as diffusers does."""
-        vae = self.pipeline.vae
+        """Latents `[N, ...]` -> uint8 RGB `[N, H, W, 3]`, rounded as diffusers does; `batch` at a time."""
         images = []
         for part in latents.split(batch):
-            z = part.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-            pixels = vae.decode(z, return_dict=False)[0].float()
+            pixels = self.vae_pixels(self.unscale(part)).float()
             images.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(images).numpy()
 

@@ -1,4 +1,4 @@
-"""Refusals that need a pipeline folder's configs and file headers alone: seconds, where loading takes minutes."""
+"""Checks that need only a pipeline folder's configs and file headers: they take seconds, loading takes minutes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from safetensors import SafetensorError, safe_open
 from ..settings.errors import ConfigError
 from .base import Backbone
 
-#: VAE scaling factors tell apart VAEs of the same shape: a wrong one gives grey or garish pictures, not an error.
-SCALING = {"SD3": 1.5305, "FLUX": 0.3611}
-
 
 def _class_name(entry: Any) -> str | None:
-    """Of a part in model_index.json: [library, class], or [null, null] for none."""
+    """The class of a part in model_index.json, which has [library, class], or [null, null] for none."""
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype, max_sequence_length: int) -> Backbone:
-    """The model's skeleton, after everything that its configs can tell against it.
+    """The model's skeleton, after every check that its configs allow.
 
     Args:
         model: as the user named it, for messages.
@@ -31,13 +28,12 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
         ConfigError: a part is missing, of another kind, or does not fit the others.
     """
     index: dict[str, Any] = json.loads((folder / "model_index.json").read_text())
-    expected = {"transformer": kind.transformer_class.__name__, "vae": "AutoencoderKL"}
-    expected["scheduler"] = "FlowMatchEulerDiscreteScheduler"
+    expected = {"transformer": kind.transformer_class, "vae": kind.vae_class, "scheduler": kind.scheduler_class}
     for name, wanted in expected.items():
         found = _class_name(index.get(name))
-        if found != wanted:
+        if found != wanted.__name__:
             raise ConfigError(
-                f"model {model} names {found} as its {name}: {kind.pipeline_class.__name__} needs {wanted}"
+                f"model {model} names {found} as its {name}: {kind.pipeline_class.__name__} needs {wanted.__name__}"
             )
     for name, value in index.items():
         if _class_name(value) is None or (folder / name).is_dir():
@@ -46,32 +42,11 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
             raise ConfigError(f"model {model} has no folder {name}/, which its model_index.json names: copy it there")
     try:
         built = kind.skeleton(folder, dtype, max_sequence_length)
-        kind.text_tokens(folder, max_sequence_length)
+        built.blank_conditioning(folder)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
-    _check_vae(model, built)
+    built.check_vae(model)
     return built
-
-
-def _check_vae(model: str, built: Backbone) -> None:
-    config = built.pipeline.vae.config
-    channels = built.transformer.config.in_channels // built.patch_channels
-    if config.latent_channels != channels:
-        raise ConfigError(
-            f"model {model}: its VAE makes {config.latent_channels} channels, its transformer takes {channels}: the VAE "
-            "is of another model; take both from the same one"
-        )
-    if config.scaling_factor is None or config.shift_factor is None:
-        raise ConfigError(
-            f"model {model}: vae/config.json lacks scaling_factor or shift_factor: take it from the model"
-        )
-    family = "FLUX" if built.pipeline_class.__name__ == "FluxPipeline" else "SD3"
-    for other, factor in SCALING.items():
-        if other != family and abs(config.scaling_factor - factor) < 1e-3:
-            raise ConfigError(
-                f"model {model}: its VAE has scaling_factor {config.scaling_factor}, that of {other}, but the "
-                f"transformer is {family}'s: take the VAE of the same model"
-            )
 
 
 def check_weights(model: str, folder: Path, without: tuple[str, ...] = ()) -> None:
@@ -117,7 +92,7 @@ def check_transformer(file: Path, skeleton: Backbone, nf4: bool) -> None:
         # diffusers quantises a single file only if it is quantised already.
         kind = type(skeleton.transformer).__name__
         raise ConfigError(
-            f"{where} cannot be quantised as it is read: once save {kind}.from_single_file(...).save_pretrained(DIR) with "
+            f"{where} cannot be quantised as it is read: save {kind}.from_single_file(...).save_pretrained(DIR) once with "
             "diffusers, put DIR in the place of the model's transformer/, and leave out --transformer"
         )
     with safe_open(file, "pt") as opened:
@@ -126,10 +101,4 @@ def check_transformer(file: Path, skeleton: Backbone, nf4: bool) -> None:
         raise ConfigError(
             f"{where} has scaled 8-bit weights, which would be read without their scales: take the bf16 file"
         )
-    config = skeleton.transformer.config
-    guided = any("guidance_in." in name or "guidance_embedder." in name for name in names)
-    if "guidance_embeds" in config and guided != config.guidance_embeds:
-        kind = {True: "FLUX.1-dev", False: "FLUX.1-schnell"}
-        raise ConfigError(
-            f"{where} is of {kind[guided]}, the model of {kind[not guided]}: give the model that it belongs to"
-        )
+    skeleton.check_single_file(where, names)

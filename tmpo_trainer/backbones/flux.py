@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,17 +10,26 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import tree
+from ..settings.config import LoraTargets
+from ..settings.errors import ConfigError
 from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
+from .text import Conditioning, stack
 
 
 class FluxBackbone(Backbone):
+    """Latents are not packed: `[16, H / 8, W / 8]`. The text features are T5's tokens `[S, D]` and CLIP's pooled `[C]`."""
+
+    family = "FLUX"
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
     patch_channels = 4
-    t5 = "text_encoder_2"
+    other_scaling_factors: ClassVar = {"SD3": 1.5305}
     #: q, k, v of the single-stream blocks have the names of those of the joint blocks.
     lora_targets: ClassVar = {
         "paper": (*ATTENTION, *FEED_FORWARD),
@@ -27,7 +37,6 @@ class FluxBackbone(Backbone):
         "text": TEXT_STREAM,
         "all-linear": (*ATTENTION, *FEED_FORWARD, "proj_mlp", "proj_out"),
     }
-    default_max_shift = 1.15
 
     @property
     def architecture(self) -> str:
@@ -35,18 +44,52 @@ class FluxBackbone(Backbone):
         return "flux-1-dev" if self.transformer.config.guidance_embeds else "flux-1-schnell"
 
     @staticmethod
-    def _encode(
+    def single_file(file: Path) -> str | dict[str, Tensor]:
+        """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
+
+        Newer ComfyUI (0.33) calls the norms of queries and keys `weight`, also in what it saves; they were `scale`.
+        """
+        if file.suffix != ".safetensors":
+            return str(file)
+        with safe_open(file, "pt") as opened:
+            if not any(name.endswith("query_norm.weight") for name in opened.keys()):  # noqa: SIM118
+                return str(file)
+        return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", k): v for k, v in load_file(file).items()}
+
+    def check_single_file(self, where: str, names: Sequence[str]) -> None:
+        """FLUX.1-dev has weights for guidance, FLUX.1-schnell has none. Raises ConfigError if model and file differ."""
+        guided = any("guidance_in." in name or "guidance_embedder." in name for name in names)
+        if guided != self.transformer.config.guidance_embeds:
+            kind = {True: "FLUX.1-dev", False: "FLUX.1-schnell"}
+            raise ConfigError(
+                f"{where} is of {kind[guided]}, the model of {kind[not guided]}: give the model that it belongs to"
+            )
+
+    def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
+        """The LoRA of a run, as peft's config."""
+        config = super().adapter(targets, rank, alpha)
+        if "proj_out" in self.lora_targets[targets]:
+            # The model's own last layer has the name of one in the single blocks. A regex is matched as a whole.
+            config.exclude_modules = "proj_out"
+        return config
+
+    @staticmethod
+    def encode_prompts(
         pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Conditioning]:
+        """The features of each prompt, by the pipeline's text encoders."""
         tokens, pooled, _ = pipeline.encode_prompt(
             prompt=prompts, prompt_2=prompts, device=device, max_sequence_length=max_sequence_length
         )
-        return tokens, pooled
+        return [{"tokens": tokens[i], "pooled": pooled[i]} for i in range(len(prompts))]
 
-    @classmethod
-    def text_tokens(cls, folder: Path, max_sequence_length: int) -> int:
-        """How many tokens the transformer gets for a prompt: those of T5."""
-        return max_sequence_length
+    def blank_conditioning(self, folder: Path) -> Conditioning:
+        """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
+        config, dtype = self.transformer.config, self.transformer.dtype
+        return {
+            "tokens": torch.empty(self.max_sequence_length, config.joint_attention_dim, dtype=dtype),
+            "pooled": torch.empty(config.pooled_projection_dim, dtype=dtype),
+        }
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
@@ -57,16 +100,18 @@ class FluxBackbone(Backbone):
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler (FLUX.1-dev: shifted by the picture's size)."""
-        return self._sigmas(num_steps, height, width, np.linspace(1.0, 1 / num_steps, num_steps))
+        _, rows, columns = self.latent_shape(height, width)
+        start = np.linspace(1.0, 1 / num_steps, num_steps)
+        return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.15, start)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)].
 
         `guidance` is an input of the network (distilled); FLUX.1-schnell has none.
         """
-        text = self.encode(prompts)
+        text = stack(self.encode(prompts))
         dtype = self.transformer.dtype
-        text_ids = torch.zeros(text.tokens.shape[1], 3, device=self.device, dtype=dtype)
+        text_ids = torch.zeros(text["tokens"].shape[1], 3, device=self.device, dtype=dtype)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             times = rows_per_prompt(len(x), len(prompts))
@@ -77,8 +122,8 @@ class FluxBackbone(Backbone):
                 # FLUX takes 0..1 and multiplies by 1000 itself.
                 timestep=sigma,
                 guidance=scale if self.transformer.config.guidance_embeds else None,
-                encoder_hidden_states=tree.tile(text.tokens, times),
-                pooled_projections=tree.tile(text.pooled, times),
+                encoder_hidden_states=tree.tile(text["tokens"], times),
+                pooled_projections=tree.tile(text["pooled"], times),
                 txt_ids=text_ids,
                 img_ids=image_ids(rows, columns).to(self.device, dtype),
                 return_dict=False,
@@ -104,3 +149,6 @@ def image_ids(rows: int, columns: int) -> Tensor:
     """Positions of the patches, `[rows columns, 3]`: 0, row, column."""
     grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(grid[0]), *grid], -1).flatten(0, 1).float()
+
+
+PIPELINES = {"FluxPipeline": FluxBackbone}

@@ -13,16 +13,20 @@ from torch import Tensor
 
 from .. import tree
 from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
+from .text import Conditioning, stack
 
 #: Of the first blocks of SD3.5-Medium.
 SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 
 
 class SD3Backbone(Backbone):
+    """Latents are `[16, H / 8, W / 8]`. The text features are tokens `[S, D]` and pooled `[C]`, the latter CLIP's alone."""
+
+    family = "SD3"
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
-    patch_channels = 1
-    t5 = "text_encoder_3"
+    other_scaling_factors: ClassVar = {"FLUX": 0.3611}
+    #: T5.
     optional_parts = ("text_encoder_3", "tokenizer_3")
     #: SD3 has joint blocks only: there is nothing more that is linear.
     lora_targets: ClassVar = {
@@ -31,7 +35,6 @@ class SD3Backbone(Backbone):
         "text": TEXT_STREAM,
         "all-linear": (*ATTENTION, *SECOND_ATTENTION, *FEED_FORWARD),
     }
-    default_max_shift = 1.16
 
     @property
     def architecture(self) -> str:
@@ -43,10 +46,16 @@ class SD3Backbone(Backbone):
             "stable-diffusion-v3.5-large" if self.transformer.config.num_layers == 38 else "stable-diffusion-v3-medium"
         )
 
+    @classmethod
+    def frees_text_encoders(cls, folder: Path) -> bool:
+        """With T5, which can be as large as the transformer itself; CLIP is small and stays."""
+        return (folder / "text_encoder_3").is_dir()
+
     @staticmethod
-    def _encode(
+    def encode_prompts(
         pipeline: Any, prompts: list[str], device: torch.device, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[Conditioning]:
+        """The features of each prompt, by the pipeline's text encoders."""
         tokens, _, pooled, _ = pipeline.encode_prompt(
             prompt=prompts,
             prompt_2=prompts,
@@ -55,13 +64,18 @@ class SD3Backbone(Backbone):
             max_sequence_length=max_sequence_length,
             device=device,
         )
-        return tokens, pooled
+        return [{"tokens": tokens[i], "pooled": pooled[i]} for i in range(len(prompts))]
 
-    @classmethod
-    def text_tokens(cls, folder: Path, max_sequence_length: int) -> int:
-        """How many tokens the transformer gets for a prompt: those of CLIP, then those of T5 (or zeros)."""
+    def blank_conditioning(self, folder: Path) -> Conditioning:
+        """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
+        config, dtype = self.transformer.config, self.transformer.dtype
         settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
-        return settings["model_max_length"] + max_sequence_length
+        # CLIP's tokens, then T5's, or zeros in their place.
+        tokens = settings["model_max_length"] + self.max_sequence_length
+        return {
+            "tokens": torch.empty(tokens, config.joint_attention_dim, dtype=dtype),
+            "pooled": torch.empty(config.pooled_projection_dim, dtype=dtype),
+        }
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
@@ -78,7 +92,8 @@ class SD3Backbone(Backbone):
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler (SD3: shift 3)."""
-        return self._sigmas(num_steps, height, width, None)
+        _, rows, columns = self.latent_shape(height, width)
+        return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.16)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)].
@@ -86,36 +101,34 @@ class SD3Backbone(Backbone):
         Guidance above 1 evaluates the empty prompt too, with its own pooled vector: in the same call, or in another
         with `split_guidance`.
         """
-        text = self.encode(prompts)
-        empty = self.encode([""]) if guidance > 1 else None
+        text = stack(self.encode(prompts))
+        empty = stack(self.encode([""])) if guidance > 1 else None
         dtype = self.transformer.dtype
 
-        def network(x: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+        def network(x: Tensor, sigma: Tensor, rows: Conditioning) -> Tensor:
             return self.transformer(
                 hidden_states=x.to(dtype),
                 # SD3 takes 0..1000, not 0..1.
                 timestep=1000 * sigma,
-                encoder_hidden_states=tokens,
-                pooled_projections=pooled,
+                encoder_hidden_states=rows["tokens"],
+                pooled_projections=rows["pooled"],
                 return_dict=False,
             )[0]
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             times = rows_per_prompt(len(x), len(prompts))
-            tokens, pooled = tree.tile(text.tokens, times), tree.tile(text.pooled, times)
+            rows = {name: tree.tile(value, times) for name, value in text.items()}
             if empty is None:
-                return network(x, sigma, tokens, pooled)
-            no_tokens, no_pooled = empty.tokens.expand_as(tokens), empty.pooled.expand_as(pooled)
+                return network(x, sigma, rows)
+            none = {name: empty[name].expand_as(value) for name, value in rows.items()}
             if self.split_guidance:
-                without, with_text = network(x, sigma, no_tokens, no_pooled), network(x, sigma, tokens, pooled)
+                without, with_text = network(x, sigma, none), network(x, sigma, rows)
             else:
-                both = network(
-                    torch.cat([x, x]),
-                    torch.cat([sigma, sigma]),
-                    torch.cat([no_tokens, tokens]),
-                    torch.cat([no_pooled, pooled]),
-                )
-                without, with_text = both.chunk(2)
+                both = {name: torch.cat([none[name], value]) for name, value in rows.items()}
+                without, with_text = network(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
             return without + guidance * (with_text - without)
 
         return velocity
+
+
+PIPELINES = {"StableDiffusion3Pipeline": SD3Backbone}

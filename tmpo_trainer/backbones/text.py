@@ -13,8 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-#: Tokens `[S, D]` and pooled `[C]` of one prompt.
-Features = tuple[Tensor, Tensor]
+#: Everything that a transformer gets of one prompt: tensors without a batch dimension, under names that only the
+#: backbone's own file interprets.
+Conditioning = dict[str, Tensor]
+
+#: The names of the parts of a pipeline that are needed only for text begin with these.
+TEXT_PARTS = ("text_encoder", "tokenizer")
+
+
+def stack(features: Sequence[Conditioning]) -> Conditioning:
+    """The features of several prompts as one batch, for backbones whose prompts all have the same shapes."""
+    return {name: torch.stack([one[name] for one in features]) for name in features[0]}
 
 
 def default_folder() -> Path:
@@ -26,14 +35,14 @@ class TextCache:
     """One safetensors file per prompt, named by a hash of model, prompt and settings.
 
     Args:
-        folder: where the files are; made when needed.
+        folder: where the files are; it is made when needed.
         model: the pipeline's folder. Its text encoders and tokenizers count by names, sizes and times of their files.
         settings: whatever else the features depend on, e.g. precision and length.
     """
 
     def __init__(self, folder: Path, model: Path, settings: Sequence[str | int]):
         self.folder = folder
-        parts = sorted(path for pattern in ("text_encoder*", "tokenizer*") for path in model.glob(f"{pattern}/*"))
+        parts = sorted(path for start in TEXT_PARTS for path in model.glob(f"{start}*/*"))
         files = [(str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts]
         self._key = json.dumps([files, *settings])
 
@@ -41,20 +50,19 @@ class TextCache:
         digest = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
         return self.folder / f"{digest}.safetensors"
 
-    def get(self, prompt: str) -> Features | None:
-        """The features of a prompt, or None if they are not there (or the file is damaged: then they are made anew)."""
+    def get(self, prompt: str) -> Conditioning | None:
+        """The features of a prompt; None if there is no file, or a damaged one, which is then written again."""
         try:
-            stored = load_file(self.path(prompt))
-            return stored["tokens"], stored["pooled"]
-        except (OSError, SafetensorError, KeyError):
+            return load_file(self.path(prompt))
+        except (OSError, SafetensorError):
             return None
 
-    def put(self, prompt: str, features: Features) -> None:
+    def put(self, prompt: str, features: Conditioning) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(prompt)
         # Several processes may write the same file.
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"tokens": features[0].contiguous(), "pooled": features[1].contiguous()}, temporary)
+        save_file({name: value.contiguous() for name, value in features.items()}, temporary)
         temporary.replace(path)
 
 
@@ -62,15 +70,15 @@ class TextCache:
 def features_of(
     prompts: Sequence[str],
     cache: TextCache,
-    encode: Callable[[list[str]], tuple[Tensor, Tensor]],
+    encode: Callable[[list[str]], list[Conditioning]],
     batch: int = 8,
-) -> dict[str, Features]:
-    """The features of all prompts, on the CPU: those on disk are read, the others encoded and written.
+) -> dict[str, Conditioning]:
+    """The features of all prompts, on the CPU: those on disk are read, the others are encoded and written.
 
     Args:
-        encode: prompts -> tokens `[P, S, D]` and pooled `[P, C]`; not called if all are on disk.
+        encode: the features of each of some prompts. It is not called if all are on disk.
     """
-    found: dict[str, Features] = {}
+    found: dict[str, Conditioning] = {}
     missing = []
     for prompt in dict.fromkeys(prompts):
         features = cache.get(prompt)
@@ -80,8 +88,7 @@ def features_of(
             found[prompt] = features
     for first in range(0, len(missing), batch):
         chosen = missing[first : first + batch]
-        tokens, pooled = encode(chosen)
-        for i, prompt in enumerate(chosen):
-            found[prompt] = (tokens[i].cpu(), pooled[i].cpu())
+        for prompt, features in zip(chosen, encode(chosen), strict=True):
+            found[prompt] = {name: value.cpu() for name, value in features.items()}
             cache.put(prompt, found[prompt])
     return found

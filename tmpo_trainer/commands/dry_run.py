@@ -44,15 +44,8 @@ def dry_run(config: TrainConfig) -> int:
         f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all, "
         f"{total:,} network evaluations (forward and backward pass count one each)"
     )
-    tokens = skeleton.text_tokens(folder, config.max_sequence_length)
-    # Only models with T5 encode all prompts first.
-    alone = (folder / skeleton.t5).is_dir()
-    text = memory.text_encoder_bytes(folder, skeleton.transformer.dtype)
-    phases = memory.estimate(skeleton, config, method, plans, tokens, text if alone else 0)
-    kept = {} if alone else {"text encoders": text}
     print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
-    for phase, parts in phases.items():
-        parts = kept | parts
+    for phase, parts in memory.estimate(skeleton, folder, config, method, plans).items():
         listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
         print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
     if not is_hub_id(config.model):

@@ -12,7 +12,7 @@ import transformers
 
 from .. import methods
 from ..backbones import is_hub_id, load_backbone, load_skeleton
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, LoadOptions
 from ..backbones.check import check_transformer
 from ..evaluation import held_out
 from ..evaluation.features import Features, check_features, load_features
@@ -191,17 +191,17 @@ def evaluation_protocol(
 def load_model(
     config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
 ) -> Backbone:
-    """The model of a run; `prompts` are all that it will be asked for, see `Backbone.load`."""
-    backbone = load_backbone(
-        config.model,
+    """The model of a run; `prompts` are all that it will be asked for, see `LoadOptions`."""
+    options = LoadOptions(
         _dtype(config, device),
         device,
         config.max_sequence_length,
-        prompts,
-        config.text_cache,
-        config.transformer,
-        config.quantize == "nf4",
-        sharded,
+        prompts=prompts,
+        text_cache=config.text_cache,
+        transformer=config.transformer,
+        nf4=config.quantize == "nf4",
+        sharded=sharded,
     )
+    backbone = load_backbone(config.model, options)
     backbone.split_guidance = config.split_guidance
     return backbone

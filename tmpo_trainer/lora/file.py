@@ -1,4 +1,4 @@
-"""LoRA files: what is in one, what it was trained on, whether it is sound. Needs torch and safetensors alone."""
+"""LoRA files: what is in one, what it was trained on, whether it is sound. It needs torch and safetensors alone."""
 
 from __future__ import annotations
 
@@ -45,17 +45,6 @@ class LoraFile:
             return alpha / rank if alpha and rank else 1.0
         except (ValueError, AttributeError, TypeError):
             return 1.0
-
-    @property
-    def family(self) -> str:
-        """The model family that the module names belong to: `flux`, `sd3` or `unknown`."""
-        names = list(self.layers)
-        if any("single_transformer_blocks." in name or "single_blocks" in name for name in names):
-            return "flux"
-        if not any("transformer_blocks." in name and (".attn." in name or ".ff" in name) for name in names):
-            return "unknown"
-        # A FLUX LoRA of joint blocks alone looks the same; only its metadata tells.
-        return "flux" if self.metadata.get("modelspec.architecture", "").startswith("flux") else "sd3"
 
 
 def split(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraFile:
@@ -115,7 +104,9 @@ def checks(lora: LoraFile) -> dict[str, bool]:
         "all numbers are finite": finite,
         "it differs from zero": any(bool(up.any()) and bool(down.any()) for down, up in pairs),
         "alpha is folded in: diffusers and ComfyUI apply it at the same strength": lora.scale == 1,
-        "module names are those of FLUX or Stable Diffusion 3": lora.family != "unknown",
+        "module names are diffusers' own, transformer.<path>": all(
+            name.startswith("transformer.") for name in lora.layers
+        ),
     }
 
 
@@ -128,7 +119,7 @@ def describe(path: Path) -> tuple[str, bool]:
     rows = [("trained", "by tmpo_trainer" if trained else "not by tmpo_trainer (no tmpo.* metadata)")]
     rows += [(key.replace("_", " "), value) for key, value in sorted(trained.items())]
     rows += [
-        ("architecture", lora.metadata.get("modelspec.architecture", f"not stated; module names say {lora.family}")),
+        ("architecture", lora.metadata.get("modelspec.architecture", "not stated")),
         ("rank", " ".join(map(str, lora.ranks))),
         ("modules", f"{len(lora.layers)}, {numbers / 1e6:.2f} M numbers, {' '.join(dtypes)}"),
     ]

@@ -7,7 +7,7 @@ allocator's unused share of its blocks.
 
 from __future__ import annotations
 
-import json
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import tree
-from ..backbones.base import TEXT_PARTS, Backbone
+from ..backbones.base import Backbone
 from ..lora.adapter import attach
 from ..methods.base import Method
 from ..settings.config import TrainConfig
@@ -96,31 +96,8 @@ def weight_bytes(module: torch.nn.Module, nf4: bool = False) -> int:
     return total
 
 
-def text_encoder_bytes(folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of a pipeline folder's text encoders, from their configs."""
-    import transformers
-
-    index = json.loads((folder / "model_index.json").read_text())
-    total = 0
-    for name in TEXT_PARTS:
-        config = folder / name / "config.json"
-        if name.startswith("text_encoder") and config.is_file():
-            kind = getattr(transformers, (index.get(name) or [None, None])[1] or "", None)
-            if kind is None:
-                continue
-            with torch.device("meta"):
-                model = kind(kind.config_class.from_pretrained(config.parent, local_files_only=True))
-            total += sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    return total
-
-
 def estimate(
-    skeleton: Backbone,
-    config: TrainConfig,
-    method: Method,
-    plans: Sequence[tree.TreePlan],
-    tokens: int,
-    text_bytes: int,
+    skeleton: Backbone, folder: Path, config: TrainConfig, method: Method, plans: Sequence[tree.TreePlan]
 ) -> dict[str, dict[str, int]]:
     """Bytes on one device, `{phase: {part: bytes}}`; a phase needs the sum of its parts.
 
@@ -128,10 +105,10 @@ def estimate(
 
     Args:
         skeleton: from `Backbone.skeleton`; it gets the run's adapter and is of no use afterwards.
-        method: of the run. plans: of one prompt, all that the run may meet. tokens: of text, see `Backbone.text_tokens`.
-        text_bytes: of the text encoders, see `text_encoder_bytes`; 0 if none is ever loaded.
+        folder: the model's. method: of the run. plans: of one prompt, all that the run may meet.
     """
-    transformer, vae = skeleton.transformer, skeleton.pipeline.vae
+    transformer, vae = skeleton.transformer, skeleton.vae
+    text = {"text encoders": skeleton.text_encoder_bytes(folder, transformer.dtype)}
     weights = weight_bytes(transformer, config.quantize == "nf4")
     decoder = weight_bytes(vae)
     with torch.device("meta"):
@@ -141,7 +118,7 @@ def estimate(
     lora = sum(p.numel() * p.element_size() for p in transformer.parameters() if p.requires_grad)
     together = min(config.prompts_per_batch, config.prompts_per_update)
     shape = skeleton.latent_shape(*config.resolution)
-    latent = 4 * shape[0] * shape[1] * shape[2]
+    latent = 4 * math.prod(shape)
 
     stored = max(map(method.keeps, plans)) * config.prompts_per_update * latent
     width = max(max(plan.widths) for plan in plans) * together
@@ -152,10 +129,12 @@ def estimate(
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)
         fake(vae)
-        velocity = _network(skeleton, config.guidance, together, tokens)
-        forward = _peak(transformer, lambda: velocity(rollout, shape), gradient=False)
-        backward = _peak(transformer, lambda: velocity(replay, shape).sum().backward(), gradient=True)
-        decoding = _peak(vae, lambda: vae.decode(torch.empty(decode, *shape, dtype=vae.dtype)), gradient=False)
+        velocity = _network(skeleton, folder, config.guidance, together)
+        forward = peak_bytes(transformer, lambda: velocity(rollout, shape), gradient=False)
+        backward = peak_bytes(transformer, lambda: velocity(replay, shape).sum().backward(), gradient=True)
+        unscaled = skeleton.unscale(torch.empty(decode, *shape))
+        # The VAE's input counts too: it is made while pictures are decoded.
+        decoding = peak_bytes(vae, lambda: skeleton.vae_pixels(unscaled.clone()), gradient=False)
     resident = {
         "transformer": weights,
         "VAE": decoder,
@@ -171,10 +150,12 @@ def estimate(
         # The trained weights are kept aside while the averaged ones draw.
         "sample grids, evaluation": resident | {"LoRA kept aside": lora, "forward or decoder": max(forward, decoding)},
     }
-    return ({"text encoding": {"text encoders": text_bytes}} if text_bytes else {}) | phases
+    if skeleton.frees_text_encoders(folder):
+        return {"text encoding": text} | phases
+    return {phase: text | parts for phase, parts in phases.items()}
 
 
-def _peak(module: torch.nn.Module, work: Callable[[], object], gradient: bool) -> int:
+def peak_bytes(module: torch.nn.Module, work: Callable[[], object], gradient: bool) -> int:
     """Bytes beyond a module's weights, and their gradients, while something runs."""
     if gradient:
         for parameter in module.parameters():
@@ -188,16 +169,11 @@ def _peak(module: torch.nn.Module, work: Callable[[], object], gradient: bool) -
 
 
 def _network(
-    skeleton: Backbone, guidance: float, prompts: int, tokens: int
-) -> Callable[[int, tuple[int, int, int]], torch.Tensor]:
+    skeleton: Backbone, folder: Path, guidance: float, prompts: int
+) -> Callable[[int, tuple[int, ...]], torch.Tensor]:
     """The backbone's own velocity on made-up text: (rows, shape of a latent) -> network output."""
-    settings, dtype = skeleton.transformer.config, skeleton.transformer.dtype
     names = [str(i) for i in range(prompts)]
     for name in [*names, ""]:
-        skeleton.keep(
-            name,
-            torch.empty(tokens, settings.joint_attention_dim, dtype=dtype),
-            torch.empty(settings.pooled_projection_dim, dtype=dtype),
-        )
+        skeleton.keep(name, skeleton.blank_conditioning(folder))
     network = skeleton.velocity(names, guidance)
     return lambda rows, shape: network(torch.empty(rows, *shape), torch.full((rows,), 0.5))

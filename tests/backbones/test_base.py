@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tmpo_trainer.backbones import load_backbone
-from tmpo_trainer.backbones.base import Backbone, single_file
+from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.lora import export
 from tmpo_trainer.settings.errors import ConfigError
 
@@ -29,7 +29,7 @@ def velocity(backbone: Backbone, guidance: float = 3.5) -> Tensor:
 
 
 def load(folder: Path, **options: Any) -> Backbone:
-    return load_backbone(str(folder), torch.float32, CPU, TOKENS, **options)
+    return load_backbone(str(folder), LoadOptions(torch.float32, CPU, TOKENS, **options))
 
 
 # A single file
@@ -134,20 +134,6 @@ def test_a_single_file_that_would_load_wrongly_is_refused(
     with pytest.raises(ConfigError, match=r"--transformer .*other\.safetensors") as caught:
         load(tiny_flux(True), transformer=file, **options)
     assert blame in str(caught.value)
-
-
-def test_names_of_newer_comfyui_become_the_original_ones(tmp_path: Path) -> None:
-    """End to end in tests/comfy, with ComfyUI's own file of FLUX."""
-    file = tmp_path / "flux.safetensors"
-    names = ["double_blocks.0.img_attn.norm.query_norm", "single_blocks.0.norm.key_norm"]
-    written = {f"{name}.weight": torch.full((2,), float(i)) for i, name in enumerate(names)}
-    save_file({**written, "final_layer.linear.weight": torch.ones(2, 2)}, file)
-    found = single_file(file)
-    assert isinstance(found, dict)
-    assert found.keys() == {f"{names[0]}.scale", f"{names[1]}.scale", "final_layer.linear.weight"}
-    assert found[f"{names[1]}.scale"].tolist() == [1, 1]
-    save_file({f"{name}.scale": torch.ones(2) for name in names}, file)
-    assert single_file(file) == str(file)
 
 
 @pytest.mark.parametrize("lacking", ["joint_blocks.1.x_block.attn.ln_q.weight", "joint_blocks.2."])
