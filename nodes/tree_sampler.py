@@ -105,7 +105,7 @@ class TreeSampler(comfy.samplers.Sampler):
         ]
         raw, roots = torch.cat(given), torch.cat(starts)
 
-        def draw(step: int, path: tree.Path) -> Tensor:
+        def draw(step: int, path: tree.NodePath) -> Tensor:
             if step == 0:
                 return roots[path[0]]
             root, prompt = divmod(path[0], prompts)

@@ -24,9 +24,9 @@ from . import flow
 #: Predicts noise - data. `x [N, ...latent]`, `sigma [N]` -> `[N, ...latent]`.
 Velocity = Callable[[Tensor, Tensor], Tensor]
 #: The path of a node: its root, then the index of the child taken at each stochastic step.
-Path = tuple[int, ...]
+NodePath = tuple[int, ...]
 #: Standard normal noise of a node that is born at a step (0 for roots): `[...latent]`. A pure function of its arguments.
-Noise = Callable[[int, Path], Tensor]
+Noise = Callable[[int, NodePath], Tensor]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def keyed_noise(key: Sequence[int | str], shape: Sequence[int]) -> Noise:
     """
     shape = tuple(shape)
 
-    def noise(step: int, path: Path) -> Tensor:
+    def noise(step: int, path: NodePath) -> Tensor:
         digest = hashlib.blake2b(repr((*key, *path)).encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little") >> 1
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -277,7 +277,7 @@ def rollout(
         raise ValueError(f"a plan of {plan.num_steps} steps needs {plan.num_steps + 1} sigmas, got {len(sigmas)}")
     flow.check_stochastic(kernel, eta, sigmas, list(plan.fanout))
     levels = [float(sigma) for sigma in sigmas]
-    paths: list[Path] = [(root,) for root in range(plan.roots)]
+    paths: list[NodePath] = [(root,) for root in range(plan.roots)]
     x = torch.stack([noise(0, path) for path in paths])
     x = x.to(flow.working_dtype(x))
     branches: list[Branch] = []

@@ -91,7 +91,7 @@ def sample(
         sources = [tree.keyed_noise((how.seed, "evaluate", prompt), shape) for prompt in chosen]
         count = len(chosen)
 
-        def noise(step: int, path: tree.Path, sources=sources, count=count) -> Tensor:
+        def noise(step: int, path: tree.NodePath, sources=sources, count=count) -> Tensor:
             image, prompt = divmod(path[0], count)
             return sources[prompt](step, (image,)).to(backbone.device)
 

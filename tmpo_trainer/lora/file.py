@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,8 @@ def checks(lora: LoraFile) -> dict[str, bool]:
         "all numbers are finite": finite,
         "it differs from zero": any(bool(up.any()) and bool(down.any()) for down, up in pairs),
         "alpha is folded in: diffusers and ComfyUI apply it at the same strength": lora.scale == 1,
-        "module names are diffusers' own, transformer.<path>": all(
-            name.startswith("transformer.") for name in lora.layers
+        "module names are those of a transformer's blocks": any(
+            re.search(r"blocks[._]\d", name) for name in lora.layers
         ),
     }
 

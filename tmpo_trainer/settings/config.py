@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-#: Which linear layers of the transformer's blocks get a LoRA. Modulation never: ComfyUI orders its halves differently.
+#: Which linear layers of the transformer's blocks get a LoRA. Modulation never does: ComfyUI orders its halves differently.
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 
 
@@ -33,7 +33,7 @@ class TrainConfig(BaseModel):
     transformer: Path | None = None
     """A single safetensors file (ComfyUI's or the original names) in place of the model's own transformer."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
-    """One or more scorers; several are z-scored per prompt and added."""
+    """One or more scorers by name, or classes of your own as package.module:Class; several are z-scored per prompt and added."""
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward; all 1 by default."""
     reward_models: tuple[str, ...] = ()
@@ -78,9 +78,11 @@ class TrainConfig(BaseModel):
     resolution: tuple[int, int] = (512, 512)
     """Height and width in pixels."""
     max_sequence_length: int = Field(256, ge=0, le=512)
-    """T5 tokens. Without T5, diffusers appends as many zero tokens: 0 for the demo model."""
+    """Text tokens, as in the model's pipeline. A model without its long text encoder gets as many zero tokens instead: use 0 for
+    the demo model."""
     text_cache: Path | None = None
-    """Where the text features of models with T5 are kept between runs; by default ~/.cache/tmpo_trainer/text."""
+    """Where text features are kept between runs, for models that free their text encoders; by default
+    ~/.cache/tmpo_trainer/text."""
     max_batch: int | None = Field(None, ge=1)
     """Most latents in one network call of the rollout; by default no limit."""
     replay_batch: int | None = Field(None, ge=1)
@@ -116,8 +118,8 @@ class TrainConfig(BaseModel):
     lora_rank: int = Field(64, ge=1)
     """Rank."""
     lora_targets: LoraTargets = "paper"
-    """`paper`: attention and feed-forward of the joint blocks, attention of FLUX's single blocks. `attention`: only that.
-    `text`: only the joint blocks' stream of text tokens. `all-linear`: also the rest of the single blocks."""
+    """`paper`: attention and feed-forward layers, as in the paper. `attention`: attention only. `text`: only the layers of the
+    text stream. `all-linear`: every linear layer of the blocks."""
     lora_alpha: float = Field(128, gt=0)
     """Scale is alpha / rank; the export folds it into the weights."""
     init_lora: Path | None = None

@@ -100,7 +100,7 @@ class Roller:
     def _noise(self, update: int, slots: Sequence[int]) -> tree.Noise:
         sources = [tree.keyed_noise((self.config.seed, update, slot), self.latent_shape) for slot in slots]
 
-        def noise(step: int, path: tree.Path) -> Tensor:
+        def noise(step: int, path: tree.NodePath) -> Tensor:
             root, prompt = divmod(path[0], len(sources))
             return sources[prompt](step, (root, *path[1:])).to(self.backbone.device)
 
