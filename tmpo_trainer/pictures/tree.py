@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import objectives
-from ..tree import Path, TreePlan
+from ..tree import NodePath, TreePlan
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -60,7 +60,7 @@ class Node:
     column: int
     row: float
     leaves: int
-    path: Path
+    path: NodePath
     index: int
     step: int | None
     leaf: bool
@@ -91,7 +91,7 @@ def layout(plan: TreePlan) -> list[Node]:
     share = plan.leaves // plan.trees
     nodes: list[Node] = []
 
-    def add(parent: int | None, prompt: int, column: int, first: float, path: Path, index: int) -> None:
+    def add(parent: int | None, prompt: int, column: int, first: float, path: NodePath, index: int) -> None:
         leaf = column == len(steps) + 1
         step = None if leaf else steps[column - 1] if column else 1 if roots > 1 else None
         below = share if column == 0 else math.prod(plan.fanout[s] for s in steps[column - 1 :])

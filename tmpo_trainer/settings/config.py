@@ -33,7 +33,8 @@ class TrainConfig(BaseModel):
     transformer: Path | None = None
     """A single safetensors file (ComfyUI's or the original names) in place of the model's own transformer."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
-    """One or more scorers by name, or classes of your own as package.module:Class; several are z-scored per prompt and added."""
+    """One or more scorers by name, or classes of your own as package.module:Class. Several are z-scored per prompt and
+    added."""
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward; all 1 by default."""
     reward_models: tuple[str, ...] = ()
@@ -78,8 +79,8 @@ class TrainConfig(BaseModel):
     resolution: tuple[int, int] = (512, 512)
     """Height and width in pixels."""
     max_sequence_length: int = Field(256, ge=0, le=512)
-    """Text tokens, as in the model's pipeline. A model without its long text encoder gets as many zero tokens instead: use 0 for
-    the demo model."""
+    """Text tokens, as in the model's pipeline. A model without its long text encoder gets as many zero tokens instead: use 0
+    for the demo model."""
     text_cache: Path | None = None
     """Where text features are kept between runs, for models that free their text encoders; by default
     ~/.cache/tmpo_trainer/text."""
