@@ -495,9 +495,10 @@ def test_a_forest_is_its_prompts_apart(plan, max_batch):
         torch.testing.assert_close(together.log_probs[prompt::prompts], run.log_probs, rtol=0, atol=1e-12)
         log_probs = run.log_probs.requires_grad_()
         shift, rewards = torch.zeros_like(log_probs), run.leaves.sum((1, 2))
-        loss, _ = objectives.softmax_tb_loss(
-            log_probs, run.log_probs.detach(), shift, index.leaf_edges, index.edge_parent, rewards, 2.0
+        transitions = objectives.Transitions(
+            log_probs, run.log_probs.detach(), shift, index.leaf_edges, index.edge_parent
         )
+        loss, _ = objectives.softmax_tb_loss(transitions, rewards, 2.0)
         coefficients[prompt::prompts] = objectives.edge_coefficients(loss, log_probs)
         tree.replay(velocity, run, coefficients[prompt::prompts])
         expected = expected + gradient(model)
@@ -634,18 +635,16 @@ def replayed_gradient(
     index = run.plan.index()
     means, at_reference = (tree.parent_means(policy, run, max_batch) for policy in (model, reference))
     log_probs = tree.edge_log_probs(run, means).requires_grad_()
-    loss, figures = objectives.softmax_tb_loss(
+    transitions = objectives.Transitions(
         log_probs,
         run.log_probs,
         tree.edge_mean_shift(run, means),
         index.leaf_edges,
         index.edge_parent,
-        run.leaves.sum((1, 2)),
-        s.beta,
-        s.clip,
-        s.baseline,
         None if s.anchor_weight is None else tree.edge_log_ratio(run, means, at_reference),
-        1.0 if s.anchor_weight is None else s.anchor_weight,
+    )
+    loss, figures = objectives.softmax_tb_loss(
+        transitions, run.leaves.sum((1, 2)), s.beta, s.clip, s.baseline, s.anchor_weight
     )
     weights = tree.parent_shares(run)
     _, kl = tree.replay(

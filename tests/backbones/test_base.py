@@ -209,8 +209,8 @@ def test_nf4_is_a_rough_copy_that_trains(
     figures = [trainer.update() for _ in range(2)]
     assert all(line["replay_ratio_error"] < 1e-4 for line in figures)
     # The adapter has learnt, the four bits have not moved.
-    assert all(value.dtype == torch.float32 for value in trainer.lora.values())
-    assert any(value.any() for name, value in trainer.lora.items() if "lora_B" in name)
+    assert all(value.dtype == torch.float32 for value in trainer.weights.lora.values())
+    assert any(value.any() for name, value in trainer.weights.lora.items() if "lora_B" in name)
     assert all(torch.equal(part.weight, old) for part, old in zip(linear, before, strict=True))
     assert export.export_lora(backbone, tmp_path, {})
     assert {value.dtype for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values()} == {

@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tmpo_trainer import methods
 from tmpo_trainer.commands import arms, main
 from tmpo_trainer.lora.export import FILE_NAME
-from tmpo_trainer.methods.base import Planner, cost, evaluations
-from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,12 +55,15 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("method", ["tmpo", "flow-grpo", "tree-grpo"])
 def test_the_most_updates_within_a_budget(load: Callable[..., Any], method: str) -> None:
     """Positions move with the length of a run, so its cost is that of its own schedule."""
-    config = TrainConfig(method=method, kernel="flow_sde", kl_weight=0.03, branch_late=(1, 3, 4), prompts_per_update=2)
+    settings = {
+        "method": method, "kernel": "flow_sde", "kl_weight": 0.03, "branch_late": (1, 3, 4), "prompts_per_update": 2
+    }  # fmt: skip
+    config = make_config([("settings", settings)])
     sigmas = load(0).sigmas(6, 32, 32)
 
     def total(updates: int) -> float:
-        planner = Planner(config.model_copy(update={"updates": updates}), sigmas)
-        return 2 * sum(cost(evaluations(config, planner.plan(u))) for u in range(updates))
+        made = methods.make(config.model_copy(update={"updates": updates}), sigmas)
+        return 2 * sum(methods.cost(made.evaluations(made.plan(u))) for u in range(updates))
 
     for budget in (total(1), 20_000, total(57)):
         found = arms.updates_within(config, sigmas, budget)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tmpo_trainer import tree
+from tmpo_trainer import methods, tree
 from tmpo_trainer.backbones import load_skeleton
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.commands import main
 from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import memory
 
 TOKENS = 12
@@ -25,13 +26,14 @@ def settings(**changes: Any) -> TrainConfig:
         "resolution": (64, 64), "max_sequence_length": TOKENS, "lora_rank": 4, "lora_alpha": 8, "guidance": 3.5,
         "replay_batch": 6, "max_batch": 9, "decode_batch": 5,
     }  # fmt: skip
-    return TrainConfig(**given | changes)
+    return make_config([("settings", given | changes)])
 
 
 def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
     skeleton = load_skeleton(str(folder), torch.float32, TOKENS)
     skeleton.split_guidance = config.split_guidance
-    return memory.estimate(skeleton, folder, config, [PLAN])
+    method = methods.make(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
+    return memory.estimate(skeleton, folder, config, method, [PLAN])
 
 
 def part(phases: dict[str, dict[str, int]], phase: str, name: str) -> int:
@@ -55,20 +57,20 @@ def test_fake_tensors_count_what_real_ones_take(
     backbone: Backbone = trainer.backbone
     backbone.split_guidance = split
     network = backbone.velocity(["a red circle"], config.guidance)
-    x, sigma = torch.randn(6, *trainer.latent_shape), torch.full((6,), 0.5)
+    x, sigma = torch.randn(6, *trainer.roller.latent_shape), torch.full((6,), 0.5)
 
     def replay() -> None:
         network(x + 0, sigma + 0).sum().backward()
 
     real = memory.peak_bytes(backbone.transformer, replay, gradient=True)
     assert part(phases, "replay, 6", "forward and backward") == pytest.approx(real, rel=0.02)
-    latents = torch.randn(5, *trainer.latent_shape)
+    latents = torch.randn(5, *trainer.roller.latent_shape)
     vae = backbone.pipeline.vae
     real = memory.peak_bytes(vae, lambda: vae.decode(latents + 0), gradient=False)
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights
-    lora = sum(p.numel() for p in trainer.lora.values()) * 4
+    lora = sum(p.numel() for p in trainer.weights.lora.values()) * 4
     # Weights, gradient, two moments, average.
     assert part(phases, "rollout, 9", "LoRA, optimiser, average") == 5 * lora
 
@@ -86,7 +88,7 @@ def test_a_whole_update_takes_what_the_phases_say(
         for module in (trainer.backbone.transformer, trainer.backbone.pipeline.vae):
             peak.ignore(module)
         moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
-        peak.ignore_tensors([*moments, *trainer.ema.values()])
+        peak.ignore_tensors([*moments, *trainer.weights.ema.values()])
         trainer.update()
     known = ("transformer", "VAE", "LoRA, optimiser, average")
     during = [parts for title, parts in phases.items() if not title.startswith(("text", "sample", "optimiser"))]

@@ -78,7 +78,7 @@ def curves(
     # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
     if all("kl_reference" in line for line in metrics):
         series.append(("kl_reference", "KL to the reference, per dimension"))
-    if any(line["ratio_mean"] != 1 for line in metrics):
+    if any(line.get("ratio_mean", 1) != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
     panels = len(series) + bool(evaluations)
     figure = Figure(figsize=(3.6 * panels, 3), layout="constrained")
