@@ -136,7 +136,7 @@ def flags(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, red
     Path("good.txt").write_text("a red circle\ntwo blue squares\n")
     return f"""--model {tiny_model} --prompts good.txt --eval-prompts good.txt --no-report --updates 2 --sample-every 0
         --rollout-steps 6 --branch-early 1 2 --branch-late 1 2 --resolution 32 32 --output-dir out --lora-rank 4
-        --learning-rate 1e-2 --guidance 1 --max-sequence-length 0 --method noised-leaves""".split()
+        --learning-rate 1e-2 --ema-every 1 --guidance 1 --max-sequence-length 0 --method noised-leaves""".split()
 
 
 def printed(capsys: pytest.CaptureFixture[str], *given: str) -> dict[str, Any]:
@@ -187,29 +187,9 @@ def test_dry_run(noised: None, flags: list[str], capsys: pytest.CaptureFixture[s
 
 def test_it_trains_and_goes_on(noised: None, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """With a report at the end; resumed from its checkpoint, it does to the bit what it did."""
-    flags += [
-        "--updates",
-        "3",
-        "--checkpoint-every",
-        "1",
-        "--checkpoints-kept",
-        "3",
-        "--noise-levels",
-        "3",
-        "--report",
-        "--sample-every",
-        "2",
-        "--eval-images",
-        "2",
-        "--eval-steps",
-        "2",
-        "--prompts-per-update",
-        "2",
-        "--prompts-per-batch",
-        "2",
-        "--replay-batch",
-        "5",
-    ]
+    more = """--updates 3 --checkpoint-every 1 --checkpoints-kept 3 --noise-levels 3 --report --sample-every 2 --eval-images 2
+        --eval-steps 2 --prompts-per-update 2 --prompts-per-batch 2 --replay-batch 5"""
+    flags += more.split()
     assert main.main(flags) == 0
     err = capsys.readouterr().err
     assert "LGMD=" in err and "ratio=" not in err
