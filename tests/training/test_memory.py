@@ -24,7 +24,7 @@ PLAN = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
 def settings(**changes: Any) -> TrainConfig:
     given: dict[str, Any] = {
         "resolution": (64, 64), "max_sequence_length": TOKENS, "lora_rank": 4, "lora_alpha": 8, "guidance": 3.5,
-        "replay_batch": 6, "max_batch": 9, "decode_batch": 5,
+        "replay_batch": 6, "max_batch": 9, "decode_batch": 5, "branch_late": (1, 3, 4),
     }  # fmt: skip
     return make_config([("settings", given | changes)])
 
@@ -39,6 +39,14 @@ def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
 def part(phases: dict[str, dict[str, int]], phase: str, name: str) -> int:
     (parts,) = (parts for title, parts in phases.items() if title.startswith(phase))
     return parts[name]
+
+
+def peak_of(module: torch.nn.Module, work: Callable[[], Any]) -> int:
+    """Bytes beyond a module's weights, and their gradients, while something runs."""
+    with memory.Peak() as peak:
+        peak.ignore(module)
+        work()
+    return peak.peak
 
 
 @pytest.fixture(params=["flux", "sd35"])
@@ -62,11 +70,14 @@ def test_fake_tensors_count_what_real_ones_take(
     def replay() -> None:
         network(x + 0, sigma + 0).sum().backward()
 
-    real = memory.peak_bytes(backbone.transformer, replay, gradient=True)
+    # In the second part of a replay the gradients are there from the start.
+    replay()
+    real = peak_of(backbone.transformer, replay)
     assert part(phases, "replay, 6", "forward and backward") == pytest.approx(real, rel=0.02)
     latents = torch.randn(5, *trainer.roller.latent_shape)
     vae = backbone.pipeline.vae
-    real = memory.peak_bytes(vae, lambda: vae.decode(latents + 0), gradient=False)
+    with torch.no_grad():
+        real = peak_of(vae, lambda: vae.decode(latents + 0))
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights
@@ -121,6 +132,19 @@ def test_what_saves_memory_is_seen_to(tiny_sd35: Path) -> None:
 
     # From 32 bits to 4, of all that is in linear layers.
     assert weights("nf4") < 0.25 * weights("none")
+
+
+def test_what_a_method_keeps_is_seen_to(tiny_sd35: Path) -> None:
+    """GARDO's copy of the adapter; the reference's means, where there is a KL."""
+
+    def resident(name: str, **changes: Any) -> int:
+        return part(estimate(tiny_sd35, settings(**changes)), "rollout", name)
+
+    lora, latents = "LoRA, optimiser, average", "latents kept"
+    gardo = {"method": "gardo", "auxiliary": ("sharpness",), "kl_weight": 0.1}
+    assert resident(lora, **gardo) * 5 == resident(lora) * 6
+    # 27 leaves, 12 parents with their means, 36 children; 12 means more.
+    assert resident(latents, kl_weight=0.1) * 87 == resident(latents) * 99
 
 
 def test_no_tensor_is_counted_twice_and_none_for_ever() -> None:

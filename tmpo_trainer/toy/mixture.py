@@ -271,14 +271,14 @@ def edge_coefficients(
             shift[:, g],
             index.leaf_edges,
             index.edge_parent,
-            anchor[:, g] if arm.anchor == "ref" else None,
+            None if arm.anchor == "none" else anchor[:, g],
         )
         if arm.objective == "grpo":
             leaf = objectives.group_advantage(rewards[:, g])
             advantage = objectives.edge_mean(leaf, index.leaf_edges, len(edges.log_probs))
             loss, _ = objectives.grpo_loss(edges, advantage, CLIP)
         else:
-            weight = ANCHOR_WEIGHT if arm.anchor == "ref" else None
+            weight = None if arm.anchor == "none" else ANCHOR_WEIGHT
             loss, _ = objectives.softmax_tb_loss(edges, rewards[:, g], arm.beta, CLIP, arm.baseline, weight)
         found.append(objectives.edge_coefficients(loss, edges.log_probs))
     return torch.stack(found, 1).flatten()
