@@ -1,4 +1,4 @@
-"""Latents of pictures, for the measures of diversity that are on latents."""
+"""Latents of pictures, for the diversity measures in latent space."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 
 
 class LatentEncoder:
-    """The encoder of a model's VAE: pictures -> the latents that the model's denoiser sees. Nothing else of it is loaded.
+    """Encodes pictures into the latents that a model's denoiser sees. It loads only the model's VAE.
 
     Args:
         model: `demo`, a diffusers pipeline folder or a hub id. device: where it runs, in float32.
 
     Raises:
-        ConfigError: there is no such model, or its VAE cannot be had.
+        ConfigError: the model does not exist, or its VAE cannot be loaded.
     """
 
     def __init__(self, model: str, device: torch.device):
