@@ -106,7 +106,7 @@ def check_features(name: str) -> None:
 
 def load_features(name: str, device: torch.device) -> Features:
     """`efficientnet-lite0`, or a DINOv2 from a folder or the hub. Raises ConfigError if weights cannot be loaded."""
-    from ..hub import hub_file, told
+    from ..hub import hub_file, readable_errors
 
     check_features(name)
     if name == EfficientNetLite.name:
@@ -116,5 +116,5 @@ def load_features(name: str, device: torch.device) -> Features:
         # Reports name the repository, but never a local path.
         files = [hub_file("features", name, file, "--features FOLDER") for file in FILES]
         folder, label = files[0].parent, name
-    with told("features", folder):
+    with readable_errors("features", folder):
         return DinoV2(folder, device, label)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import find_model, is_hub_id
-from ..hub import hub_file, told
+from ..hub import hub_file, readable_errors
 from ..settings.errors import ConfigError
 
 #: The weights of a VAE inside a model's folder or hub repository.
@@ -32,7 +32,7 @@ class LatentEncoder:
         folder = find_model(model, weights=False) / "vae"
         if is_hub_id(model):
             folder = hub_file(f"--vae {model}", model, WEIGHTS, "--vae FOLDER").parent
-        with told("--vae", folder):
+        with readable_errors("--vae", folder):
             vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         self.vae, self.device = vae.eval().requires_grad_(False).to(device), device
         #: Pixels per latent along a side.

@@ -48,7 +48,7 @@ class Picture:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The given files, and the pictures in the given folders, sorted by name. Raises ConfigError for a path without pictures."""
+    """The given files, and the pictures of given folders by name. Raises ConfigError for a path without pictures."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
