@@ -69,7 +69,7 @@ class FluxBackbone(Backbone):
         """The LoRA of a run, as peft's config."""
         config = super().adapter(targets, rank, alpha)
         if "proj_out" in self.lora_targets[targets]:
-            # The model's last layer has the same name as one in the single blocks. peft matches the pattern against whole names.
+            # The model's last layer has the same name as one in the single blocks. peft matches patterns with whole names.
             config.exclude_modules = "proj_out"
         return config
 

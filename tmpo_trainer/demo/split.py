@@ -1,7 +1,7 @@
 """Writes the demo's prompt lists: `python -m tmpo_trainer.demo.split`.
 
-The lists are frozen: the model card has their hashes. They are disjoint and hold only compositional families, because a single object leaves nothing to learn. Families
-alternate, so that the first n prompts are a fair sample.
+The lists are frozen: the model card has their hashes. They are disjoint and hold only compositional families, because a
+single object leaves nothing to learn. Families alternate, so that the first n prompts are a fair sample.
 """
 
 from __future__ import annotations
