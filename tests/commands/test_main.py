@@ -630,9 +630,7 @@ def test_torchvision_is_not_needed_and_a_broken_one_is_told(tmp_path: Path, brok
     )  # fmt: skip
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert (
-        "torchvision is installed but broken (operator nms" if broken else "nowhere.png does not exist"
-    ) in last
+    assert ("torchvision is installed but broken (operator nms" if broken else "nowhere.png does not exist") in last
 
 
 def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:
