@@ -122,8 +122,8 @@ def test_a_single_file_takes_the_place_of_the_transformer(tiny_sd35: Path, tmp_p
     [
         ({"a.weight": torch.float32, "a.scale_weight": torch.float32}, {}, "has scaled 8-bit weights"),
         ({"scaled_fp8": torch.float32}, {}, "has scaled 8-bit weights"),
-        ({"guidance_in.x": torch.float32}, {"nf4": True}, "cannot be quantised as it is read"),
-        ({"double_blocks.0.x": torch.float32}, {}, "is of FLUX.1-schnell, the model of FLUX.1-dev"),
+        ({"guidance_in.x": torch.float32}, {"nf4": True}, "cannot be quantised while it is loaded"),
+        ({"double_blocks.0.x": torch.float32}, {}, "is from FLUX.1-schnell, but the model is FLUX.1-dev"),
     ],
 )
 def test_a_single_file_that_would_load_wrongly_is_refused(

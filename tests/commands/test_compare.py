@@ -93,7 +93,7 @@ def test_a_comparison_is_killed_goes_on_and_grows(
         assert process.poll() is None, process.communicate()[1].decode()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    assert process.stderr is not None and b"the same command goes on" in process.stderr.read()
+    assert process.stderr is not None and b"give the same command again to continue" in process.stderr.read()
     assert list(tmp_path.glob("out/tmpo-seed0/checkpoint-*")) and not (metrics.parent / FILE_NAME).exists()
     assert not (tmp_path / "out/flow-grpo-seed0").exists(), "never begun"
 
@@ -190,7 +190,7 @@ def test_a_run_that_cannot_be_measured_is_left_out(
     ("more", "message"),
     [
         ("--methods tmpo grpo", "grpo"),
-        ("--methods tmpo --seeds 1 1", "names one twice"),
+        ("--methods tmpo --seeds 1 1", "names a seed twice"),
         ("--evaluations 0", "must be above 0"),
         ("--evaluations 5 --seconds 5", "not allowed with"),
         ("--methods tmpo --arms arms.yaml", "not allowed with"),
@@ -202,7 +202,7 @@ def test_a_run_that_cannot_be_measured_is_left_out(
         ("--arms updates.yaml --evaluations 9", "arm a: updates is set by the comparison"),
         ("--methods tmpo --seed abc", "seed 'abc'"),
         ("--methods tmpo --seconds inf", "must be above 0"),
-        ("--methods tmpo --evaluations 9 --updates 3", "one budget: leave --updates out"),
+        ("--methods tmpo --evaluations 9 --updates 3", "which set the budget: leave --updates out"),
         ("--methods tmpo --seconds 9 --jobs 2", "leave --jobs out"),
         ("--arms list.yaml", "arm x: write NAME: {setting: value}"),
         ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),

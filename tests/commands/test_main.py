@@ -176,7 +176,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--resume latest", ["--resume latest", "no checkpoint under out"]),
     ("--model nowhere", ["model nowhere is not a folder"]),
     ("--model no-pipeline", ["model no-pipeline is a folder without model_index.json"]),
-    ("--model unnamed", ["unnamed/model_index.json names no _class_name"]),
+    ("--model unnamed", ["unnamed/model_index.json has no _class_name"]),
     ("--model sana", ["model sana is a SanaPipeline"]),
     ("--model without-vae", ["model without-vae has no folder vae/"]),
     ("--model cut", ["model cut: cut/transformer/diffusion_pytorch_model.safetensors is damaged or cut short"]),
@@ -211,7 +211,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--reward shapes remote --dry-run", ["reward remote needs its address"]),
     ("--prompts bare.jsonl", ["bare.jsonl, line 2: write an object with a \"prompt\""]),
     ("--prompts text.jsonl", ["text.jsonl, line 1: not JSON"]),
-    ("--prompts twice.jsonl", ["twice.jsonl, line 3: 'a red circle' was there before with other metadata"]),
+    ("--prompts twice.jsonl", ["twice.jsonl, line 3: 'a red circle' already has other metadata"]),
     ("--features no-folder --report", ["features no-folder: no such folder"]),
     ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
@@ -636,9 +636,7 @@ def test_torchvision_is_not_needed_and_a_broken_one_is_told(tmp_path: Path, brok
     )  # fmt: skip
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert (
-        "torchvision is installed but does not work (operator nms" if broken else "nowhere.png does not exist"
-    ) in last
+    assert ("torchvision is installed but broken (operator nms" if broken else "nowhere.png does not exist") in last
 
 
 def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:

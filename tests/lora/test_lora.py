@@ -101,9 +101,9 @@ def test_the_strength_in_the_file_counts(trained: Trainer, file: Path, make_trai
 def test_a_file_that_does_not_fit_is_refused(
     trained: Trainer, file: Path, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"has rank 4, the run 2: give --lora-rank 4"):
+    with pytest.raises(ConfigError, match=r"has rank 4, but the run 2: give --lora-rank 4"):
         make_trainer(lora_rank=2, init_lora=file)
-    with pytest.raises(ConfigError, match=r"ff.* is no LoRA target here"):
+    with pytest.raises(ConfigError, match=r"ff.* is not a LoRA target of this run"):
         make_trainer(lora_targets="attention", init_lora=file)
     with pytest.raises(ConfigError, match="does not exist: give a LoRA's safetensors file"):
         make_trainer(init_lora=tmp_path / "missing.safetensors")
@@ -113,7 +113,7 @@ def test_a_file_that_does_not_fit_is_refused(
         state[key] = torch.cat([state[key], state[key]], 1)
 
     rewrite(file, widen)
-    with pytest.raises(ConfigError, match="of another model"):
+    with pytest.raises(ConfigError, match="give a LoRA of the same model"):
         make_trainer(init_lora=file)
 
 

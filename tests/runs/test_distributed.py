@@ -228,7 +228,7 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     capsys.readouterr()
     for arguments, blame in (
-        (["launch", "ddp"], "for two GPUs or more, torch sees 1"),
+        (["launch", "ddp"], "needs two GPUs or more, but torch sees 1"),
         (["launch", "dpp"], "invalid choice: 'dpp'"),
         (["launch", "ddp", "--updatez", "3"], "unknown flag --updatez, did you mean --updates?"),
     ):
