@@ -17,7 +17,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..lora import export
-from ..settings.presets import read_yaml
+from ..settings.presets import current, read_yaml
 from ..training.checkpoint import checkpoints
 
 
@@ -65,7 +65,7 @@ class Training:
                 bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
                 return False
             known = folder / "config.yaml"
-            if known.exists() and _comparable(read_yaml(known)) != _comparable(read_yaml(settings)):
+            if known.exists() and _comparable(known) != _comparable(settings):
                 bar.write(f"tmpo_trainer: {folder} holds a run with other settings: move it away", file=sys.stderr)
                 return False
             if (folder / export.FILE_NAME).exists():
@@ -119,5 +119,6 @@ def _locked(file: IO[str]) -> bool:
     return True
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+def _comparable(file: Path) -> dict[str, Any]:
+    settings = current(str(file), read_yaml(file))
     return {key: value for key, value in settings.items() if key not in ("threads", "device", "output_dir")}

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..settings.errors import ConfigError
 from ..settings.presets import make_config, read_yaml
-from .flags import command_parser, exit_code, hush, parse
+from .flags import Parser, command_parser, exit_code, hush, parse
 from .flags import layers as preset_layers_of
 
 #: The methods that are compared by default.
 RIVALS = ("tmpo", "flow-grpo", "mix-grpo", "tree-grpo", "gardo")
 
 
-def command(arguments: Sequence[str]) -> int:
-    """Runs the command. Returns the exit code."""
+def make_parser() -> Parser:
+    """The flags of the comparison itself."""
     parser = command_parser(
         "compare",
         "Trains methods from the same base with the same prompts and budget, several seeds each, and evaluates all on the same "
@@ -57,8 +58,11 @@ def command(arguments: Sequence[str]) -> int:
         metavar="DIR",
         help="folder for all results [outputs/compare]",
     )
-    namespace, rest = parser.parse_known_args(arguments)
-    actions, flags = parse(rest)
+    return parser
+
+
+def check(namespace: argparse.Namespace, actions: argparse.Namespace, flags: Mapping[str, Any]) -> None:
+    """Raises ConfigError for flags that do not go together."""
     if actions.resume or actions.dry_run or actions.print_config:
         raise ConfigError(
             "compare has no --resume, --dry-run or --print-config: give the same command again to continue"
@@ -72,16 +76,6 @@ def command(arguments: Sequence[str]) -> int:
             raise ConfigError(f"--{name} {value}: must be above 0")
     if len(set(namespace.seeds)) < len(namespace.seeds):
         raise ConfigError(f"--seeds {' '.join(map(str, namespace.seeds))} names a seed twice: give each once")
-    named: dict[str, Any] = {name: {"method": name} for name in namespace.methods}
-    if namespace.arms:
-        named = read_yaml(namespace.arms)
-        for name, settings in named.items():
-            if not isinstance(settings, dict) or not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)) or name == "base":
-                raise ConfigError(
-                    f"{namespace.arms}: arm {name}: write NAME: {{setting: value}}, with a NAME of letters, digits, . + -"
-                )
-    if not named:
-        raise ConfigError(f"{namespace.arms} names no arms: write NAME: {{setting: value}}")
     if "updates" in flags and (namespace.evaluations or namespace.seconds):
         raise ConfigError(
             "--updates cannot go with --evaluations or --seconds, which set the budget: leave --updates out"
@@ -90,6 +84,29 @@ def command(arguments: Sequence[str]) -> int:
         raise ConfigError(
             "--seconds cannot go with --jobs, because parallel runs slow each other down: leave --jobs out"
         )
+
+
+def read_arms(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The settings of every arm, by its name. Raises ConfigError for a file that is not written that way."""
+    if not namespace.arms:
+        return {name: {"method": name} for name in namespace.methods}
+    named = read_yaml(namespace.arms)
+    if not named:
+        raise ConfigError(f"{namespace.arms} names no arms: write NAME: {{setting: value}}")
+    for name, settings in named.items():
+        if not isinstance(settings, dict) or not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)) or name == "base":
+            raise ConfigError(
+                f"{namespace.arms}: arm {name}: write NAME: {{setting: value}}, with a NAME of letters, digits, . + -"
+            )
+    return named
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command. Returns the exit code."""
+    namespace, rest = make_parser().parse_known_args(arguments)
+    actions, flags = parse(rest)
+    check(namespace, actions, flags)
+    named = read_arms(namespace)
     # --seed sets the evaluation's noise; --seeds sets the training's.
     evaluation_seed = make_config([("flags", {"seed": flags.pop("seed", 0)})]).seed
 

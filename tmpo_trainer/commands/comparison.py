@@ -22,7 +22,7 @@ from ..lora import export
 from ..lora.attach import attach
 from ..settings.config import to_yaml
 from ..settings.errors import ConfigError
-from ..settings.presets import read_yaml
+from ..settings.presets import current, read_yaml
 from . import loading
 from .arms import Arm, describe, plan
 from .children import Training
@@ -86,7 +86,7 @@ def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: 
             f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: give another --output-dir"
         )
     for name, own in settings.items():
-        before = known["arms"].get(name, {}).get("settings", own)
+        before = current(str(stored), known["arms"][name]["settings"]) if name in known["arms"] else own
         for key in own:
             if own[key] != before.get(key):
                 raise ConfigError(

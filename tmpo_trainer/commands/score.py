@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,10 @@ from pathlib import Path
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
 from ..settings.presets import make_config
-from .flags import add_scorer_flags, command_parser, exit_code, hush
+from .flags import Parser, add_scorer_flags, command_parser, exit_code, hush
 
 
-def command(arguments: Sequence[str]) -> int:
-    """Runs the command. Returns the exit code."""
+def make_parser() -> Parser:
     parser = command_parser(
         "score",
         "Scores picture files and prints a table. A picture's prompt is --prompt, its line of --prompts, the .txt beside "
@@ -40,7 +40,11 @@ def command(arguments: Sequence[str]) -> int:
         help="also measure diversity of latents (LGMD), encoded by this model's VAE: `demo`, a diffusers folder or a hub id",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write a .csv or .json")
-    namespace = parser.parse_args(arguments)
+    return parser
+
+
+def check(namespace: argparse.Namespace) -> None:
+    """Raises ConfigError for flags that do not go together."""
     if not namespace.reward and not namespace.diversity:
         raise ConfigError("score measures nothing: give --reward NAME or --diversity")
     if namespace.vae and not namespace.diversity:
@@ -49,6 +53,12 @@ def command(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--output {namespace.output}: must end in .csv or .json")
     if namespace.output and not namespace.output.parent.is_dir():
         raise ConfigError(f"--output {namespace.output}: folder {namespace.output.parent} does not exist: create it")
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Runs the command. Returns the exit code."""
+    namespace = make_parser().parse_args(arguments)
+    check(namespace)
     settings = {
         "reward_models": namespace.reward_models,
         "remote_hosts": namespace.remote_hosts,
@@ -57,6 +67,10 @@ def command(arguments: Sequence[str]) -> int:
     rewards = {"reward": namespace.reward} if namespace.reward else {}
     config = make_config([("flags", {**settings, **rewards, "features": namespace.features})])
     hush()
+    return _score(namespace, config)
+
+
+def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
     from ..diversity import MEASURES
     from ..evaluation import picture_files as scoring
     from ..evaluation.latents import LatentEncoder

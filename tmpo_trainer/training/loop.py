@@ -162,8 +162,7 @@ class Trainer:
             values = saved.optimizer["state"].get(key, {})
             saved.optimizer["state"][key] = {n: like(v, lora[name]) if v.dim() else v for n, v in values.items()}
         self.optimizer.load_state_dict(saved.optimizer)
-        if kept:
-            self.method.load(kept, self.weights.share(saved.tensors))
+        self.method.load(kept, self.weights.share(saved.tensors))
         self.done = state["update"]
 
     # -- one update ----------------------------------------------------------------------------------------------
@@ -353,9 +352,8 @@ class Trainer:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
             saved = self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
             if self._whole and self.processes.agreed and not saved:
-                if self._method_before:
-                    # An update that failed has moved it; it will be done again.
-                    self.method.load(self._method_before, self.method.tensors())
+                # An update that failed has moved it; it will be done again.
+                self.method.load(self._method_before, self.method.tensors())
                 self.save()
             raise
         finally:

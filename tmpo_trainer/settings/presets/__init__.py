@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from .. import discovery
-from ..config import TrainConfig
+from ..config import TrainConfig, to_yaml
 from ..errors import ConfigError, suggest
 
 PRESETS = Path(__file__).parent
@@ -117,6 +117,11 @@ def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
         raise ConfigError(_one_line(error, blame)) from None
     except _OtherMethods as error:
         raise ConfigError(f"{blame}: {error}") from None
+
+
+def current(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file that an earlier version may have written, with all keys of this one. Raises ConfigError."""
+    return yaml.safe_load(to_yaml(make_config([(where, settings)])))
 
 
 class _OtherMethods(ValueError):
