@@ -79,7 +79,7 @@ class Trainer:
         self.judges = Judges(list(scorers), list(extra), features if config.needs_features else None, listed.metadata)
         sigmas = backbone.sigmas(config.rollout_steps, *config.resolution)
         self.method = methods.make(config, sigmas)
-        self._method_before: dict[str, Any] = {}
+        self._method_before = self.method.state()
         self._prepare()
         # With FSDP2 the transformer was elsewhere until now.
         self.device = backbone.device
