@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,7 +293,7 @@ def test_branch_schedule_is_the_trainers(pack: Any) -> None:
         pack.sampling.BranchScheduleNode.execute(6, "1, 2", "1, 3", 0.5, 6.0, 3, torch.linspace(1, 0, 4))
 
 
-def test_a_missing_package_is_told_with_the_mend(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_fix(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
 
     monkeypatch.setitem(sys.modules, "cv2", None)
@@ -329,7 +331,7 @@ def test_scores_are_combined_and_weighed_as_in_training(pack: Any) -> None:
     torch.testing.assert_close(weighed[0].first()[::2], logs[0].exp().float())
 
 
-def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -> None:
+def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Path) -> None:
     import subprocess
 
     from tmpo_pack.nodes import training  # type: ignore[import-not-found]
@@ -384,9 +386,11 @@ def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch
     assert other.calls == 3
     tree_view.TreeView.execute(sample(pack)[1], images, "dark", 1.0, 0, None, vae)
     assert vae.calls == 6
-    before = len(tree_view._known)
+    # The view keeps no tree alive.
+    kept = weakref.ref(found)
     del found
-    assert len(tree_view._known) == before - 1
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
