@@ -341,7 +341,7 @@ def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Pat
     assert "No module named 'accelerate'" in training.missing_packages(python)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPO_PYTHON", python)
-        with pytest.raises(ValueError, match=r"No module named 'accelerate'. Install it: pip install"):
+        with pytest.raises(ValueError, match=r"No module named 'accelerate'. To install it: pip install"):
             training.Train.execute("run", "--preset demo")
         patch.setenv("TMPO_PYTHON", str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="cannot be run"):
@@ -366,7 +366,7 @@ def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
 
 
 def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choosing a leaf runs the view again; another VAE or tree is decoded anew, a tree that is gone forgotten."""
+    """Choosing a leaf runs the view again; another VAE or tree is decoded anew, and no tree is kept alive."""
     from tmpo_pack.nodes import tree_view  # type: ignore[import-not-found]
 
     class Counting:
@@ -514,7 +514,7 @@ def test_lines_are_prompts_only_where_there_are_as_many(pack: Any) -> None:
     # A prompt that is written on several lines is one.
     assert scoring.prompts_of("a\nb\n\nc", 27) == ["a b c"] * 27
     assert scoring.prompts_of("a\nb\nc", 54, two) == ["a b c"] * 54
-    with pytest.raises(ValueError, match="images has 3 entries, the tree 54 leaves"):
+    with pytest.raises(ValueError, match="images has 3 entries, but the tree has 54 leaves"):
         scoring.prompts_of("a", 3, two)
     with pytest.raises(ValueError, match="empty"):
         scoring.prompts_of(" \n", 3)
