@@ -1,7 +1,7 @@
 """Measures a built demo model and writes its card: `python benchmarks/card.py [FOLDER]`.
 
-Strict and partial accuracy per prompt family at 28 steps, a picture grid, and the SHA-256 of every weight file and of the
-prompt lists: what later comparisons are judged against is frozen by them.
+The card has strict and partial accuracy per prompt family at 28 steps, a picture grid, and the SHA-256 of every weight file
+and of the prompt lists. The hashes freeze the reference of later comparisons.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=8, help="per prompt")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5], help="one pair of columns each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scenes", default="80,000", help="as the build had it, for the text")
-    parser.add_argument("--steps", default="40,000", help="as the build had it, for the text")
+    parser.add_argument("--scenes", default="80,000", help="scenes of the build, for the text")
+    parser.add_argument("--steps", default="40,000", help="steps of the build, for the text")
     parser.add_argument("--grid", type=Path, help="also save a picture grid here")
     args = parser.parse_args(arguments)
     backbone = SD3Backbone.load(args.folder, LoadOptions(torch.float32, torch.device("cpu"), 0))

@@ -48,7 +48,7 @@ def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:
     for batch in range(BATCHES):
         prompts = [trainer.prompts[(batch * PROMPTS + i) * 7 % len(trainer.prompts)] for i in range(PROMPTS)]
         velocity = trainer.backbone.velocity(prompts, trainer.config.guidance)
-        noise = tree.keyed_noise((trainer.config.seed, "contrast", batch), trainer.latent_shape)
+        noise = tree.keyed_noise((trainer.config.seed, "contrast", batch), trainer.roller.latent_shape)
         x = torch.stack([noise(0, (row,)) for row in range(PROMPTS * IMAGES)]).to(trainer.device)
         for sigma, sigma_next in itertools.pairwise(sigmas):
 
@@ -78,7 +78,7 @@ def main() -> int:
     prompts = loading.train_prompts(config).texts
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
-        parameters = [value for name, value in trainer.lora.items() if ".lora_B." in name]
+        parameters = [value for name, value in trainer.weights.lora.items() if ".lora_B." in name]
         rows, rewards, seconds = [], [], []
         for _ in range(config.updates):
             line = trainer.update()

@@ -1,7 +1,7 @@
 """Seconds by phase, network evaluations and peak memory of an iteration: `python benchmarks/iteration.py [train flags]`.
 
-Takes the flags of `python -m tmpo_trainer`; `--updates` counts the updates measured, after one that is not. At full size
-without weights: benchmarks/random_model.py.
+Takes the flags of `python -m tmpo_trainer`; `--updates` sets the number of measured updates, which follow a
+warm-up. For full size without real weights, see benchmarks/random_model.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> int:
         torch.set_num_threads(config.threads)
     device = loading.choose_device(config.device)
     prompts = loading.train_prompts(config).texts[: (config.updates + 1) * config.prompts_per_update]
-    # All prompts at once, as a run does: the text encoders are gone afterwards.
+    # All prompts are encoded at once, as in a run, because the text encoders are then freed.
     backbone = loading.load_model(config, device, prompts)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

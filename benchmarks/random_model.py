@@ -1,10 +1,10 @@
-"""A pipeline folder of FLUX.1-dev's or SD3.5-Medium's size with random weights, to measure time and memory without theirs.
+"""Writes a pipeline of FLUX.1-dev's or SD3.5-Medium's size with random weights, to measure time and memory.
 
     python benchmarks/random_model.py flux /tmp/flux
     python benchmarks/iteration.py --preset pickscore --reward shapes --model /tmp/flux
 
 `--blocks` and `--heads` make it smaller, e.g. for a CPU. The text encoders have one thin layer: they are not measured.
-`--configs` writes the configs alone, of the full text encoders too: enough for `--dry-run` to estimate memory anywhere.
+`--configs` writes only the configs, those of the full text encoders too, so that `--dry-run` can estimate memory anywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ T5_WIDTH = 4096
 
 
 def vae(scale: float, shift: float) -> AutoencoderKL:
-    """That of both models: alike but for the scale."""
+    """The VAE of either model; they differ only in scale and shift."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", help="for FLUX joint and single ones, for SD3.5 all")
     parser.add_argument("--heads", type=int)
-    parser.add_argument("--configs", action="store_true", help="no weights")
+    parser.add_argument("--configs", action="store_true", help="write no weights")
     args = parser.parse_args(arguments)
     make, blocks, heads = SIZES[args.kind]
     if args.blocks and len(args.blocks) != len(blocks):

@@ -1,9 +1,9 @@
-"""The README's picture of base against trained: `python benchmarks/readme_picture.py outputs/<run> [--output FILE]`.
+"""Draws the README's picture of base against trained: `python benchmarks/readme_picture.py outputs/<run> [--output FILE]`.
 
 The demo model draws the noise of the run's report without and with the run's LoRA, in a plain diffusers pipeline, and the
 `shapes` scorer marks every picture as right or wrong. All held-out prompts are drawn and sorted by how many more of their
 pictures are right with the LoRA. The picture shows prompts at evenly spaced ranks of that order, from the largest gain to
-the largest loss. Prints the counts of the prompts shown and of all. A few minutes on a CPU.
+the largest loss. Prints the counts of the prompts shown and of all. It takes a few minutes on a CPU.
 """
 
 from __future__ import annotations

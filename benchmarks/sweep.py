@@ -1,7 +1,7 @@
 """How the settings of the `demo` presets were chosen: `python benchmarks/sweep.py [VARIANT ...]`.
 
 Trains on the training prompts with one seed that no reported run uses, judges on the validation prompts (60 prompts x 8
-images, 28 steps, averaged weights), and prints a row per variant: what changes against the preset and what came of it.
+images, 28 steps, averaged weights), and prints a row of results per variant.
 Variants already in the output folder are not run again. docs/demo-settings.md has the table and what follows from it.
 """
 

@@ -29,7 +29,9 @@ from transformers import (
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.demo import build
+from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
 from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training.loop import Trainer
 
 torch.set_num_threads(1)
@@ -289,7 +291,7 @@ def make_trainer(load: Callable[..., Backbone], red_scorer: RedScorer, tmp_path:
             "updates": 20,
             "learning_rate": 1e-3,
         }
-        config = TrainConfig(**{**settings, **changes})
+        config = make_config([("settings", {**settings, **changes})])
         if backbone is None:
             backbone = load(config.max_sequence_length) if folder is None else load_folder(folder, config)
         return Trainer(config, tmp_path, backbone, [scorer], prompts)
@@ -304,7 +306,41 @@ def shake() -> Callable[[Trainer, float], None]:
     def shake(trainer: Trainer, scale: float = 0.05) -> None:
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            for parameter in trainer.lora.values():
+            for parameter in trainer.weights.lora.values():
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
     return shake
+
+
+@pytest.fixture(scope="session")
+def roll() -> Callable[..., tuple[PromptBatch, Network]]:
+    """`roll(trainer, slots, update=0)`: the rollout of one batch, ready for the method's gradient.
+
+    Slots are (place in the update, prompt) each; by default the first two prompts.
+    """
+
+    def roll(
+        trainer: Trainer, slots: Sequence[tuple[int, str]] | None = None, update: int = 0
+    ) -> tuple[PromptBatch, Network]:
+        slots = list(enumerate(PROMPTS[:2])) if slots is None else slots
+        clock = Clock(trainer.device)
+        trainer.method.begin(update, trainer.weights)
+        network = trainer.roller.network([prompt for _, prompt in slots], clock)
+        batch, _ = trainer.roller.roll_out(network, clock, trainer.method.plan(update), update, slots)
+        return batch, network
+
+    return roll
+
+
+@pytest.fixture(scope="session")
+def gradient() -> Callable[[Trainer], torch.Tensor]:
+    """The gradient of a trainer's LoRA as one vector."""
+
+    def gradient(trainer: Trainer) -> torch.Tensor:
+        parts = []
+        for parameter in trainer.weights.lora.values():
+            assert parameter.grad is not None
+            parts.append(parameter.grad.flatten())
+        return torch.cat(parts)
+
+    return gradient

@@ -1,4 +1,4 @@
-"""Softmax-TB: identities, fixed points on enumerated bandits, and a twin written as loops over paths."""
+"""Losses on scalars: identities, fixed points on enumerated bandits, values by hand, and twins in plain Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tmpo_trainer import objectives, tree
-from tmpo_trainer.objectives import softmax_tb_advantage, softmax_tb_loss
+from tmpo_trainer.objectives import Transitions, softmax_tb_advantage, softmax_tb_loss
 from tmpo_trainer.tree import TreePlan
 
 SIGMAS = (1.0, 0.9037, 0.7897, 0.6525, 0.4842, 0.2730, 0.0)
@@ -22,6 +22,28 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def kl(q: Tensor, p: Tensor) -> Tensor:
     return (q * (q.log() - p.log())).sum()
+
+
+def exactly(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found: Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(found, exactly(expected), rtol=1e-12, atol=1e-12)
+
+
+def of(
+    plan: TreePlan,
+    log_probs: Tensor,
+    old: Tensor | None = None,
+    shift: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> Transitions:
+    """The transitions of a plan; by default the policy is still that of the rollout."""
+    index = plan.index()
+    old = log_probs.detach() if old is None else old
+    shift = torch.zeros_like(old) if shift is None else shift
+    return Transitions(log_probs, old, shift, index.leaf_edges, index.edge_parent, delta)
 
 
 # Rewards
@@ -99,18 +121,9 @@ def train_bandit(
         log_probs = theta.log_softmax(1).T.flatten()
         old = log_probs.detach()
         delta = None if reference is None else old - reference.log().T.flatten()
-        loss, _ = softmax_tb_loss(
-            log_probs,
-            old,
-            torch.zeros_like(old),
-            leaf_edges,
-            edge_parent,
-            rewards.T.flatten(),
-            beta,
-            baseline=baseline,
-            anchor_log_ratio=delta,
-            anchor_weight=weight,
-        )
+        transitions = Transitions(log_probs, old, torch.zeros_like(old), leaf_edges, edge_parent, delta)
+        anchor = None if delta is None else weight
+        loss, _ = softmax_tb_loss(transitions, rewards.T.flatten(), beta, baseline=baseline, anchor_weight=anchor)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -174,16 +187,8 @@ def log_p_gradient(noise: tree.Noise, plan: TreePlan) -> Tensor:
     """Gradient of the loss without rewards: what the -log p in the advantage does at the first update."""
     model = Affine()
     run = tree.rollout(model, noise, SIGMAS, plan, reduce="sum")
-    index, log_probs = plan.index(), run.log_probs.requires_grad_()
-    loss, _ = softmax_tb_loss(
-        log_probs,
-        run.log_probs.detach(),
-        torch.zeros_like(log_probs),
-        index.leaf_edges,
-        index.edge_parent,
-        torch.zeros(plan.leaves, dtype=torch.float64),
-        2.0,
-    )
+    log_probs = run.log_probs.requires_grad_()
+    loss, _ = softmax_tb_loss(of(plan, log_probs), torch.zeros(plan.leaves, dtype=torch.float64), 2.0)
     tree.replay(model, run, objectives.edge_coefficients(loss, log_probs))
     assert model.weight.grad is not None
     return model.weight.grad
@@ -238,13 +243,13 @@ def test_path_ratio_is_the_product_of_all_its_transitions():
     log_probs = torch.tensor([0.05, 0.04, 0.03, -0.3], requires_grad=True)
     zero = torch.zeros(4)
     leaf_edges, rewards = torch.tensor([[0, 1], [2, 3]]), torch.tensor([1.0, 0.0])
-    _, figures = softmax_tb_loss(log_probs, zero, zero, leaf_edges, torch.arange(4), rewards, 1.0)
+    chains = Transitions(log_probs, zero, zero, leaf_edges, torch.arange(4))
+    _, figures = softmax_tb_loss(chains, rewards, 1.0)
     assert figures["ratio_max"] == pytest.approx(math.exp(0.09))
     assert figures["ratio_mean"] == pytest.approx((math.exp(0.09) + math.exp(-0.27)) / 2)
     assert figures["clip_fraction"] == 0.5
-    _, figures = softmax_tb_loss(
-        log_probs, zero, zero, leaf_edges, torch.tensor([0, 1, 0, 1]), rewards, 1.0, baseline="siblings"
-    )
+    tree_of_two = Transitions(log_probs, zero, zero, leaf_edges, torch.tensor([0, 1, 0, 1]))
+    _, figures = softmax_tb_loss(tree_of_two, rewards, 1.0, baseline="siblings")
     assert figures["ratio_max"] == pytest.approx(math.exp(0.05)) and figures["clip_fraction"] == 0.25
 
 
@@ -311,26 +316,15 @@ def brute_loss(
 @pytest.mark.parametrize("spread", [0.0, 0.25])
 def test_loss_and_coefficients_equal_plain_loops(roots, branching, levels, baseline, anchored, spread):
     plan = TreePlan(levels + 2, roots, {step + 2: branching for step in range(levels)})
-    index = plan.index()
-    edges = len(index.edge_parent)
+    edges = len(plan.index().edge_parent)
     old, move, delta = normal(3, edges)
     current, shift, rewards = old + spread * move, spread * normal(edges, seed=6) ** 2 / 8, normal(plan.leaves, seed=7)
     s = {"beta": 1.7, "clip": 0.2, "baseline": baseline, "anchor_weight": 0.3}
     loss, slope = brute_loss(plan, current, old, shift, rewards, delta if anchored else None, s)
     log_probs = current.clone().requires_grad_()
-    found, _ = softmax_tb_loss(
-        log_probs,
-        old,
-        shift,
-        index.leaf_edges,
-        index.edge_parent,
-        rewards,
-        s["beta"],
-        s["clip"],
-        baseline,
-        delta if anchored else None,
-        s["anchor_weight"],
-    )
+    transitions = of(plan, log_probs, old, shift, delta if anchored else None)
+    anchor = s["anchor_weight"] if anchored else None
+    found, _ = softmax_tb_loss(transitions, rewards, s["beta"], s["clip"], baseline, anchor)
     assert found.item() == pytest.approx(loss, rel=1e-11, abs=1e-12)
     coefficients = objectives.edge_coefficients(found, log_probs)
     torch.testing.assert_close(coefficients, torch.tensor(slope, dtype=torch.float64), rtol=1e-10, atol=1e-12)
@@ -338,12 +332,9 @@ def test_loss_and_coefficients_equal_plain_loops(roots, branching, levels, basel
 
 
 def test_group_baseline_subtracts_the_mean_advantage():
-    edges = torch.arange(5)[:, None]
     log_probs, rewards = normal(2, 5)
     log_probs.requires_grad_()
-    loss, figures = softmax_tb_loss(
-        log_probs, log_probs.detach(), torch.zeros(5), edges, torch.zeros(5).long(), rewards, 2.0, baseline="group"
-    )
+    loss, figures = softmax_tb_loss(of(TreePlan(2, 1, {1: 5}), log_probs), rewards, 2.0, baseline="group")
     coefficients = objectives.edge_coefficients(loss, log_probs)
     assert coefficients.sum().abs() < 1e-14
     advantage = softmax_tb_advantage(rewards, log_probs, 2.0)
@@ -353,20 +344,10 @@ def test_group_baseline_subtracts_the_mean_advantage():
 
 def test_siblings_baseline_ignores_what_no_transition_can_influence():
     plan = TreePlan.tmpo(6, (1, 2, 3), 3)
-    index, rewards = plan.index(), normal(27)
-    log_probs = normal(36, seed=2).requires_grad_()
+    rewards, log_probs = normal(27), normal(36, seed=2).requires_grad_()
 
     def coefficients(r: Tensor) -> Tensor:
-        loss, _ = softmax_tb_loss(
-            log_probs,
-            log_probs.detach(),
-            torch.zeros(36),
-            index.leaf_edges,
-            index.edge_parent,
-            r,
-            2.0,
-            baseline="siblings",
-        )
+        loss, _ = softmax_tb_loss(of(plan, log_probs), r, 2.0, baseline="siblings")
         return objectives.edge_coefficients(loss, log_probs)
 
     # A reward of the seed alone (row % 3 is the root) changes nothing.
@@ -398,9 +379,7 @@ def test_figures_describe_the_group():
     plan = TreePlan.tmpo(6, (1, 2, 3), 3)
     index, rewards = plan.index(), normal(27)
     log_probs = normal(36, seed=2) / 10
-    _, figures = softmax_tb_loss(
-        log_probs, log_probs, torch.zeros(36), index.leaf_edges, index.edge_parent, rewards, 2.0
-    )
+    _, figures = softmax_tb_loss(of(plan, log_probs), rewards, 2.0)
     path = log_probs[index.leaf_edges].sum(1)
     q, p = (2 * rewards).softmax(0), path.softmax(0)
     expected = {
@@ -414,9 +393,7 @@ def test_figures_describe_the_group():
         "clip_fraction": 0.0,
     }
     assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6)
-    _, equal = softmax_tb_loss(
-        log_probs, log_probs, torch.zeros(36), index.leaf_edges, index.edge_parent, torch.zeros(27), 2.0
-    )
+    _, equal = softmax_tb_loss(of(plan, log_probs), torch.zeros(27), 2.0)
     assert equal["effective_leaves"] == pytest.approx(27)
 
 
@@ -430,25 +407,140 @@ def test_effective_number_by_hand():
 
 def test_only_the_current_log_probs_carry_gradient():
     plan = TreePlan.tmpo(6, (1, 2, 3), 3)
-    index = plan.index()
     log_probs = normal(36, seed=2).requires_grad_()
     shift = torch.full((36,), 0.1, dtype=torch.float64, requires_grad=True)
-    loss, _ = softmax_tb_loss(
-        log_probs, log_probs.detach(), shift, index.leaf_edges, index.edge_parent, normal(27), 2.0
-    )
+    loss, _ = softmax_tb_loss(of(plan, log_probs, shift=shift), normal(27), 2.0)
     loss.backward()
     assert log_probs.grad is not None and shift.grad is None
 
 
-def test_unknown_baseline_names_the_known_ones():
+def test_a_loss_that_cannot_be_says_why():
+    chains = of(TreePlan(2, 2, {1: 1}), torch.zeros(2))
     with pytest.raises(ValueError, match=r"unknown baseline 'mean'.*none, group, siblings"):
-        softmax_tb_loss(
-            torch.zeros(2),
-            torch.zeros(2),
-            torch.zeros(2),
-            torch.arange(2)[:, None],
-            torch.zeros(2).long(),
-            torch.zeros(2),
-            1.0,
-            baseline="mean",  # type: ignore[arg-type]
-        )
+        softmax_tb_loss(chains, torch.zeros(2), 1.0, baseline="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an anchor needs the log ratio to the reference"):
+        softmax_tb_loss(chains, torch.zeros(2), 1.0, anchor_weight=0.5)
+
+
+# The GRPO family and step-wise balance
+
+
+#: A tree of two levels with two children: edges 0 and 1, then 2 (below 0), 3 (below 1), 4 (below 0), 5 (below 1).
+SMALL = TreePlan(4, 1, {1: 2, 2: 2})
+
+
+def test_group_advantage_is_the_z_score_with_a_floor():
+    # Mean 2, population std 1.
+    close(objectives.group_advantage(exactly([1, 3, 1, 3])), [-1 / 1.0001, 1 / 1.0001] * 2)
+    close(objectives.group_advantage(exactly([7, 7, 7])), [0, 0, 0])
+    # One in 101 is 10 standard deviations above: clipped.
+    rare = objectives.group_advantage(exactly([1] + [0] * 100))
+    assert rare[0] == 5 and rare[1] == pytest.approx(-0.01 / (math.sqrt(0.0099 * 0.990099 / 0.99) + 1e-4), rel=2e-2)
+
+
+def test_diverse_advantage_rewards_rare_winners_only():
+    # Angles 0, 60 and 180 degrees: the nearest other is 1 - cos 60 = 1/2, 1/2 and 1 - cos 120 = 3/2 away; mean 5/6.
+    features = torch.tensor([[1.0, 0.0], [0.5, math.sqrt(0.75)], [-3.0, 0.0]], dtype=torch.float64)
+    # Mean reward 1: above it are the second (by 1) and the third (by 0).
+    close(objectives.diverse_advantage(exactly([0, 2, 1]), features), [-1, 0.5 / (5 / 6), 0])
+    close(objectives.diverse_advantage(exactly([0, 1, 2]), features), [-1, 0, 1.5 / (5 / 6)])
+    # No standard deviation: ten times the reward is ten times the advantage; pictures that are equal count as they are.
+    close(objectives.diverse_advantage(exactly([0, 0, 0.3]), features[:1].repeat(3, 1)), [-0.1, -0.1, 0.2])
+    assert objectives.diverse_advantage(exactly([0, 0, 90]), features)[2] == 5
+
+
+def test_tree_advantage_weights_children_by_their_probability():
+    # Leaves 0..3 end on edges 2..5. Children of edge 0: 2 and 4, with odds 3 to 1; of edge 1: 3 and 5, even.
+    log_probs = exactly([9, -9, math.log(3), 5, 0, 5])
+    found = objectives.tree_advantage(exactly([1, 2, -1, 4]), of(SMALL, log_probs))
+    close(found, [0.75 * 1 + 0.25 * -1, 0.5 * 2 + 0.5 * 4, 1, 2, -1, 4])
+
+
+def test_subtree_balance_by_hand():
+    log_probs = exactly([0, math.log(3), 0, 0, 0, 0]).requires_grad_()
+    # exp(beta R): 1, 2, 3, 6. Flows: edge 0 has (1 + 3) / 2 = 2, edge 1 has 4; the leaves' edges their own.
+    rewards = exactly([1, 2, 3, 6]).log() / 2
+    loss, figures = objectives.subtree_balance_loss(of(SMALL, log_probs), rewards, beta=2.0)
+    # log of target over policy among siblings: (1/3) / (1/4), (2/3) / (3/4), and of the leaves over 1/2.
+    advantage = [math.log(a) for a in (4 / 3, 8 / 9, 0.25 / 0.5, 0.25 / 0.5, 0.75 / 0.5, 0.75 / 0.5)]
+    share = [1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4]
+    assert loss.item() == pytest.approx(-sum(s * a for s, a in zip(share, advantage, strict=True)))
+    assert figures["advantage_mean"] == pytest.approx(sum(advantage) / 6)
+    # At a ratio of 1 the slope of an edge is its share times its advantage.
+    close(torch.autograd.grad(loss, log_probs)[0], [-s * a for s, a in zip(share, advantage, strict=True)])
+
+
+def test_subtree_balance_is_at_rest_where_every_branch_is_balanced():
+    rewards = exactly([1, 2, 3, 6]).log()
+    balanced = exactly([1 / 3, 2 / 3, 0.25, 0.25, 0.75, 0.75]).log().requires_grad_()
+    loss, figures = objectives.subtree_balance_loss(of(SMALL, balanced), rewards, 1.0)
+    assert abs(loss.item()) < 1e-12 and abs(figures["advantage_mean"]) < 1e-12
+    with pytest.raises(ValueError, match="none or siblings"):
+        objectives.subtree_balance_loss(of(SMALL, balanced), rewards, 1.0, baseline="group")
+
+
+def test_subtree_balance_does_not_overflow():
+    log_probs = torch.zeros(6, requires_grad=True)
+    rewards = torch.tensor([0.0, 500.0, 1000.0, 1000.0])
+    loss, _ = objectives.subtree_balance_loss(of(SMALL, log_probs), rewards, 2.0, baseline="siblings")
+    assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, log_probs)[0]).all()
+
+
+def test_grpo_loss_by_hand():
+    # Two chains of two steps: edges 0 and 1 at the first, 2 and 3 at the second.
+    plan = TreePlan(3, 2, {1: 1, 2: 1})
+    log_probs = torch.tensor(
+        [math.log(1.5), 0.0, math.log(0.5), math.log(1.1)], dtype=torch.float64, requires_grad=True
+    )
+    advantage = objectives.edge_mean(exactly([1, -2]), plan.index().leaf_edges, 4)
+    close(advantage, [1, -2, 1, -2])
+    # RatioNorm's shift is not theirs.
+    zero = torch.zeros(4, dtype=torch.float64)
+    loss, figures = objectives.grpo_loss(of(plan, log_probs, zero, zero + 9), advantage, 0.2)
+    # min(rho A, clip(rho) A): 1.2 (clipped), -2, 0.5, -2.2.
+    assert loss.item() == pytest.approx(-(1.2 - 2 + 0.5 - 2.2) / 4)
+    close(torch.autograd.grad(loss, log_probs)[0], [0, 2 / 4, -0.5 / 4, 2.2 / 4])
+    assert figures["clip_fraction"] == 0.5 and figures["ratio_max"] == pytest.approx(1.5)
+    assert figures["advantage_mean"] == -0.5 and figures["advantage_std"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "plan", [TreePlan(6, 1, {2: 3, 3: 3, 4: 3}), TreePlan(6, 2, {1: 2, 4: 3}), TreePlan(6, 5, {1: 1, 2: 1})]
+)
+def test_advantages_of_random_trees_against_plain_python(plan: TreePlan):
+    torch.manual_seed(0)
+    edges = len(plan.index().edge_parent)
+    log_probs, rewards = torch.randn(edges, dtype=torch.float64), torch.randn(plan.leaves, dtype=torch.float64)
+    # Nodes by their paths, in the order of the layout: step, child, parent.
+    levels = [[(root,) for root in range(plan.roots)]]
+    for children in plan.fanout.values():
+        levels.append([(*path, child) for child in range(children) for path in levels[-1]])
+    number = {path: i for i, path in enumerate(itertools.chain(*levels[1:]))}
+    reward = dict(zip(levels[-1], rewards.tolist(), strict=True))
+
+    def children_of(path: tuple[int, ...]) -> list[tuple[int, ...]]:
+        return [other for other in number if other[:-1] == path]
+
+    def value(path: tuple[int, ...]) -> float:
+        below = children_of(path)
+        if not below:
+            return reward[path]
+        weights = [math.exp(log_probs[number[c]].item()) for c in below]
+        return sum(w * value(c) for w, c in zip(weights, below, strict=True)) / sum(weights)
+
+    found = objectives.tree_advantage(rewards, of(plan, log_probs))
+    close(found, [value(path) for path in number])
+
+    def flow(path: tuple[int, ...]) -> float:
+        ends = [math.exp(1.5 * r) for leaf, r in reward.items() if leaf[: len(path)] == path]
+        return sum(ends) / len(ends)
+
+    advantage = []
+    for path in number:
+        siblings = children_of(path[:-1])
+        policy = math.exp(log_probs[number[path]].item()) / sum(math.exp(log_probs[number[s]].item()) for s in siblings)
+        advantage.append(math.log(flow(path) / sum(map(flow, siblings)) / policy))
+    current = log_probs.clone().requires_grad_()
+    loss, _ = objectives.subtree_balance_loss(of(plan, current), rewards, 1.5)
+    share = [sum(leaf[: len(path)] == path for leaf in reward) / plan.leaves for path in number]
+    close(torch.autograd.grad(loss, current)[0], [-s * a for s, a in zip(share, advantage, strict=True)])

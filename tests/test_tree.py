@@ -75,9 +75,9 @@ class Recorded:
     """Noise that remembers which paths it was asked for at each step, in row order."""
 
     inner: tree.Noise
-    paths: dict[int, list[tree.Path]] = field(default_factory=dict)
+    paths: dict[int, list[tree.NodePath]] = field(default_factory=dict)
 
-    def __call__(self, step: int, path: tree.Path) -> Tensor:
+    def __call__(self, step: int, path: tree.NodePath) -> Tensor:
         self.paths.setdefault(step, []).append(path)
         return self.inner(step, path)
 
@@ -275,10 +275,10 @@ def test_impossible_plans_are_refused(make: Callable[[], TreePlan], message: str
 @plans
 def test_index_follows_every_leaf_through_the_tree(plan):
     # With v = 0 and one-hot noise, a latent's non-zero entries name all the nodes on its way.
-    ids: dict[tree.Path, int] = {}
+    ids: dict[tree.NodePath, int] = {}
     nodes = plan.roots + sum(width * k for width, k in ((plan.widths[s - 1], k) for s, k in plan.fanout.items()))
 
-    def one_hot(step: int, path: tree.Path) -> Tensor:
+    def one_hot(step: int, path: tree.NodePath) -> Tensor:
         ids.setdefault(path, len(ids))
         return torch.eye(nodes, dtype=torch.float64)[ids[path]]
 
@@ -286,7 +286,7 @@ def test_index_follows_every_leaf_through_the_tree(plan):
     assert len(ids) == nodes
     names = {number: path for path, number in ids.items()}
 
-    def path_of(x: Tensor) -> tree.Path:
+    def path_of(x: Tensor) -> tree.NodePath:
         found = [names[i] for i in x.nonzero().flatten().tolist()]
         longest = max(found, key=len)
         assert sorted(found, key=len) == [longest[: i + 1] for i in range(len(longest))]
@@ -476,7 +476,7 @@ def test_a_forest_is_its_prompts_apart(plan, max_batch):
     prompts = 4
     conditions = torch.randn(prompts, *SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
-    def noise(step: int, path: tree.Path) -> Tensor:
+    def noise(step: int, path: tree.NodePath) -> Tensor:
         root, prompt = divmod(path[0], prompts)
         return noise64("prompt", prompt)(step, (root, *path[1:]))
 
@@ -495,9 +495,10 @@ def test_a_forest_is_its_prompts_apart(plan, max_batch):
         torch.testing.assert_close(together.log_probs[prompt::prompts], run.log_probs, rtol=0, atol=1e-12)
         log_probs = run.log_probs.requires_grad_()
         shift, rewards = torch.zeros_like(log_probs), run.leaves.sum((1, 2))
-        loss, _ = objectives.softmax_tb_loss(
-            log_probs, run.log_probs.detach(), shift, index.leaf_edges, index.edge_parent, rewards, 2.0
+        transitions = objectives.Transitions(
+            log_probs, run.log_probs.detach(), shift, index.leaf_edges, index.edge_parent
         )
+        loss, _ = objectives.softmax_tb_loss(transitions, rewards, 2.0)
         coefficients[prompt::prompts] = objectives.edge_coefficients(loss, log_probs)
         tree.replay(velocity, run, coefficients[prompt::prompts])
         expected = expected + gradient(model)
@@ -573,7 +574,12 @@ class Settings:
 
 
 def naive_loss(
-    model: nn.Module, old: nn.Module, reference: nn.Module, run: tree.Rollout, paths: list[list[tree.Path]], s: Settings
+    model: nn.Module,
+    old: nn.Module,
+    reference: nn.Module,
+    run: tree.Rollout,
+    paths: list[list[tree.NodePath]],
+    s: Settings,
 ) -> Tensor:
     """The whole loss with one graph through every edge; `paths` lists the nodes of each stochastic step in row order."""
     names = [path for step in paths for path in step]
@@ -590,7 +596,7 @@ def naive_loss(
         delta[path] = (mu.log_prob(x) - mu_ref.log_prob(x)).sum().detach()
         kl.append(((mu.mean - mu_ref.mean) ** 2 / (2 * mu.stddev**2)).mean())
 
-    def along(values: dict[tree.Path, Tensor], leaf: tree.Path) -> Tensor:
+    def along(values: dict[tree.NodePath, Tensor], leaf: tree.NodePath) -> Tensor:
         return torch.stack([values[leaf[:depth]] for depth in range(2, len(leaf) + 1)]).sum()
 
     def surrogate(log_ratio: Tensor, advantage: Tensor) -> Tensor:
@@ -629,18 +635,16 @@ def replayed_gradient(
     index = run.plan.index()
     means, at_reference = (tree.parent_means(policy, run, max_batch) for policy in (model, reference))
     log_probs = tree.edge_log_probs(run, means).requires_grad_()
-    loss, figures = objectives.softmax_tb_loss(
+    transitions = objectives.Transitions(
         log_probs,
         run.log_probs,
         tree.edge_mean_shift(run, means),
         index.leaf_edges,
         index.edge_parent,
-        run.leaves.sum((1, 2)),
-        s.beta,
-        s.clip,
-        s.baseline,
         None if s.anchor_weight is None else tree.edge_log_ratio(run, means, at_reference),
-        1.0 if s.anchor_weight is None else s.anchor_weight,
+    )
+    loss, figures = objectives.softmax_tb_loss(
+        transitions, run.leaves.sum((1, 2)), s.beta, s.clip, s.baseline, s.anchor_weight
     )
     weights = tree.parent_shares(run)
     _, kl = tree.replay(

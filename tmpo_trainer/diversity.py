@@ -1,6 +1,6 @@
 """Diversity of a group of samples: LGMD in latent space, cosine diversity and Vendi score in feature space.
 
-`MEASURES` lists them all. Whatever reports diversity goes through it, so a new measure needs an entry there and no more.
+`MEASURES` lists them all. All reports of diversity use it, so a new measure needs only an entry there.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def vendi_score(features: Tensor) -> Tensor:
 class Measure:
     """How much the samples of a group differ.
 
-    function: `[K, ...]` of K >= 2 samples -> scalar. on: what it takes, scaled diffusion latents or features of pictures.
+    function: `[K, ...]` of K >= 2 samples -> scalar. on: its input, scaled diffusion latents or features of pictures.
     """
 
     function: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Small files, written so that a kill at any moment leaves either the old or the new one."""
+"""Reads and writes small files that survive a kill at any moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     metrics = []
     for line in lines:

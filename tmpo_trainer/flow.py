@@ -18,7 +18,7 @@ Kernel = Literal["ode", "cps", "flow_sde", "dance"]
 Reduce = Literal["mean", "sum"]
 
 #: A stochastic step must end at this sigma or above. Below, the std vanishes and the gradient of that one edge, which
-#: goes as 1 / std^2, outweighs all others (about 150 times for the last step but one of SD3.5 at 6 steps).
+#: grows as 1 / std^2, outweighs all others (about 150 times for the last step but one of SD3.5 at 6 steps).
 MIN_STOCHASTIC_SIGMA = 0.05
 
 
@@ -74,7 +74,7 @@ def transition(
         data = x - s * velocity
         return (1 - s_next) * data + s_next * math.cos(phi) * noise, s_next * math.sin(phi)
     if kernel == "flow_sde":
-        # At sigma = 1 the level is infinite; like Flow-GRPO, take the next sigma there, in (1 - sigma) only.
+        # At sigma = 1 the level is infinite; like Flow-GRPO, use the next sigma there, in (1 - sigma) only.
         level = eta * torch.sqrt(s / (1 - torch.where(s >= 1, s_next, s)))
     elif kernel == "dance":
         level = torch.full_like(s, eta)

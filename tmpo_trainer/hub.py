@@ -19,13 +19,13 @@ def git_blob(content: bytes) -> str:
 
 
 def verify(path: Path) -> str | None:
-    """Checks a file of the hub's cache against the hash that the hub gave: SHA-256 of large files, git's id of small ones.
+    """Checks a cached file against the hash that the hub gave: SHA-256 for large files, git's id for small ones.
 
     Returns:
-        which of the two it was, or None where the cache does not keep the hash (without symbolic links).
+        the kind of hash, or None if the cache keeps no hash (without symbolic links).
 
     Raises:
-        ConfigError: the file is another.
+        ConfigError: the file has another hash.
     """
     wanted = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", wanted):
@@ -41,10 +41,10 @@ def verify(path: Path) -> str | None:
 
 
 def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None = None) -> Path:
-    """A file of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count.
+    """Finds a file of a hub repository in the cache, or downloads it. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
 
     Args:
-        what: needs it, for errors. flag: that takes a path in place of the repository. kind: `dataset`, or a model's.
+        what: the part that needs the file, for errors. flag: takes a path in its place. kind: `dataset`; None for a model.
 
     Raises:
         ConfigError: it is not in the cache and cannot be downloaded.
@@ -76,8 +76,8 @@ def hub_cache() -> Path:
 
 
 @contextmanager
-def told(what: str, path: Path) -> Iterator[None]:
-    """What a library says against a path, as one line. Raises ConfigError."""
+def readable_errors(what: str, path: Path) -> Iterator[None]:
+    """Turns a library's error about a path into a ConfigError of one line."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

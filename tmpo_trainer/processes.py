@@ -1,4 +1,4 @@
-"""What several processes must agree on, and tensors whose parts they share."""
+"""Agreement between several processes, and tensors that are sharded over them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Processes:
     """The processes of a run, by their accelerator.
 
     Attributes:
-        count, rank, main: how many there are, which one this is, and whether it is the one that writes.
-        agreed: whether all know of the error that ends the run, so that they can still do something together.
+        count, rank, main: their number, the rank of this one, and whether it is the one that writes files.
+        agreed: whether all know of the error that ends the run, so that they can still act together.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -36,11 +36,11 @@ class Processes:
         self.agreed = self.count == 1
 
     def gather(self, value: Any) -> list[Any]:
-        """A value of every process, in the order of their ranks."""
+        """The values of all processes, in the order of their ranks."""
         return gather_object([value]) if self.count > 1 else [value]
 
     def agree(self, error: Exception | None) -> None:
-        """Raises on all processes if one has an error: the others would wait for it for ever in the next collective."""
+        """Raises on all processes if one has an error. Otherwise they would wait for it forever in the next collective."""
         if self.count > 1:
             texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
             failed = [f"process {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
@@ -52,7 +52,7 @@ class Processes:
 
 
 def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
-    """What all processes load. A ConfigError of one is raised on all, so that the first can print it."""
+    """Calls `load` on every process. A ConfigError of one is raised on all, so that the first can print it."""
     if accelerator.num_processes == 1:
         return load()
     loaded: list[Loaded] = []
@@ -68,12 +68,12 @@ def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor, put together if it is a shard of one; every process gets it."""
+    """The whole tensor on every process, gathered if it is sharded."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, sharded as a parameter is."""
+    """Shards a whole tensor as a parameter is sharded."""
     if not isinstance(parameter, DTensor):
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -1,4 +1,4 @@
-"""Choosing some pictures of a batch: the best, the most diverse, or a sample by reward."""
+"""Chooses pictures from a batch: the best, the most diverse, or a sample by reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def boltzmann(scores: Tensor, beta: float) -> Tensor:
 
 
 def boltzmann_by_group(scores: Tensor, groups: Iterable[list[int]], beta: float) -> Tensor:
-    """`boltzmann` of every group by itself, `[K]`, as training has it for each prompt: an easy prompt must not take all."""
+    """`boltzmann` within each group, `[K]`, as in training for each prompt, so that an easy prompt does not take all."""
     weights = torch.zeros(len(scores), dtype=torch.float64)
     for members in groups:
         weights[members] = boltzmann(scores[members], beta).cpu()
@@ -24,7 +24,7 @@ def boltzmann_by_group(scores: Tensor, groups: Iterable[list[int]], beta: float)
 
 
 def best(scores: Tensor, count: int) -> list[int]:
-    """Indices of the highest scores, best first; of equal ones the earlier."""
+    """Indices of the highest scores, best first. Of equal scores, the earlier comes first."""
     return torch.sort(scores, descending=True, stable=True).indices[:count].tolist()
 
 
@@ -35,7 +35,7 @@ def pixel_distances(images: Tensor) -> Tensor:
 
 
 def most_diverse(distances: Tensor, scores: Tensor, least: float, count: int) -> list[int]:
-    """Indices of the best picture, and then of each next one that is farthest from its nearest chosen one (greedy max-min).
+    """Indices of the best picture, then repeatedly of the one farthest from its nearest chosen one (greedy max-min).
 
     Args:
         distances: `[K, K]`. scores: `[K]`; a picture below `least` is never chosen.

@@ -1,7 +1,7 @@
-"""Tree rollouts: where to branch, how nodes are laid out, sampling without gradient, replay with it.
+"""Tree rollouts: where to branch, how nodes are laid out, sampling without gradient, replay with gradient.
 
-Nothing here knows a model: only `velocity(x, sigma)` with `x [N, ...latent]` and `sigma [N]`. Steps are 1-based: step s goes
-from sigmas[s - 1] to sigmas[s].
+Nothing here depends on a model, only on `velocity(x, sigma)` with `x [N, ...latent]` and `sigma [N]`. Steps are 1-based:
+step s goes from sigmas[s - 1] to sigmas[s].
 
 Children are laid out by tiling: with W parents and k children, child c of parent p is row c * W + p. So the parent of row r
 is r % W, the root of any row is row % roots, and per-root conditions are matched by repeating them.
@@ -36,7 +36,7 @@ class BranchSchedule:
     Args:
         num_steps: steps of the rollout, N.
         early, late: 1-based mean positions at the first and the last update, each strictly increasing.
-        kappa: concentration of the Beta distribution, > 0; larger keeps nearer to the mean. 2 around the middle is uniform.
+        kappa: concentration of the Beta distribution, > 0; larger is nearer to the mean. 2 around the middle is uniform.
         total_updates: length of the curriculum.
         seed: draws are a function of (seed, update) alone, the same on every rank and after resuming.
         last: the last position allowed, by default N - 1; pass `flow.last_stochastic_step(sigmas)`.
@@ -60,7 +60,7 @@ class BranchSchedule:
             if positions[0] < 1 or positions[-1] > self.last_step:
                 raise ValueError(
                     f"branch steps {name}={tuple(positions)} must lie in 1..{self.last_step} "
-                    f"(of {self.num_steps} steps, those that may carry noise)"
+                    f"(the steps out of {self.num_steps} that may carry noise)"
                 )
         if len(self.early) != len(self.late):
             raise ValueError(f"branch steps early={self.early} and late={self.late} differ in number")
@@ -78,7 +78,7 @@ class BranchSchedule:
         draws = []
         for early, late in zip(self.early, self.late, strict=True):
             mean = (early + (late - early) * progress - 1) / max(self.last_step - 1, 1)
-            # Beta is undefined at a mean of 0 or 1: those are the ends themselves.
+            # Beta is undefined at a mean of 0 or 1: use the end itself.
             inside = 0 < mean < 1
             draws.append(generator.betavariate(self.kappa * mean, self.kappa * (1 - mean)) if inside else mean)
         return tuple(draws)
@@ -86,7 +86,7 @@ class BranchSchedule:
     def steps(self, update: int) -> tuple[int, ...]:
         """The branch steps of an update (0-based): strictly increasing, in 1..last, always as many as `early`."""
         steps = sorted(math.floor(1 + (self.last_step - 1) * xi + 0.5) for xi in self.raw(update))
-        # About half of the draws collide. Move, never drop: K must stay branching ** T.
+        # About half of the draws collide. Move them, but never drop one: K must stay branching ** T.
         for i in range(1, len(steps)):
             steps[i] = max(steps[i], steps[i - 1] + 1)
         # A lone branch at step 1 would leave no transition to train.
@@ -98,9 +98,9 @@ class BranchSchedule:
 
 @dataclass(frozen=True)
 class TreeIndex:
-    """How edges and leaves hang together. Edges are numbered step by step, in row order within a step.
+    """How edges and leaves are connected. Edges are numbered step by step, in row order within a step.
 
-    leaf_edges: `[K, T]` the edges of each path. edge_parent: `[E]` the parent node of each edge, numbered likewise.
+    leaf_edges: `[K, T]` the edges of each path. edge_parent: `[E]` the parent node of each edge, numbered in the same way.
     """
 
     leaf_edges: Tensor
@@ -146,7 +146,7 @@ class TreePlan:
 
     @property
     def leaves(self) -> int:
-        """K."""
+        """K, the number of leaves."""
         return self.roots * math.prod(self.fanout.values())
 
     @property
@@ -197,7 +197,7 @@ def keyed_noise(key: Sequence[int | str], shape: Sequence[int]) -> Noise:
 
 @dataclass
 class Branch:
-    """What one stochastic step leaves behind. W parents, W * k children; everything float32 or float64.
+    """The record of one stochastic step: W parents, W * k children; everything float32 or float64.
 
     x, mean: `[W, ...latent]`, the parents and the rollout policy's mean. std: broadcasts over them.
     x_child: `[W * k, ...latent]`. log_prob: `[W * k]`, of the rollout policy.
@@ -266,7 +266,7 @@ def rollout(
         noise: see `Noise`; its shape and device set those of the rollout.
         sigmas: `[N + 1]`, from the pipeline's scheduler, ending in 0.
         plan: the tree. kernel, eta: of the stochastic steps; all others are plain Euler steps.
-        max_batch: most nodes in one call of `velocity`; guidance doubles inside it.
+        max_batch: the largest number of nodes in one call of `velocity`; guidance doubles inside it.
         reduce: how log-probabilities are reduced over dimensions.
         callback: called after every network call with (nodes evaluated, nodes in all, x0_hat `[n, ...latent]`).
 
@@ -324,7 +324,7 @@ class _Piece(NamedTuple):
 
 @dataclass
 class _ParentBatch:
-    """Parents that go through the network together: x `[n, ...latent]`, sigma and sigma_next `[n]`, and whose they are."""
+    """Parents that go through the network together: x `[n, ...latent]`, sigma and sigma_next `[n]`, by branch in `pieces`."""
 
     x: Tensor
     sigma: Tensor
@@ -359,7 +359,7 @@ def _parent_batches(run: Rollout, max_batch: int | None) -> list[_ParentBatch]:
 def parent_means(velocity: Velocity, run: Rollout, max_batch: int | None = None) -> list[Tensor]:
     """Means of every transition under another policy, without gradient: one `[W, ...latent]` per branch.
 
-    For the log-probabilities of a second inner update, and (adapter off) for the anchor and the KL penalty.
+    Used for the log-probabilities of a second inner update, and (adapter off) for the anchor and the KL penalty.
     """
     parts: list[list[Tensor]] = [[] for _ in run.branches]
     for batch in _parent_batches(run, max_batch):
@@ -424,20 +424,20 @@ def replay(
     reference: list[Tensor] | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
 ) -> tuple[Tensor, Tensor]:
-    """Backpropagates sum_e coefficient_e log pi(edge e), each unique parent once with a graph.
+    """Backpropagates sum_e coefficient_e log pi(edge e), evaluating each unique parent once.
 
     With coefficients d loss / d log pi this is exactly the gradient of the loss, while only one micro-batch's activations
     are alive. Gradients accumulate in the parameters behind `velocity`.
 
     Args:
         coefficients: `[E]`, from `objectives.edge_coefficients`.
-        max_batch: most parents in one call.
+        max_batch: the largest number of parents in one call.
         kl_weights, reference: adds sum_p weight_p * mean_d (mu - mu_ref)^2 / (2 std^2) over the parents, weights `[parents]`
             in the order of the branches, with the reference policy's means from `parent_means`.
         backward: called on each micro-batch's scalar (accelerate's `backward`, for instance).
 
     Returns:
-        the replayed log-probabilities `[E]` (at unchanged weights the stored ones) and the KL of every parent `[parents]`,
+        the replayed log-probabilities `[E]` (with unchanged weights, the stored ones) and the KL of every parent `[parents]`,
         empty without weights.
 
     Raises:

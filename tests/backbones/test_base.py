@@ -122,8 +122,8 @@ def test_a_single_file_takes_the_place_of_the_transformer(tiny_sd35: Path, tmp_p
     [
         ({"a.weight": torch.float32, "a.scale_weight": torch.float32}, {}, "has scaled 8-bit weights"),
         ({"scaled_fp8": torch.float32}, {}, "has scaled 8-bit weights"),
-        ({"guidance_in.x": torch.float32}, {"nf4": True}, "cannot be quantised as it is read"),
-        ({"double_blocks.0.x": torch.float32}, {}, "is of FLUX.1-schnell, the model of FLUX.1-dev"),
+        ({"guidance_in.x": torch.float32}, {"nf4": True}, "cannot be quantised while it is loaded"),
+        ({"double_blocks.0.x": torch.float32}, {}, "is from FLUX.1-schnell, but the model is FLUX.1-dev"),
     ],
 )
 def test_a_single_file_that_would_load_wrongly_is_refused(
@@ -209,8 +209,8 @@ def test_nf4_is_a_rough_copy_that_trains(
     figures = [trainer.update() for _ in range(2)]
     assert all(line["replay_ratio_error"] < 1e-4 for line in figures)
     # The adapter has learnt, the four bits have not moved.
-    assert all(value.dtype == torch.float32 for value in trainer.lora.values())
-    assert any(value.any() for name, value in trainer.lora.items() if "lora_B" in name)
+    assert all(value.dtype == torch.float32 for value in trainer.weights.lora.values())
+    assert any(value.any() for name, value in trainer.weights.lora.items() if "lora_B" in name)
     assert all(torch.equal(part.weight, old) for part, old in zip(linear, before, strict=True))
     assert export.export_lora(backbone, tmp_path, {})
     assert {value.dtype for value in load_file(tmp_path / "pytorch_lora_weights.safetensors").values()} == {

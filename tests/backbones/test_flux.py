@@ -120,7 +120,7 @@ def test_lora_targets(folder: Path, make_trainer: Callable[..., Trainer], which:
     linear = {
         n.removesuffix(".base_layer") for n, part in parts if isinstance(part, torch.nn.Linear) and "lora_" not in n
     }
-    found = {name.split(".lora_")[0] for name in trainer.lora}
+    found = {name.split(".lora_")[0] for name in trainer.weights.lora}
     attention = {name for name in linear if ".attn." in name}
     double = {name for name in linear if name.startswith("transformer_blocks.") and ".norm1" not in name}
     single = {name for name in linear if name.startswith("single_transformer_blocks.") and ".norm." not in name}
@@ -132,11 +132,11 @@ def test_lora_targets(folder: Path, make_trainer: Callable[..., Trainer], which:
 
 def test_an_update_trains_and_replays_exactly(folder: Path, make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer(folder=folder, max_sequence_length=TOKENS, guidance=3.5)
-    before = {name: value.detach().clone() for name, value in trainer.lora.items()}
+    before = {name: value.detach().clone() for name, value in trainer.weights.lora.items()}
     metrics = trainer.update()
     assert metrics["replay_ratio_error"] < 1e-4
     assert metrics["evaluations/rollout"] == 96 and metrics["evaluations/replay"] == 12
-    assert any((value - before[name]).abs().max() > 0 for name, value in trainer.lora.items())
+    assert any((value - before[name]).abs().max() > 0 for name, value in trainer.weights.lora.items())
 
 
 def test_names_of_newer_comfyui_become_the_original_ones(tmp_path: Path) -> None:

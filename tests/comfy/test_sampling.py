@@ -119,7 +119,7 @@ def test_leaves_are_those_of_the_trainers_rollout(pack: Any, kernel: str) -> Non
     start = pack.comfy.sample.prepare_noise(empty(2)["samples"], SEED)
     sources = [tree.keyed_noise((SEED, p), (16, 8, 8)) for p in range(2)]
 
-    def noise(step: int, path: tree.Path) -> Tensor:
+    def noise(step: int, path: tree.NodePath) -> Tensor:
         root, prompt = divmod(path[0], 2)
         return start[prompt] if step == 0 and root == 0 else sources[prompt](step, (root, *path[1:]))
 
@@ -173,7 +173,7 @@ def test_a_leaf_alone_is_the_same(pack: Any) -> None:
     for leaf in (0, 7, 26):
         path = paths[leaf]
 
-        def noise(step: int, walked: tree.Path, path: tree.Path = path) -> Tensor:
+        def noise(step: int, walked: tree.NodePath, path: tree.NodePath = path) -> Tensor:
             if step == 0:
                 return start[0] if path[0] == 0 else source(0, path[:1])
             return source(step, path[: len(walked)])
@@ -458,7 +458,7 @@ def test_a_trained_lora_changes_the_pictures_as_in_diffusers(pack: Any) -> None:
     start = pack.comfy.sample.prepare_noise(empty()["samples"], SEED)
     source = tree.keyed_noise((SEED, 0), (16, 8, 8))
 
-    def noise(step: int, path: tree.Path) -> Tensor:
+    def noise(step: int, path: tree.NodePath) -> Tensor:
         return start[0] if step == 0 and path[0] == 0 else source(step, path)
 
     plan = tree.TreePlan.tmpo(STEPS, BRANCHES, 3)

@@ -18,10 +18,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tmpo_trainer import methods
 from tmpo_trainer.commands import arms, main
 from tmpo_trainer.lora.export import FILE_NAME
-from tmpo_trainer.methods.base import Planner, cost, evaluations
-from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,12 +55,15 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("method", ["tmpo", "flow-grpo", "tree-grpo"])
 def test_the_most_updates_within_a_budget(load: Callable[..., Any], method: str) -> None:
     """Positions move with the length of a run, so its cost is that of its own schedule."""
-    config = TrainConfig(method=method, kernel="flow_sde", kl_weight=0.03, branch_late=(1, 3, 4), prompts_per_update=2)
+    settings = {
+        "method": method, "kernel": "flow_sde", "kl_weight": 0.03, "branch_late": (1, 3, 4), "prompts_per_update": 2
+    }  # fmt: skip
+    config = make_config([("settings", settings)])
     sigmas = load(0).sigmas(6, 32, 32)
 
     def total(updates: int) -> float:
-        planner = Planner(config.model_copy(update={"updates": updates}), sigmas)
-        return 2 * sum(cost(evaluations(config, planner.plan(u))) for u in range(updates))
+        made = methods.make(config.model_copy(update={"updates": updates}), sigmas)
+        return 2 * sum(methods.cost(made.evaluations(made.plan(u))) for u in range(updates))
 
     for budget in (total(1), 20_000, total(57)):
         found = arms.updates_within(config, sigmas, budget)
@@ -90,7 +93,7 @@ def test_a_comparison_is_killed_goes_on_and_grows(
         assert process.poll() is None, process.communicate()[1].decode()
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
-    assert process.stderr is not None and b"the same command goes on" in process.stderr.read()
+    assert process.stderr is not None and b"give the same command again to continue" in process.stderr.read()
     assert list(tmp_path.glob("out/tmpo-seed0/checkpoint-*")) and not (metrics.parent / FILE_NAME).exists()
     assert not (tmp_path / "out/flow-grpo-seed0").exists(), "never begun"
 
@@ -187,7 +190,7 @@ def test_a_run_that_cannot_be_measured_is_left_out(
     ("more", "message"),
     [
         ("--methods tmpo grpo", "grpo"),
-        ("--methods tmpo --seeds 1 1", "names one twice"),
+        ("--methods tmpo --seeds 1 1", "names a seed twice"),
         ("--evaluations 0", "must be above 0"),
         ("--evaluations 5 --seconds 5", "not allowed with"),
         ("--methods tmpo --arms arms.yaml", "not allowed with"),
@@ -199,7 +202,7 @@ def test_a_run_that_cannot_be_measured_is_left_out(
         ("--arms updates.yaml --evaluations 9", "arm a: updates is set by the comparison"),
         ("--methods tmpo --seed abc", "seed 'abc'"),
         ("--methods tmpo --seconds inf", "must be above 0"),
-        ("--methods tmpo --evaluations 9 --updates 3", "one budget: leave --updates out"),
+        ("--methods tmpo --evaluations 9 --updates 3", "which set the budget: leave --updates out"),
         ("--methods tmpo --seconds 9 --jobs 2", "leave --jobs out"),
         ("--arms list.yaml", "arm x: write NAME: {setting: value}"),
         ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),

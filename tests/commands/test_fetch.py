@@ -77,7 +77,7 @@ def test_a_changed_or_missing_file_is_refused(
     file.unlink()
     assert main.main(["fetch", "--prompts", "drawbench"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert source.url in first and "is not the file that is wanted" in first
+    assert source.url in first and "is not the expected file" in first
     assert source.url in second and "cannot be downloaded" in second and "404" in second
     assert not list(Path("prompts").iterdir())
 
@@ -164,10 +164,10 @@ def test_the_hubs_lists_are_joined(hub: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "blame"),
     [
-        ("", "fetch what?"),
+        ("", "fetch has nothing to do: give --reward"),
         ("--prompts drawbenhc", "unknown prompt list drawbenhc, did you mean drawbench?"),
         ("--reward picscore", "unknown reward picscore, did you mean pickscore?"),
-        ("--reward remote", "reward remote has its weights where it runs"),
+        ("--reward remote", "reward remote runs on another machine"),
         ("--model nowhere", "model nowhere is not a folder"),
     ],
 )

@@ -100,7 +100,7 @@ def test_diversity_in_a_csv(pictures: Path, capsys: pytest.CaptureFixture[str]) 
     # Measures on latents need a VAE, and one line says so.
     assert "LGMD" not in rows[0]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tmpo_trainer: ")]
-    assert line == "tmpo_trainer: LGMD is not measured, it needs latents: give --vae MODEL"
+    assert line == "tmpo_trainer: LGMD is not measured, because it needs latents: give --vae MODEL"
 
 
 def test_lgmd_with_a_vae(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("pictures --reward ocr --prompt dog", ["prompt 'dog' has no text to render"]),
     ("pictures --reward beauty", ["unknown reward beauty"]),
     ("pictures", ["score measures nothing"]),
-    ("pictures --reward shapes --output scores.txt", ["end it in .csv or .json"]),
+    ("pictures --reward shapes --output scores.txt", ["must end in .csv or .json"]),
     ("pictures --reward shapes --output none/scores.csv", ["folder none does not exist"]),
     ("pictures --diversity --features none", ["features none: no such folder"]),
     ("pictures --reward shapes --vae demo", ["--vae is for --diversity"]),

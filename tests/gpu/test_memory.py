@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tmpo_trainer import tree
+from tmpo_trainer import methods, tree
 from tmpo_trainer.backbones import load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.rewards.shapes import ShapesScorer
-from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import memory
 from tmpo_trainer.training.loop import Trainer
 
@@ -35,18 +35,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_takes_what_was_estimated(model: Path, tmp_path: Path, quantize: Any, checkpointing: bool) -> None:
-    config = TrainConfig(
-        quantize=quantize,
-        gradient_checkpointing=checkpointing,
-        branch_late=(1, 2, 3),
-        kappa=1e9,
-        replay_batch=6,
-        decode_batch=4,
-    )
+    settings = {
+        "quantize": quantize, "gradient_checkpointing": checkpointing, "branch_late": (1, 2, 3), "kappa": 1e9,
+        "replay_batch": 6, "decode_batch": 4,
+    }  # fmt: skip
+    config = make_config([("settings", settings)])
     tokens, device = config.max_sequence_length, torch.device("cuda")
     skeleton = load_skeleton(str(model), torch.bfloat16, tokens)
     plan = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
-    phases = memory.estimate(skeleton, model, config, [plan])
+    method = methods.make(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
+    phases = memory.estimate(skeleton, model, config, method, [plan])
     options = LoadOptions(torch.bfloat16, device, tokens, prompts=[PROMPT], text_cache=tmp_path, nf4=quantize == "nf4")
     backbone = load_backbone(str(model), options)
     trainer = Trainer(config, tmp_path, backbone, [ShapesScorer()], [PROMPT])

@@ -67,7 +67,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 def test_a_stock_pipeline_gives_the_trainers_pictures(
     trained: Trainer, load_stock: Callable[[], StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
-    with trained.averaged():
+    with trained.weights.averaged():
         expected = own(trained)
         assert export_lora(trained.backbone, tmp_path / "out", ABOUT)
     # As any file that a user makes, whatever safetensors thinks.
@@ -78,7 +78,7 @@ def test_a_stock_pipeline_gives_the_trainers_pictures(
     assert modes[0] == modes[1]
     pipeline = load_stock()
     base = stock_latents(trained, pipeline)
-    with trained.reference():
+    with trained.weights.pretrained():
         assert apart(own(trained), base) < TOLERANCE
     pipeline.load_lora_weights(tmp_path / "out")
     found = stock_latents(trained, pipeline)
@@ -94,7 +94,7 @@ def test_comfyuis_reading_gives_the_trainers_pictures(
     trained: Trainer, load_stock: Callable[[], StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
     """ComfyUI adds B A to each weight with a scale of 1, whatever the metadata says. Any other strength would show."""
-    with trained.averaged():
+    with trained.weights.averaged():
         expected = own(trained)
         export_lora(trained.backbone, tmp_path, ABOUT)
     state = load_file(tmp_path / FILE_NAME)
@@ -112,7 +112,7 @@ def test_comfyuis_reading_gives_the_trainers_pictures(
 def test_a_file_of_twice_the_strength_is_told_apart(
     trained: Trainer, load_stock: Callable[[], StableDiffusion3Pipeline], tmp_path: Path
 ) -> None:
-    with trained.averaged():
+    with trained.weights.averaged():
         expected = own(trained)
         export_lora(trained.backbone, tmp_path, ABOUT)
     file = tmp_path / FILE_NAME
@@ -130,7 +130,7 @@ def test_keys_and_metadata(trained: Trainer, tiny_model: Path, tmp_path: Path) -
     with safe_open(tmp_path / FILE_NAME, "pt") as file:
         keys, metadata = list(file.keys()), file.metadata()
     layer = r"transformer\.transformer_blocks\.\d+\.(attn|ff|ff_context)\.[a-z0-9_.]+\.lora_[AB]\.weight"
-    assert len(keys) == len(trained.lora)
+    assert len(keys) == len(trained.weights.lora)
     for key in keys:
         assert re.fullmatch(layer, key) and "base_model" not in key and "default" not in key
     adapter = json.loads(metadata["lora_adapter_metadata"])

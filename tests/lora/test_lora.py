@@ -65,9 +65,9 @@ def test_a_run_starts_with_the_files_pictures(
     expected = picture(trained)
     fresh = make_trainer(**{"lora_rank": 4, "lora_alpha": 8, **settings, "init_lora": file})
     torch.testing.assert_close(picture(fresh), expected, atol=1e-4, rtol=0)
-    with fresh.averaged():
+    with fresh.weights.averaged():
         torch.testing.assert_close(picture(fresh), expected, atol=1e-4, rtol=0)
-    with fresh.reference():
+    with fresh.weights.pretrained():
         assert (picture(fresh) - expected).abs().max() > 1e-2
     fresh.update()
     assert (picture(fresh) - expected).abs().max() > 1e-4
@@ -81,7 +81,7 @@ def test_fewer_modules_leave_the_others_at_zero(
     export_lora(attention.backbone, tmp_path, ABOUT)
     fresh = make_trainer(init_lora=tmp_path)
     torch.testing.assert_close(picture(fresh), picture(attention), atol=1e-4, rtol=0)
-    assert len(fresh.lora) > len(attention.lora)
+    assert len(fresh.weights.lora) > len(attention.weights.lora)
 
 
 def test_the_strength_in_the_file_counts(trained: Trainer, file: Path, make_trainer: Callable[..., Trainer]) -> None:
@@ -101,9 +101,9 @@ def test_the_strength_in_the_file_counts(trained: Trainer, file: Path, make_trai
 def test_a_file_that_does_not_fit_is_refused(
     trained: Trainer, file: Path, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"has rank 4, the run 2: give --lora-rank 4"):
+    with pytest.raises(ConfigError, match=r"has rank 4, but the run 2: give --lora-rank 4"):
         make_trainer(lora_rank=2, init_lora=file)
-    with pytest.raises(ConfigError, match=r"ff.* is no LoRA target here"):
+    with pytest.raises(ConfigError, match=r"ff.* is not a LoRA target of this run"):
         make_trainer(lora_targets="attention", init_lora=file)
     with pytest.raises(ConfigError, match="does not exist: give a LoRA's safetensors file"):
         make_trainer(init_lora=tmp_path / "missing.safetensors")
@@ -113,7 +113,7 @@ def test_a_file_that_does_not_fit_is_refused(
         state[key] = torch.cat([state[key], state[key]], 1)
 
     rewrite(file, widen)
-    with pytest.raises(ConfigError, match="of another model"):
+    with pytest.raises(ConfigError, match="give a LoRA of the same model"):
         make_trainer(init_lora=file)
 
 
@@ -125,7 +125,7 @@ def test_inspect_prints_what_it_was_trained_on(
 ) -> None:
     assert main.main(["inspect", str(file)]) == 0
     text = capsys.readouterr().out
-    for word in ("tmpo", "red", "local", "stable-diffusion-v3-medium/lora", f"{len(trained.lora) // 2}, "):
+    for word in ("tmpo", "red", "local", "stable-diffusion-v3-medium/lora", f"{len(trained.weights.lora) // 2}, "):
         assert word in text
     assert "rank            4" in text and "NO" not in text
     # A run's folder does as well.

@@ -17,7 +17,7 @@ from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.lora import export
 from tmpo_trainer.processes import whole
-from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training.loop import Trainer
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle", "a pink circle and a cyan square"]
@@ -65,7 +65,8 @@ def run(
     """Trains and returns the first update's gradients, the weights at the end and the figures of each update."""
     torch.manual_seed(0)
     own = GARDO if method == "gardo" else {}
-    config = TrainConfig(**{**SETTINGS, **own}, prompts_per_update=prompts, method=method)
+    settings = {**SETTINGS, **own, "prompts_per_update": prompts, "method": method}
+    config = make_config([("settings", settings)])
     backbone = load_backbone(model, LoadOptions(torch.float32, torch.device("cpu"), 0))
     trainer = Trainer(
         config,
@@ -74,7 +75,7 @@ def run(
         [RedScorer()],
         PROMPTS,
         accelerator,
-        [Channel(name, i + 1) for i, name in enumerate(config.auxiliary)],
+        [Channel(name, i + 1) for i, name in enumerate(config.extra_rewards)],
         Corner(),
     )
     if resume != "-":
@@ -83,11 +84,13 @@ def run(
     while trainer.done < updates:
         metrics = trainer.update()
         figures.append({key: value for key, value in metrics.items() if key != "seconds"})
-        gradients = gradients or {n: whole(p.grad).clone() for n, p in trainer.lora.items() if p.grad is not None}
+        gradients = gradients or {
+            n: whole(p.grad).clone() for n, p in trainer.weights.lora.items() if p.grad is not None
+        }
         if trainer.done == 2:
             trainer.save()
-    lora = {name: whole(value.detach()).clone() for name, value in trainer.lora.items()}
-    with trainer.averaged():
+    lora = {name: whole(value.detach()).clone() for name, value in trainer.weights.lora.items()}
+    with trainer.weights.averaged():
         export.export_lora(backbone, folder, {}, trainer.accelerator.is_main_process)
     return {"gradients": gradients, "lora": lora, "figures": figures}
 

@@ -108,10 +108,12 @@ def test_gardo_ranks_over_all_processes(
         assert got["gated"] == expected["gated"] > 0
         for name in ("kl_reference", "grad_norm", "reward/red", "reward/blue"):
             assert got[name] == pytest.approx(expected[name], rel=5e-3, abs=2e-5), name
-    states = [json.loads((f / "checkpoint-2/state.json").read_text())["gate"] for f in (tmp_path, straight["folder"])]
+    states = [
+        json.loads((f / "checkpoint-2/state.json").read_text())["method_state"] for f in (tmp_path, straight["folder"])
+    ]
     assert states[0]["age"] == states[1]["age"] == 2 and states[0]["share"] == states[1]["share"]
     assert states[1]["memory"] == pytest.approx(states[0]["memory"], rel=1e-4)
-    assert load_file(straight["folder"] / "checkpoint-2/reference.safetensors").keys() == one["lora"].keys()
+    assert load_file(straight["folder"] / "checkpoint-2/method.safetensors").keys() == one["lora"].keys()
     resumed = two(kind, str(straight["folder"] / "checkpoint-2"), "gardo")
     assert resumed["figures"] == straight["figures"][2:]
 
@@ -226,7 +228,7 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     capsys.readouterr()
     for arguments, blame in (
-        (["launch", "ddp"], "for two GPUs or more, torch sees 1"),
+        (["launch", "ddp"], "needs two GPUs or more, but torch sees 1"),
         (["launch", "dpp"], "invalid choice: 'dpp'"),
         (["launch", "ddp", "--updatez", "3"], "unknown flag --updatez, did you mean --updates?"),
     ):

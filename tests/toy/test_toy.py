@@ -172,11 +172,11 @@ def test_every_control_trains(base: toy.Network, arm: toy.Arm) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--seeds 0", "--seeds 0: at least 1"),
-        ("--updates -3", "--updates -3: at least 1"),
-        ("--workers 0", "--workers 0: at least 1"),
+        ("--seeds 0", "--seeds 0: must be at least 1"),
+        ("--updates -3", "--updates -3: must be at least 1"),
+        ("--workers 0", "--workers 0: must be at least 1"),
         ("--seeds many", "argument --seeds: invalid int value: 'many'"),
-        ("--learning-rate 0", "--learning-rate 0.0: between 0 and 1"),
+        ("--learning-rate 0", "--learning-rate 0.0: must be between 0 and 1"),
         ("--seed 1", "unrecognized arguments: --seed 1"),
     ],
 )

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tmpo_trainer import tree
+from tmpo_trainer import methods, tree
 from tmpo_trainer.backbones import load_skeleton
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.commands import main
 from tmpo_trainer.settings.config import TrainConfig
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import memory
 
 TOKENS = 12
@@ -23,20 +24,29 @@ PLAN = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
 def settings(**changes: Any) -> TrainConfig:
     given: dict[str, Any] = {
         "resolution": (64, 64), "max_sequence_length": TOKENS, "lora_rank": 4, "lora_alpha": 8, "guidance": 3.5,
-        "replay_batch": 6, "max_batch": 9, "decode_batch": 5,
+        "replay_batch": 6, "max_batch": 9, "decode_batch": 5, "branch_late": (1, 3, 4),
     }  # fmt: skip
-    return TrainConfig(**given | changes)
+    return make_config([("settings", given | changes)])
 
 
 def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
     skeleton = load_skeleton(str(folder), torch.float32, TOKENS)
     skeleton.split_guidance = config.split_guidance
-    return memory.estimate(skeleton, folder, config, [PLAN])
+    method = methods.make(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
+    return memory.estimate(skeleton, folder, config, method, [PLAN])
 
 
 def part(phases: dict[str, dict[str, int]], phase: str, name: str) -> int:
     (parts,) = (parts for title, parts in phases.items() if title.startswith(phase))
     return parts[name]
+
+
+def peak_of(module: torch.nn.Module, work: Callable[[], Any]) -> int:
+    """Bytes beyond a module's weights, and their gradients, while something runs."""
+    with memory.Peak() as peak:
+        peak.ignore(module)
+        work()
+    return peak.peak
 
 
 @pytest.fixture(params=["flux", "sd35"])
@@ -55,20 +65,23 @@ def test_fake_tensors_count_what_real_ones_take(
     backbone: Backbone = trainer.backbone
     backbone.split_guidance = split
     network = backbone.velocity(["a red circle"], config.guidance)
-    x, sigma = torch.randn(6, *trainer.latent_shape), torch.full((6,), 0.5)
+    x, sigma = torch.randn(6, *trainer.roller.latent_shape), torch.full((6,), 0.5)
 
     def replay() -> None:
         network(x + 0, sigma + 0).sum().backward()
 
-    real = memory.peak_bytes(backbone.transformer, replay, gradient=True)
+    # In the second part of a replay the gradients are there from the start.
+    replay()
+    real = peak_of(backbone.transformer, replay)
     assert part(phases, "replay, 6", "forward and backward") == pytest.approx(real, rel=0.02)
-    latents = torch.randn(5, *trainer.latent_shape)
+    latents = torch.randn(5, *trainer.roller.latent_shape)
     vae = backbone.pipeline.vae
-    real = memory.peak_bytes(vae, lambda: vae.decode(latents + 0), gradient=False)
+    with torch.no_grad():
+        real = peak_of(vae, lambda: vae.decode(latents + 0))
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights
-    lora = sum(p.numel() for p in trainer.lora.values()) * 4
+    lora = sum(p.numel() for p in trainer.weights.lora.values()) * 4
     # Weights, gradient, two moments, average.
     assert part(phases, "rollout, 9", "LoRA, optimiser, average") == 5 * lora
 
@@ -86,7 +99,7 @@ def test_a_whole_update_takes_what_the_phases_say(
         for module in (trainer.backbone.transformer, trainer.backbone.pipeline.vae):
             peak.ignore(module)
         moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
-        peak.ignore_tensors([*moments, *trainer.ema.values()])
+        peak.ignore_tensors([*moments, *trainer.weights.ema.values()])
         trainer.update()
     known = ("transformer", "VAE", "LoRA, optimiser, average")
     during = [parts for title, parts in phases.items() if not title.startswith(("text", "sample", "optimiser"))]
@@ -119,6 +132,19 @@ def test_what_saves_memory_is_seen_to(tiny_sd35: Path) -> None:
 
     # From 32 bits to 4, of all that is in linear layers.
     assert weights("nf4") < 0.25 * weights("none")
+
+
+def test_what_a_method_keeps_is_seen_to(tiny_sd35: Path) -> None:
+    """GARDO's copy of the adapter; the reference's means, where there is a KL."""
+
+    def resident(name: str, **changes: Any) -> int:
+        return part(estimate(tiny_sd35, settings(**changes)), "rollout", name)
+
+    lora, latents = "LoRA, optimiser, average", "latents kept"
+    gardo = {"method": "gardo", "auxiliary": ("sharpness",), "kl_weight": 0.1}
+    assert resident(lora, **gardo) * 5 == resident(lora) * 6
+    # 27 leaves, 12 parents with their means, 36 children; 12 means more.
+    assert resident(latents, kl_weight=0.1) * 87 == resident(latents) * 99
 
 
 def test_no_tensor_is_counted_twice_and_none_for_ever() -> None:

@@ -1,8 +1,8 @@
 """What differs between image models: text encoding, velocity, sigmas, decoding, LoRA targets.
 
-Every file here is a backbone, but for those in `SHARED`. It declares which pipelines it trains, as the `_class_name` of
-their model_index.json has it, and with which class: `PIPELINES = {"FluxPipeline": FluxBackbone}`. Nothing else has to
-be changed for a new one, see `settings.discovery`.
+Every file here is a backbone, except those in `SHARED`. It declares the class for each pipeline that it trains, by the
+`_class_name` in the pipeline's model_index.json: `PIPELINES = {"FluxPipeline": FluxBackbone}`. A new backbone needs no
+other change, see `settings.discovery`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from .base import Backbone, LoadOptions
 
-#: Files that are no backbones, see `settings.discovery`.
+#: Files that are not backbones, see `settings.discovery`.
 SHARED = ("base", "check", "text")
-#: What a pipeline needs of a hub repository. Single-file checkpoints at the top level would double the download.
+#: The files of a hub repository that a pipeline needs. Single-file checkpoints at the top level would double the download.
 HUB_FILES = ("model_index.json", "*/*")
 #: The same without the weights.
 HUB_CONFIGS = ("model_index.json", "*/*.json")
@@ -32,7 +32,7 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a model setting is `owner/name` and no path that exists."""
+    """Whether a model setting is `owner/name` and not an existing path."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).expanduser().exists()
 
 
@@ -44,7 +44,7 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
         transformer: whether its weights are among them.
 
     Raises:
-        ConfigError: before anything heavy is loaded.
+        ConfigError: the model cannot be found or trained. It is raised before anything large is loaded.
     """
     folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
     if is_hub_id(model):
@@ -62,7 +62,7 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
 
 
 def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
-    """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE count."""
+    """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -90,7 +90,7 @@ def _backbone(model: str, folder: Path) -> type[Backbone]:
     try:
         pipeline: str = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{index} names no _class_name: not a diffusers pipeline folder") from None
+        raise ConfigError(f"{index} has no _class_name: give a diffusers pipeline folder") from None
     for name in discovery.names("backbones"):
         spec = importlib.util.find_spec(f"{__name__}.{name.replace('-', '_')}")
         # A file that never mentions the pipeline does not train it and is not imported.

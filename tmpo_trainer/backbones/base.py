@@ -36,12 +36,12 @@ class LoadOptions:
 
     Attributes:
         dtype: precision of the frozen weights. max_sequence_length: text tokens, as in the pipeline's call.
-        prompts: all that the model will be asked for. With them, a model that frees its text encoders encodes them
-            first, or finds them in `text_cache`, and the encoders are not kept.
+        prompts: every prompt that the model will get. A model that frees its text encoders then encodes them first, or
+            reads their features from `text_cache`, and does not keep the encoders.
         text_cache: where text features are kept between runs; by default `text.default_folder()`.
         transformer: a single safetensors file, in ComfyUI's or the original names, in place of the folder's.
         nf4: quantise the transformer's linear layers to four bits while it is loaded.
-        sharded: leave the transformer in the computer's memory; FSDP2 puts each device's share there.
+        sharded: leave the transformer in CPU memory; FSDP2 moves each device's share to it.
     """
 
     dtype: torch.dtype
@@ -58,7 +58,7 @@ class Backbone(ABC):
     """A frozen pipeline; a LoRA, if any, lives in its transformer.
 
     A subclass says what its model's text features, latents and network calls look like; nothing outside its file does.
-    Latents are scaled, and have one shape per resolution, see `latent_shape`, whatever the transformer takes.
+    Latents are scaled, and have one shape per resolution, see `latent_shape`, whatever layout the transformer takes.
 
     Args:
         pipeline: the loaded pipeline.
@@ -77,7 +77,7 @@ class Backbone(ABC):
     lora_targets: ClassVar[dict[LoraTargets, tuple[str, ...]]]
     #: Channels of the transformer's input per channel of the latent: FLUX takes patches of 2x2.
     patch_channels: ClassVar[int] = 1
-    #: Scaling factors of other families' VAEs of the same shape: a wrong one gives grey or garish pictures, no error.
+    #: Scaling factors of other families' VAEs of the same shape. A wrong VAE gives grey or garish pictures, but no error.
     other_scaling_factors: ClassVar[dict[str, float]] = {}
 
     def __init__(self, pipeline: Any, max_sequence_length: int):
@@ -97,7 +97,7 @@ class Backbone(ABC):
         left_out = cls._absent(folder)
         features: dict[str, Conditioning] = {}
         if options.prompts is not None and cls.frees_text_encoders(folder):
-            # Guidance may want the empty prompt.
+            # Guidance may need the empty prompt.
             features = cls._features([*options.prompts, ""], folder, options)
             left_out |= dict.fromkeys(cls._text_parts())
         network = cls.load_transformer(folder, options)
@@ -143,7 +143,7 @@ class Backbone(ABC):
         try:
             return kind.from_single_file(cls.single_file(file), config=str(folder), subfolder="transformer", **how)
         except (LookupError, RuntimeError) as error:
-            # diffusers' conversion raises these for names that it does not find, or weights that stay empty without them.
+            # diffusers' conversion raises these for names that it does not find, and for weights that stay empty.
             raise ValueError(
                 f"--transformer {file} is not this model's {kind.__name__} in ComfyUI's or the original names ({error})"
             ) from None
@@ -177,13 +177,13 @@ class Backbone(ABC):
     # Checks of the skeleton, see check.py
 
     def check_vae(self, model: str) -> None:
-        """Whether the VAE is the transformer's. Raises ConfigError that begins with the model's name."""
+        """Checks that the VAE fits the transformer. Raises a ConfigError that begins with the model's name."""
         config = self.vae.config
         channels = self.transformer.config.in_channels // self.patch_channels
         if config.latent_channels != channels:
             raise ConfigError(
                 f"model {model}: its VAE makes {config.latent_channels} channels, its transformer takes {channels}: the "
-                "VAE is of another model; take both from the same one"
+                "VAE belongs to another model; take both from the same one"
             )
         if config.scaling_factor is None or config.shift_factor is None:
             raise ConfigError(
@@ -197,7 +197,7 @@ class Backbone(ABC):
                 )
 
     def check_single_file(self, where: str, names: Sequence[str]) -> None:  # noqa: B027
-        """Whether a single-file transformer is this model's, by its tensors' names. Raises ConfigError, after `where`."""
+        """Checks a single-file transformer by its tensors' names. Raises a ConfigError that begins with `where`."""
 
     # The LoRA
 
@@ -292,7 +292,7 @@ class Backbone(ABC):
         """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
 
     def keep(self, prompt: str, features: Conditioning) -> None:
-        """Gives the features of a prompt, instead of having them encoded."""
+        """Stores the features of a prompt, so that it is not encoded."""
         self._encoded[prompt] = features
 
     @torch.no_grad()
@@ -317,7 +317,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
-        """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler."""
+        """Sigmas `[num_steps + 1]` from 1 to 0, by the pipeline's own scheduler."""
 
     def shifted_sigmas(self, num_steps: int, tokens: int, max_shift: float, start: np.ndarray | None = None) -> Tensor:
         """The scheduler's sigmas, shifted by the number of image tokens if its config asks for that.
@@ -342,7 +342,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
-        """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)]."""
+        """The velocity for rows whose prompts repeat in the order given: row r belongs to prompts[r % len(prompts)]."""
 
     # Decoding
 

@@ -1,4 +1,4 @@
-"""Checks that need only a pipeline folder's configs and file headers: they take seconds, loading takes minutes."""
+"""Checks that need only a pipeline folder's configs and file headers: they take seconds, while loading takes minutes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Backbone
 
 
 def _class_name(entry: Any) -> str | None:
-    """The class of a part in model_index.json, which has [library, class], or [null, null] for none."""
+    """The class of a part in model_index.json, which has [library, class], or [null, null] for a missing part."""
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
@@ -50,7 +50,7 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
 
 
 def check_weights(model: str, folder: Path, without: tuple[str, ...] = ()) -> None:
-    """Opens every weight file's header. Raises ConfigError for a file that is cut short, or missing.
+    """Opens every weight file's header. Raises ConfigError for a file that is missing or cut short.
 
     Args:
         without: folders that will not be read.
@@ -85,14 +85,14 @@ def check_file(file: Path, where: str = "") -> None:
 
 
 def check_transformer(file: Path, skeleton: Backbone, nf4: bool) -> None:
-    """Raises ConfigError for a single-file transformer that would load wrongly, by its names."""
+    """Raises ConfigError for a single-file transformer whose names show that it would load wrongly."""
     where = f"--transformer {file}"
     check_file(file, "--transformer ")
     if nf4:
-        # diffusers quantises a single file only if it is quantised already.
+        # diffusers loads a single file in four bits only if it was saved so.
         kind = type(skeleton.transformer).__name__
         raise ConfigError(
-            f"{where} cannot be quantised as it is read: save {kind}.from_single_file(...).save_pretrained(DIR) once with "
+            f"{where} cannot be quantised while it is loaded: save {kind}.from_single_file(...).save_pretrained(DIR) once with "
             "diffusers, put DIR in the place of the model's transformer/, and leave out --transformer"
         )
     with safe_open(file, "pt") as opened:

@@ -30,7 +30,7 @@ class FluxBackbone(Backbone):
     transformer_class = FluxTransformer2DModel
     patch_channels = 4
     other_scaling_factors: ClassVar = {"SD3": 1.5305}
-    #: q, k, v of the single-stream blocks have the names of those of the joint blocks.
+    #: q, k, v have the same names in the single-stream blocks as in the joint blocks.
     lora_targets: ClassVar = {
         "paper": (*ATTENTION, *FEED_FORWARD),
         "attention": ATTENTION,
@@ -47,7 +47,7 @@ class FluxBackbone(Backbone):
     def single_file(file: Path) -> str | dict[str, Tensor]:
         """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
 
-        Newer ComfyUI (0.33) calls the norms of queries and keys `weight`, also in what it saves; they were `scale`.
+        Newer ComfyUI (0.33) names the query and key norms `weight` in the files it saves; diffusers knows `scale`.
         """
         if file.suffix != ".safetensors":
             return str(file)
@@ -62,14 +62,14 @@ class FluxBackbone(Backbone):
         if guided != self.transformer.config.guidance_embeds:
             kind = {True: "FLUX.1-dev", False: "FLUX.1-schnell"}
             raise ConfigError(
-                f"{where} is of {kind[guided]}, the model of {kind[not guided]}: give the model that it belongs to"
+                f"{where} is from {kind[guided]}, but the model is {kind[not guided]}: give the model that it belongs to"
             )
 
     def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
         """The LoRA of a run, as peft's config."""
         config = super().adapter(targets, rank, alpha)
         if "proj_out" in self.lora_targets[targets]:
-            # The model's own last layer has the name of one in the single blocks. A regex is matched as a whole.
+            # The model's last layer has the same name as one in the single blocks. peft matches patterns with whole names.
             config.exclude_modules = "proj_out"
         return config
 
@@ -99,13 +99,13 @@ class FluxBackbone(Backbone):
         return self.transformer.config.in_channels // self.patch_channels, height // factor, width // factor
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
-        """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler (FLUX.1-dev: shifted by the picture's size)."""
+        """Sigmas `[num_steps + 1]` from 1 to 0, by the pipeline's own scheduler (FLUX.1-dev shifts them by picture size)."""
         _, rows, columns = self.latent_shape(height, width)
         start = np.linspace(1.0, 1 / num_steps, num_steps)
         return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.15, start)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
-        """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)].
+        """The velocity for rows whose prompts repeat in the order given: row r belongs to prompts[r % len(prompts)].
 
         `guidance` is an input of the network (distilled); FLUX.1-schnell has none.
         """

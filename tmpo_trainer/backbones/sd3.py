@@ -15,20 +15,20 @@ from .. import tree
 from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
 from .text import Conditioning, stack
 
-#: Of the first blocks of SD3.5-Medium.
+#: The second attention in the first blocks of SD3.5-Medium.
 SECOND_ATTENTION = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 
 
 class SD3Backbone(Backbone):
-    """Latents are `[16, H / 8, W / 8]`. The text features are tokens `[S, D]` and pooled `[C]`, the latter CLIP's alone."""
+    """Latents are `[16, H / 8, W / 8]`. The text features are tokens `[S, D]` and pooled `[C]`, the latter from CLIP alone."""
 
     family = "SD3"
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
     other_scaling_factors: ClassVar = {"FLUX": 0.3611}
-    #: T5.
+    #: T5 and its tokenizer.
     optional_parts = ("text_encoder_3", "tokenizer_3")
-    #: SD3 has joint blocks only: there is nothing more that is linear.
+    #: SD3 has only joint blocks, so `all-linear` adds nothing to `paper`.
     lora_targets: ClassVar = {
         "paper": (*ATTENTION, *SECOND_ATTENTION, *FEED_FORWARD),
         "attention": (*ATTENTION, *SECOND_ATTENTION),
@@ -48,7 +48,7 @@ class SD3Backbone(Backbone):
 
     @classmethod
     def frees_text_encoders(cls, folder: Path) -> bool:
-        """With T5, which can be as large as the transformer itself; CLIP is small and stays."""
+        """True with T5, which can be as large as the transformer itself. CLIP is small and stays loaded."""
         return (folder / "text_encoder_3").is_dir()
 
     @staticmethod
@@ -91,12 +91,12 @@ class SD3Backbone(Backbone):
         return self.transformer.config.in_channels, height // factor, width // factor
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
-        """`[num_steps + 1]`, from 1 to 0, of the pipeline's own scheduler (SD3: shift 3)."""
+        """Sigmas `[num_steps + 1]` from 1 to 0, by the pipeline's own scheduler (SD3: shift 3)."""
         _, rows, columns = self.latent_shape(height, width)
         return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.16)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
-        """The velocity for rows whose prompts repeat in the order given: row r is of prompts[r % len(prompts)].
+        """The velocity for rows whose prompts repeat in the order given: row r belongs to prompts[r % len(prompts)].
 
         Guidance above 1 evaluates the empty prompt too, with its own pooled vector: in the same call, or in another
         with `split_guidance`.

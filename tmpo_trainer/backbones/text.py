@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-#: Everything that a transformer gets of one prompt: tensors without a batch dimension, under names that only the
+#: Everything that a transformer gets for one prompt: tensors without a batch dimension, under names that only the
 #: backbone's own file interprets.
 Conditioning = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class TextCache:
 
     Args:
         folder: where the files are; it is made when needed.
-        model: the pipeline's folder. Its text encoders and tokenizers count by names, sizes and times of their files.
+        model: the pipeline's folder. The hash covers names, sizes and times of its text encoders' files.
         settings: whatever else the features depend on, e.g. precision and length.
     """
 
@@ -51,7 +51,7 @@ class TextCache:
         return self.folder / f"{digest}.safetensors"
 
     def get(self, prompt: str) -> Conditioning | None:
-        """The features of a prompt; None if there is no file, or a damaged one, which is then written again."""
+        """The features of a prompt; None if its file is missing or damaged. A damaged one is then overwritten."""
         try:
             return load_file(self.path(prompt))
         except (OSError, SafetensorError):
@@ -76,7 +76,7 @@ def features_of(
     """The features of all prompts, on the CPU: those on disk are read, the others are encoded and written.
 
     Args:
-        encode: the features of each of some prompts. It is not called if all are on disk.
+        encode: computes the features of each given prompt. It is not called if all are on disk.
     """
     found: dict[str, Conditioning] = {}
     missing = []

@@ -21,13 +21,13 @@ from ..settings.presets import make_config
 from . import loading
 from .children import Training
 
-#: What arms must share to be comparable.
+#: Settings that all arms must share to be comparable.
 SHARED = (
     "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "reward_models", "pickscore_scale", "prompts",
     "eval_prompts", "eval_images", "eval_limit", "eval_steps", "features", "guidance", "resolution", "max_sequence_length",
 )  # fmt: skip
 
-#: Set by the comparison for every run. Final weights: an average over updates would lag behind the more, the fewer they are.
+#: Settings that the comparison fixes for every run. It measures final weights: averages lag more in runs of few updates.
 FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every": 1, "ema_decay": 0.0}
 
 #: Settings that hold a path.
@@ -36,13 +36,13 @@ PATHS = ("prompts", "eval_prompts", "transformer", "init_lora", "text_cache")
 #: Updates of a trial run; the first is not counted.
 TRIAL = 4
 
-#: The most updates of a run.
+#: The largest number of updates in a run.
 MOST = 1 << 20
 
 
 @dataclass
 class Arm:
-    """One of those that are compared: its name, and the settings of its runs by seed."""
+    """One side of a comparison: its name, and the settings of its runs by seed."""
 
     name: str
     runs: dict[int, TrainConfig] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Arm:
 
 
 def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
-    """The most updates whose network evaluations (`methods.cost`, of one process) stay within a budget; at least 1."""
+    """The largest number of updates whose network evaluations (`methods.cost`, one process) fit a budget; at least 1."""
 
     def total(updates: int) -> float:
         method = methods.make(config.model_copy(update={"updates": updates}), sigmas)
@@ -71,21 +71,21 @@ def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
 
 
 def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], training: Training) -> dict[str, int]:
-    """Updates of each arm: as its settings say, or the most that a budget allows with every seed.
+    """The number of updates of each arm: from its settings, or the largest that the budget allows for every seed.
 
     Args:
-        budget: of one run: empty, {"evaluations": network evaluations} or {"seconds": seconds of training}. For seconds a
-            trial run of each arm shows how many network evaluations it does in one.
+        budget: of one run: empty, {"evaluations": network evaluations} or {"seconds": seconds of training}. For seconds, a
+            trial run of each arm measures its network evaluations per second.
 
     Raises:
-        ConfigError: settings that cannot be trained.
+        ConfigError: an arm's settings cannot be trained.
     """
     updates: dict[str, int] = {}
     for arm in arms:
         config = arm.first
         loading.need_gpu(config)
         _, _, skeleton = loading.check(config, loading.choose_device(config.device))
-        # The evaluation needs both, and it comes after hours of training.
+        # Checked now, because the evaluation that needs both comes after hours of training.
         loading.check_features(config.features)
         importlib.import_module("matplotlib")
         calls = budget.get("evaluations")
@@ -100,7 +100,7 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
 
 
 def _calls_per_second(arm: Arm, trial: Path, training: Training) -> float:
-    """Network evaluations in a second of an arm's training, by a short run in the folder `trial`.
+    """Network evaluations per second of an arm's training, measured by a short run in the folder `trial`.
 
     Raises:
         ConfigError: the run failed.
@@ -128,7 +128,7 @@ def make_arms(
         named: {name: its own settings}. layers: settings -> layers of settings for `make_config`, presets included.
 
     Raises:
-        ConfigError: settings that do not go together, or arms that could not be compared.
+        ConfigError: settings contradict each other, or the arms cannot be compared.
     """
     arms = []
     for name, settings in named.items():
@@ -139,7 +139,7 @@ def make_arms(
         for seed in seeds:
             own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
             config = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
-            # The same command may be given again from another folder.
+            # Paths become absolute, because the same command may be given again from another folder.
             given = {key: getattr(config, key) for key in PATHS if getattr(config, key) is not None}
             changes: dict[str, Any] = {key: path.absolute() for key, path in given.items()}
             if Path(config.model).is_dir():
@@ -157,6 +157,6 @@ def make_arms(
 
 
 def describe(arm: Arm) -> dict[str, Any]:
-    """An arm's settings as plain values, without what may differ between its runs or from one start to the next."""
+    """An arm's settings as plain values, without those that may differ between its runs or between starts."""
     apart = ("seed", "output_dir", "threads", "device")
     return {key: value for key, value in yaml.safe_load(to_yaml(arm.first)).items() if key not in apart}

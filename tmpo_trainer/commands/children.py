@@ -1,4 +1,4 @@
-"""Training runs as processes of their own."""
+"""Training runs in separate processes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..training.checkpoint import checkpoints
 
 
 class Training:
-    """Runs training commands as processes of their own, several at a time; a signal is passed on to them.
+    """Runs training commands in separate processes, several at a time, and passes signals on to them.
 
     Args:
-        launch: `ddp` or `fsdp2` to start each by `launch`, over all GPUs of the machine.
+        launch: `ddp` or `fsdp2` starts each run with `launch`, on all GPUs of this machine.
     """
 
     def __init__(self, jobs: int, launch: str | None):
@@ -35,7 +35,7 @@ class Training:
         self._lock = threading.Lock()
 
     def run(self, runs: Sequence[tuple[Path, Path]], bar: tqdm[Any]) -> list[Path]:
-        """Trains what is missing of (settings file, run folder). Returns the folders that failed; see their `log.txt`."""
+        """Trains every unfinished (settings file, run folder). Returns the folders that failed; see their `log.txt`."""
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
         handlers = {number: signal.signal(number, self._stop) for number in numbers}
         try:
@@ -53,11 +53,11 @@ class Training:
                 if os.name == "nt":
                     process.terminate()
                 else:
-                    # With a launcher the workers, too, are to save.
+                    # With a launcher, its workers must get the signal too, so that they save.
                     os.killpg(process.pid, signal.SIGTERM)
 
     def _one(self, settings: Path, folder: Path, bar: tqdm[Any]) -> bool:
-        """Trains one run, or goes on with it. False if it failed or is not ours to touch; then a line says why."""
+        """Starts or continues one run. Returns False if it failed, or if it must be left alone; a log line then says why."""
         if self.stopped:
             return False
         with settings.with_suffix(".lock").open("w") as lock:
@@ -85,12 +85,12 @@ class Training:
             return True
 
     def start(self, flags: Sequence[str], log: Path, lock: IO[str] | None = None) -> int:
-        """Runs training to its end. A lock is held as long as it or anything it started lives, whatever becomes of us."""
+        """Runs training to its end. The child keeps `lock` while it or anything it started lives, even if we die."""
         with log.open("ab") as out:
             with self._lock:
                 if self.stopped:
                     return 130
-                # In a session of its own: the terminal's Ctrl-C would reach it beside ours.
+                # A session of its own, because the terminal's Ctrl-C would otherwise reach the child too.
                 process = subprocess.Popen(
                     [*self.command, *flags],
                     stdout=out,
@@ -107,7 +107,7 @@ class Training:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether a lock file is ours now. Where there are no such locks, it always is."""
+    """Takes the lock on a file. Returns whether this process has it; always True on Windows, which has no flock."""
     if os.name == "nt":
         return True
     import fcntl

@@ -1,4 +1,4 @@
-"""`compare`: several methods at one budget."""
+"""`compare`: trains and evaluates several methods with the same budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..settings.presets import make_config, read_yaml
 from .flags import command_parser, exit_code, hush, parse
 from .flags import layers as preset_layers_of
 
-#: Compared unless others are named.
+#: The methods that are compared by default.
 RIVALS = ("tmpo", "flow-grpo", "mix-grpo", "tree-grpo", "gardo")
 
 
@@ -21,42 +21,48 @@ def command(arguments: Sequence[str]) -> int:
     parser = command_parser(
         "compare",
         "Trains methods from the same base with the same prompts and budget, several seeds each, and evaluates all on the same "
-        "held-out prompts: tables, Pareto pictures, curves, grids. After a kill the same command goes on.",
-        "All other flags are those of training and hold for every arm: --preset, --reward, --eval-images, ... Without a budget "
-        "every arm has the updates of its settings; --updates N gives all the same.",
+        "held-out prompts. Writes tables, Pareto plots, curves and grids. To continue after an interruption, give the same "
+        "command again.",
+        "All other flags are those of training and apply to every arm: --preset, --reward, --eval-images, ... Without a "
+        "budget, each arm trains for the number of updates in its settings; --updates N sets it for all arms.",
     )
     arms = parser.add_mutually_exclusive_group()
     arms.add_argument(
-        "--methods", nargs="+", default=list(RIVALS), metavar="NAME", help=f"what is compared [{' '.join(RIVALS)}]"
+        "--methods", nargs="+", default=list(RIVALS), metavar="NAME", help=f"methods to compare [{' '.join(RIVALS)}]"
     )
     arms.add_argument(
-        "--arms", type=Path, metavar="FILE", help="YAML, {name of an arm: {setting: value}}, instead of methods"
+        "--arms", type=Path, metavar="FILE", help="a YAML file {arm: {setting: value}} in place of --methods"
     )
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of training; one run each [0]"
+        "--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds, one run each [0]"
     )
     budgets = parser.add_mutually_exclusive_group()
     budgets.add_argument(
-        "--evaluations", type=float, metavar="N", help="budget: network evaluations of a run, per process"
+        "--evaluations", type=float, metavar="N", help="budget: network evaluations per run and process"
     )
     budgets.add_argument(
-        "--seconds", type=float, metavar="S", help="budget: seconds of training, by a trial run of each arm"
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="budget: seconds of training per run; a trial run of each arm measures its speed",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="how many runs go on at a time [1]; use it with --threads"
+        "--jobs", type=int, default=1, metavar="N", help="number of runs at the same time [1]; set --threads too"
     )
-    parser.add_argument("--launch", choices=("ddp", "fsdp2"), help="every run over all GPUs of this machine")
+    parser.add_argument("--launch", choices=("ddp", "fsdp2"), help="train every run on all GPUs of this machine")
     parser.add_argument(
         "--output-dir",
         type=Path,
         default=Path("outputs/compare"),
         metavar="DIR",
-        help="where everything is written [outputs/compare]",
+        help="folder for all results [outputs/compare]",
     )
     namespace, rest = parser.parse_known_args(arguments)
     actions, flags = parse(rest)
     if actions.resume or actions.dry_run or actions.print_config:
-        raise ConfigError("compare has no --resume, --dry-run or --print-config: the same command goes on by itself")
+        raise ConfigError(
+            "compare has no --resume, --dry-run or --print-config: give the same command again to continue"
+        )
     for name, value in (
         ("evaluations", namespace.evaluations),
         ("seconds", namespace.seconds),
@@ -65,22 +71,26 @@ def command(arguments: Sequence[str]) -> int:
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name} {value}: must be above 0")
     if len(set(namespace.seeds)) < len(namespace.seeds):
-        raise ConfigError(f"--seeds {' '.join(map(str, namespace.seeds))} names one twice")
+        raise ConfigError(f"--seeds {' '.join(map(str, namespace.seeds))} names a seed twice: give each once")
     named: dict[str, Any] = {name: {"method": name} for name in namespace.methods}
     if namespace.arms:
         named = read_yaml(namespace.arms)
         for name, settings in named.items():
             if not isinstance(settings, dict) or not re.fullmatch(r"[A-Za-z][\w.+-]*", str(name)) or name == "base":
                 raise ConfigError(
-                    f"{namespace.arms}: arm {name}: write NAME: {{setting: value}}, names of letters, digits, . + -"
+                    f"{namespace.arms}: arm {name}: write NAME: {{setting: value}}, with a NAME of letters, digits, . + -"
                 )
     if not named:
         raise ConfigError(f"{namespace.arms} names no arms: write NAME: {{setting: value}}")
     if "updates" in flags and (namespace.evaluations or namespace.seconds):
-        raise ConfigError("--updates beside --evaluations or --seconds: there is one budget: leave --updates out")
+        raise ConfigError(
+            "--updates cannot go with --evaluations or --seconds, which set the budget: leave --updates out"
+        )
     if namespace.seconds and namespace.jobs > 1:
-        raise ConfigError("--seconds with --jobs: runs at the same time slow each other down; leave --jobs out")
-    # --seed is that of the evaluation's noise; training has --seeds.
+        raise ConfigError(
+            "--seconds cannot go with --jobs, because parallel runs slow each other down: leave --jobs out"
+        )
+    # --seed sets the evaluation's noise; --seeds sets the training's.
     evaluation_seed = make_config([("flags", {"seed": flags.pop("seed", 0)})]).seed
 
     def layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

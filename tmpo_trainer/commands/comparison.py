@@ -1,7 +1,7 @@
 """`compare`: methods trained from one base with the same prompts and budget, and measured on the same held-out prompts.
 
-Everything is kept in one folder, and what is there is not done again: after a kill the same command goes on with what is
-missing, and arms or seeds can be added.
+All results are kept in one folder and none is computed twice. After an interruption, the same command continues with the
+missing ones. Arms and seeds can be added later.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from .children import Training
 def compare(
     arms: Sequence[Arm], folder: Path, budget: Mapping[str, float], jobs: int, launch: str | None, evaluation_seed: int
 ) -> int:
-    """Trains and measures what is missing and writes the report. Returns the exit code, 130 if interrupted.
+    """Trains and measures the missing runs and writes the report. Returns the exit code, 130 if interrupted.
 
     Raises:
-        ConfigError: the folder holds another comparison, or settings that cannot be trained.
+        ConfigError: the folder holds another comparison, or an arm's settings cannot be trained.
     """
     stored = folder / "compare.yaml"
     settings = {arm.name: describe(arm) for arm in arms}
@@ -53,12 +53,12 @@ def compare(
             file = folder / "settings" / f"{config.output_dir.name}.yaml"
             write_text(file, to_yaml(config))
             runs.append((file, config.output_dir))
-    # Seed by seed, so that a first picture of all arms is there early.
+    # Seed by seed, so that the first results of all arms come early.
     runs = [runs[a * len(arms[0].runs) + s] for s in range(len(arms[0].runs)) for a in range(len(arms))]
     with tqdm(total=len(runs), unit="run", desc="training", dynamic_ncols=True) as bar:
         failed = training.run(runs, bar)
     if training.stopped:
-        print(f"tmpo_trainer: stopped; the same command goes on with what is missing in {folder}", file=sys.stderr)
+        print(f"tmpo_trainer: stopped; give the same command again to continue in {folder}", file=sys.stderr)
         return 130
     for path in failed:
         print(f"tmpo_trainer: {path.name} failed, see {path / 'log.txt'}", file=sys.stderr)
@@ -70,20 +70,20 @@ def compare(
 
 
 def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: Mapping[str, float]) -> dict[str, Any]:
-    """What a compare.yaml knows: {"budget": ..., "arms": {name: {"updates", "settings"}}}; without the file, no arms.
+    """The content of compare.yaml: {"budget": ..., "arms": {name: {"updates", "settings"}}}; without the file, no arms.
 
     Args:
-        settings: those of the arms that are asked for. budget: likewise.
+        settings: by name, of the requested arms. budget: the requested one.
 
     Raises:
-        ConfigError: the file is not of a comparison, or one with another budget or other settings of an arm.
+        ConfigError: the file is not from `compare`, or has another budget or other settings of an arm.
     """
     known = read_yaml(stored) if stored.exists() else {"budget": dict(budget), "arms": {}}
     if not {"budget", "arms"} <= known.keys():
-        raise ConfigError(f"{stored} is not of a comparison: give another --output-dir")
+        raise ConfigError(f"{stored} was not written by compare: give another --output-dir")
     if known["budget"] != dict(budget):
         raise ConfigError(
-            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: another --output-dir"
+            f"{stored} has budget {known['budget'] or 'none'}, not {dict(budget) or 'none'}: give another --output-dir"
         )
     for name, own in settings.items():
         before = known["arms"].get(name, {}).get("settings", own)
@@ -98,10 +98,10 @@ def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: 
 def measure(
     arms: Sequence[Arm], folder: Path, seed: int, without: set[str]
 ) -> dict[str, list[compare_report.Measured]]:
-    """Evaluates what every run came to, with the same noise for all: {arm: its runs}, the base as an arm of its own.
+    """Evaluates the base model and every run with the same noise: {arm: its runs}, with the base as the arm `base`.
 
     Args:
-        without: names of the runs that failed; one that cannot be measured is added.
+        without: names of the runs that failed; a run that cannot be measured is added.
     """
     config = arms[0].first.model_copy(update={"seed": seed})
     device = loading.choose_device(config.device)

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, from settings and configs alone."""
+"""`--dry-run`: describes a run from its settings and the model's configs alone."""
 
 from __future__ import annotations
 

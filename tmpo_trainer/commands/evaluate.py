@@ -10,7 +10,7 @@ from ..settings.errors import ConfigError
 from ..settings.presets import make_config, preset_names, read_yaml
 from .flags import add_settings, command_parser, exit_code, given, hush, preset_layers, refuse_unknown
 
-#: Flags of `evaluate` and the settings they are. What only training knows is none of them.
+#: {flag of `evaluate`: the setting that it sets}. Settings that only training uses are left out.
 EVALUATION = {
     "model": "model", "transformer": "transformer", "reward": "reward", "reward-models": "reward_models",
     "remote-hosts": "remote_hosts", "remote-timeout": "remote_timeout", "prompts": "eval_prompts", "limit": "eval_limit",
@@ -21,10 +21,10 @@ EVALUATION = {
     "offload-scorers": "offload_scorers", "threads": "threads",
 }  # fmt: skip
 
-#: Pictures per prompt where neither a run nor a preset says more.
+#: Pictures per prompt by default. A run's config.yaml or a preset overrides it.
 IMAGES = 10
 
-#: Measured beside a run's own rewards, as in the paper's tables, unless the model is the demo's.
+#: Rewards measured in addition to a run's own, as in the paper's tables, unless the model is the demo's.
 PREFERENCE = ("hpsv2", "imagereward", "pickscore")
 
 
@@ -32,18 +32,19 @@ def command(arguments: Sequence[str]) -> int:
     """Runs the command. Returns the exit code."""
     parser = command_parser(
         "evaluate",
-        "Evaluates base model and LoRA on held-out prompts with the same noise for both: scores and diversity in the columns "
-        "of the paper's Table 1, with 95% bootstrap intervals over prompts; writes Markdown, JSON and pictures.",
-        f"Settings not given come from the run's config.yaml, else from the reward's preset ({', '.join(preset_names())}).",
+        "Evaluates the base model and a LoRA on held-out prompts with the same noise. Writes scores and diversity in the "
+        "columns of the paper's Table 1, with 95% bootstrap intervals over prompts, as Markdown and JSON, and pictures.",
+        "Settings that are not given come from the run's config.yaml, or without one from the reward's preset "
+        f"({', '.join(preset_names())}).",
     )
     parser.add_argument(
-        "lora", nargs="?", type=Path, help="a run's folder or a LoRA file; without one, the base alone is evaluated"
+        "lora", nargs="?", type=Path, help="a run's folder or a LoRA file; without it, only the base model is evaluated"
     )
     parser.add_argument(
         "--preference-prompts",
         type=Path,
         metavar="FILE",
-        help="other prompts for all rewards but the first and for diversity (the paper: DrawBench)",
+        help="prompts for diversity and for all rewards except the first (the paper uses DrawBench)",
     )
     add_settings(parser, EVALUATION)
     namespace, unknown = parser.parse_known_args(arguments)
@@ -51,7 +52,7 @@ def command(arguments: Sequence[str]) -> int:
     flags = given(namespace, EVALUATION.values())
     config = make_config([*_layers(namespace.lora, flags), ("flags", flags)])
     if namespace.preference_prompts and len(config.reward) < 2:
-        raise ConfigError("--preference-prompts is for the rewards after the first: give two or more")
+        raise ConfigError("--preference-prompts is for the rewards after the first: give two rewards or more")
     hush()
     from . import evaluation
 
@@ -59,13 +60,13 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Layers of settings below the flags, the weakest first: defaults, and those of the run or of the reward's preset."""
+    """Layers of settings that the flags override, weakest first: defaults, then the run's or the reward preset's."""
     defaults = ("defaults", {"eval_images": IMAGES})
     saved = lora / "config.yaml" if lora else None
     if saved is None or not saved.is_file():
         measured = {} if flags.get("model", "demo") == "demo" else {"reward": list(PREFERENCE)}
         return [defaults, *preset_layers(measured | flags), ("measures", measured)]
-    # Where it was trained is not where it is evaluated, and a run's folder keeps its own files.
+    # The evaluation gets an output folder of its own; the run's folder keeps only the run's files.
     wanted = set(EVALUATION.values()) - {"output_dir"}
     kept = {key: value for key, value in read_yaml(saved).items() if key in wanted}
     if "reward" not in flags and kept.get("model", "demo") != "demo":

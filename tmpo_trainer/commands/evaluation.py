@@ -1,4 +1,4 @@
-"""`evaluate`: base model and LoRA measured on the same held-out prompts and noise, and what is written about them."""
+"""`evaluate`: measures base model and LoRA on the same held-out prompts and noise, and writes the results."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from . import loading
 
 @dataclass
 class Part:
-    """A list of held-out prompts, and what is measured on it.
+    """A list of held-out prompts and its measurements.
 
-    name: of the file that keeps the base's evaluation. rewards: names. evaluations: by model, the base first.
+    name: of the file that keeps the base's evaluation. rewards: those measured on these prompts. evaluations: by model, the
+    base first.
     """
 
     name: str
@@ -48,10 +49,10 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     Args:
         config: what to evaluate: model, held-out prompts, scorers (`reward`), images, steps, guidance, features.
         lora: a run's folder or a LoRA file.
-        preference: prompts for all but the first score and for diversity, as in the paper; by default the same prompts.
+        preference: prompts for diversity and all scores except the first, as in the paper; by default the same prompts.
 
     Raises:
-        ConfigError: before anything is drawn.
+        ConfigError: the settings cannot be evaluated. It is raised before any picture is drawn.
     """
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
@@ -111,7 +112,7 @@ def evaluate(
     folder: Path,
     accelerator: Accelerator,
 ) -> None:
-    """Fills in the parts' evaluations: of the base, and of the LoRA if the backbone has one."""
+    """Fills in each part's evaluations: that of the base, and with `with_lora` that of the LoRA."""
     total = (2 if with_lora else 1) * sum(len(part.prompts.texts) for part in parts)
     with tqdm(total=total, unit="prompt", dynamic_ncols=True, disable=not accelerator.is_main_process) as bar:
         for part in parts:
@@ -134,7 +135,7 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
     pictures = [folder / "samples.png", folder / "samples-preference.png"][: len(parts)]
     for part, path in zip(parts, pictures, strict=True):
         show(part, path)
-    # No paths of this machine.
+    # Results contain no local paths.
     model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
     text = intervals.markdown()
     sections = [f"# {model}", about(config, parts, features), text, *(f"![pictures]({path.name})" for path in pictures)]
@@ -158,7 +159,7 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
 
 
 def about(config: TrainConfig, parts: Sequence[Part], features: str) -> str:
-    """How the figures were made, in a sentence or two."""
+    """A few sentences about how the figures were made."""
     others = f" and {len(parts[1].prompts.texts)} for preference and diversity" if len(parts) > 1 else ""
     return (
         f"{len(parts[0].prompts.texts)} prompts{others} x {config.eval_images} images, {config.eval_steps} steps, guidance "

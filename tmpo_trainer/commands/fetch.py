@@ -1,4 +1,4 @@
-"""`fetch`: downloads scorers, models and the prompt lists of the literature, and checks what arrived."""
+"""`fetch`: downloads scorers, models and published prompt lists, and checks the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RAW = "https://raw.githubusercontent.com"
 
 HUB_LISTS = "zhwang/HPDv2"
 
-#: Bytes of the largest file that is accepted from GitHub; the largest of the lists has some 15 million.
+#: The largest download from GitHub that is accepted, in bytes. The largest list has about 15 million.
 MOST = 50_000_000
 
 SECONDS = 60
@@ -39,7 +39,7 @@ class GitFile:
 
 _FLOW_GRPO = ("yifan123/flow_grpo", "ac4c86e8cae021841f1fde853d340e0db67690dd")
 
-#: {list: {file that is written: where it comes from}}. Of HPDv2's test prompts the hub has one file per style.
+#: {list: {file to write: its source}}. The hub has HPDv2's test prompts in one file per style.
 PROMPTS: dict[str, dict[str, GitFile | tuple[str, ...]]] = {
     "drawbench": {
         "drawbench.txt": GitFile(
@@ -88,14 +88,14 @@ def fetch_prompts(name: str, folder: Path) -> list[Path]:
     """Writes the files of a prompt list into a folder.
 
     Raises:
-        ConfigError: the list is not known, a file cannot be downloaded or is not the one that is wanted.
+        ConfigError: the list is not known, or a file cannot be downloaded or has another hash.
     """
     if name not in PROMPTS:
         raise ConfigError(f"unknown prompt list {name}{suggest(name, PROMPTS)} (known: {', '.join(PROMPTS)})")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output-dir {folder} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"--output-dir {folder} cannot be created ({error.strerror}): give another folder") from None
     written = []
     for file, source in PROMPTS[name].items():
         content = _from_github(source) if isinstance(source, GitFile) else _from_hub(source)
@@ -113,11 +113,11 @@ def _from_github(source: GitFile) -> bytes:
             content = reply.read(MOST + 1)
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ConfigError(
-            f"{source.url} cannot be downloaded ({error}): get it elsewhere, give --prompts FILE"
+            f"{source.url} cannot be downloaded ({error}): get it elsewhere and give --prompts FILE"
         ) from None
     if git_blob(content) != source.blob:
         raise ConfigError(
-            f"{source.url} is not the file that is wanted (git object {source.blob}): is a proxy in between?"
+            f"{source.url} is not the expected file (git object {source.blob}): check for a proxy that changes it"
         )
     return _lines(json.loads(content)) if source.path.endswith(".json") else content
 
@@ -138,13 +138,13 @@ def _lines(prompts: Sequence[str]) -> bytes:
 
 
 def fetch_reward(name: str) -> list[tuple[Path, str | None]]:
-    """Downloads a scorer's files into the hub's cache and checks them: (file, what was checked) each. Raises ConfigError."""
+    """Downloads a scorer's files to the hub cache: (file, kind of hash that was checked) for each. Raises ConfigError."""
     from ..hub import hub_file
     from ..rewards import find
 
     found = find(name)
     if found.WEIGHTS == "server":
-        raise ConfigError(f"reward {name} has its weights where it runs: `fetch` them there")
+        raise ConfigError(f"reward {name} runs on another machine: run `fetch` there")
     files = [(repository, file) for repository, names in found.SOURCES for file in names]
     paths = [hub_file(f"reward {name}", repository, file, f"--reward-models {name}=PATH") for repository, file in files]
     return [(path, verify(path)) for path in paths]
@@ -153,7 +153,7 @@ def fetch_reward(name: str) -> list[tuple[Path, str | None]]:
 def fetch_all(
     rewards: Sequence[str], prompts: Sequence[str], models: Sequence[str], features: str | None, folder: Path
 ) -> int:
-    """What `python -m tmpo_trainer fetch` does. Raises ConfigError."""
+    """Runs `python -m tmpo_trainer fetch`. Returns the exit code. Raises ConfigError."""
     from ..backbones import find_model
 
     if features is not None:
@@ -190,15 +190,15 @@ def command(arguments: Sequence[str]) -> int:
     """Runs the command. Returns the exit code."""
     parser = command_parser(
         "fetch",
-        "Downloads scorers and models into the hub's cache (HF_HOME) and prompt lists of the literature into a folder, "
-        "and checks their hashes.",
+        "Downloads scorers and models to the hub cache (HF_HOME) and published prompt lists to a folder, and checks their "
+        "hashes.",
     )
     parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help="scorers to download")
-    parser.add_argument("--prompts", nargs="+", default=[], metavar="NAME", help=", ".join(PROMPTS))
+    parser.add_argument("--prompts", nargs="+", default=[], metavar="NAME", help=f"lists: {', '.join(PROMPTS)}")
     parser.add_argument("--model", nargs="+", default=[], metavar="ID", help="models to train, e.g. owner/name")
-    parser.add_argument("--features", metavar="ID", help="a DINOv2 for cosine diversity, e.g. facebook/dinov2-large")
-    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="where prompt lists go [prompts]")
+    parser.add_argument("--features", metavar="ID", help="a DINOv2 model for diversity, e.g. facebook/dinov2-large")
+    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="folder for prompt lists [prompts]")
     namespace = parser.parse_args(arguments)
     if not (namespace.reward or namespace.prompts or namespace.model or namespace.features):
-        raise ConfigError("fetch what? Give --reward, --prompts, --model or --features")
+        raise ConfigError("fetch has nothing to do: give --reward, --prompts, --model or --features")
     return fetch_all(namespace.reward, namespace.prompts, namespace.model, namespace.features, namespace.output_dir)

@@ -1,4 +1,4 @@
-"""Flags: one per setting, and what the commands share."""
+"""Command-line flags: one per setting, and those that commands share."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from ..settings.presets import (
     read_yaml,
 )
 
-#: Flags that say where the settings come from, or what to do with them, rather than being settings.
+#: Flags that are not settings: they choose where settings come from, or what to do with them.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ConfigErrors."""
+    """An argparse parser that raises ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -42,10 +42,10 @@ def _is_tuple(annotation: Any) -> bool:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One flag per setting, from the config's own names and help texts; values are validated there, not here."""
+    """A parser with one flag per setting, by the config's names and help texts. The config validates the values."""
     parser = Parser(
         prog="python -m tmpo_trainer",
-        description="Trains a LoRA by reward with TMPO. Without flags: the bundled demo model, on a CPU, in minutes.",
+        description="Trains a LoRA on rewards with TMPO. Without flags, it trains the bundled demo model on a CPU in minutes.",
         allow_abbrev=False,
         epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
         "Other commands, each with --help: evaluate, compare, score, serve, fetch, prompts, inspect, toy, launch.",
@@ -54,8 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--preset",
         nargs="+",
         metavar="NAME",
-        help="named sets of settings, later ones win; by default that of the reward, or demo. One for a GPU's memory "
-        "(flux-24gb, ...) is laid over that of the reward, or pickscore; that of --method over both",
+        help="named sets of settings; later ones override earlier ones. By default, the reward's preset, or demo. A preset "
+        "for a GPU's memory (flux-24gb, ...) overrides the reward's (pickscore by default); --method's settings override both",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
@@ -84,7 +84,7 @@ def add_settings(parser: argparse._ActionsContainer, flags: Mapping[str, str]) -
 
 
 def refuse_unknown(unknown: Sequence[str], known: Iterable[str]) -> None:
-    """Raises ConfigError for the first word that a parser did not know."""
+    """Raises ConfigError for the first argument that a parser did not know."""
     if unknown:
         word = unknown[0]
         what = "flag" if word.startswith("-") else "argument"
@@ -92,10 +92,10 @@ def refuse_unknown(unknown: Sequence[str], known: Iterable[str]) -> None:
 
 
 def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The settings among some names that were given as flags."""
+    """Those of the named settings that were given as flags."""
     flags = {name: getattr(namespace, name) for name in names if name in namespace}
     for key, value in flags.items():
-        # Only where a setting may be left out: `--baseline none` is a value.
+        # Only for optional settings: in `--baseline none`, none is a value.
         optional = type(None) in typing.get_args(all_settings()[key].annotation)
         if optional and isinstance(value, str) and value.lower() == "none":
             flags[key] = None
@@ -128,7 +128,7 @@ def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
-    """The settings and the name of what they started from."""
+    """The settings, and the name of the presets that they start from."""
     if checkpoint is not None:
         saved = checkpoint.parent / "config.yaml"
         saved_layer = (str(saved), read_yaml(saved))
@@ -137,7 +137,7 @@ def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Pa
         before = saved_layer[1].get("method", "tmpo")
         if flags.get("method", before) != before:
             raise ConfigError(
-                f"--resume goes on with method {before}: for {flags['method']} begin a new run with --init-lora"
+                f"--resume continues with method {before}: for {flags['method']}, start a new run with --init-lora"
             )
         return make_config([saved_layer, ("flags", flags)]), "resume"
     found = layers(actions, flags, flags)
@@ -151,7 +151,7 @@ def layers(
     """Layers of settings, the weakest first: presets, those of --config, flags.
 
     Args:
-        strongest: settings that will be laid over the flags, and decide with them which presets belong to the run.
+        strongest: settings that override the flags. Together they decide which presets belong to the run.
     """
     from_file = read_yaml(actions.config) if actions.config else {}
     given = {**from_file, **flags, **strongest}
@@ -161,24 +161,24 @@ def layers(
         return dict(item for settings in [*named.values(), given] for item in settings.items())
 
     if not any("reward" in settings for settings in named.values()):
-        # What they leave open: the protocol.
+        # The named presets set no reward, so they come on top of a preset that does.
         first = "pickscore" if named and "reward" not in known() else choose_preset(known())
         named = ({} if first == "defaults" else {first: preset(first)}) | named
     found = [(f"preset {name}", settings) for name, settings in named.items()]
     method = known().get("method", "tmpo")
     own = (f"settings of {method}", method_preset(str(method), known().get("model", "demo") == "demo"))
-    # A file that was written for another method has the settings of that one.
+    # A file written for another method holds that method's settings, so this method's override them.
     below = from_file.get("method", method) == method
     found += [own, (str(actions.config), from_file)] if below else [(str(actions.config), from_file), own]
     return [*found, ("flags", dict(flags))]
 
 
 def hush() -> None:
-    """To be called before the libraries are imported."""
-    # Advice of the libraries about optional packages would bury our own lines.
+    """Silences the libraries. Call it before they are imported."""
+    # The libraries' advice about optional packages would bury our own log lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # peft imports it where it is installed, and without a GPU it complains.
+    # peft imports bitsandbytes where it is installed, which warns if there is no GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
@@ -196,7 +196,7 @@ def add_scorer_flags(parser: argparse.ArgumentParser, default: Sequence[str] | N
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """What fails on the way is one line and exit code 1; what a user can mend stays a ConfigError."""
+    """Runs a command's work. A failure prints one line and gives exit code 1; a ConfigError is raised on."""
     try:
         return work()
     except ConfigError:

@@ -21,11 +21,11 @@ def command(arguments: Sequence[str]) -> int:
     configs = launch_configs()
     parser = command_parser(
         "launch",
-        "Trains on several GPUs of this machine: accelerate launch with a config of this package.",
+        "Trains on several GPUs of this machine, by `accelerate launch` with a bundled config.",
         "All other flags are those of training. On several machines use torchrun, see docs/training.md.",
     )
-    parser.add_argument("name", choices=configs, help="ddp: a whole model per GPU; fsdp2: its weights shared")
-    parser.add_argument("--num-processes", type=int, help="by default one per GPU")
+    parser.add_argument("name", choices=configs, help="ddp: each GPU holds the whole model; fsdp2: the GPUs share it")
+    parser.add_argument("--num-processes", type=int, help="number of processes; by default one per GPU")
     namespace, flags = parser.parse_known_args(arguments)
     actions, settings = parse(flags)
     if actions.resume is None:
@@ -37,7 +37,7 @@ def command(arguments: Sequence[str]) -> int:
         count = torch.cuda.device_count()
         if count < 2:
             raise ConfigError(
-                f"launch {namespace.name} is for two GPUs or more, torch sees {count}: leave out `launch`"
+                f"launch {namespace.name} needs two GPUs or more, but torch sees {count}: leave out `launch`"
             )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
     return subprocess.call([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])

@@ -1,4 +1,4 @@
-"""What training and evaluation load, and everything about it that can be refused before anything heavy is loaded."""
+"""Loads what training and evaluation need, after all checks that are possible before anything large is loaded."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
 from ..training import trackers
 
-#: See `identity`.
+#: The model's settings that `identity` includes.
 IDENTITY = (
     "model", "transformer", "quantize", "dtype", "device", "max_sequence_length", "split_guidance", "reward_models", "features",
 )  # fmt: skip
 
 
 def quiet() -> None:
-    """Libraries' progress bars and advice would tear the run's own bar apart."""
+    """Silences the libraries' progress bars and advice, which would break up the run's own bar."""
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -63,7 +63,7 @@ def need_gpu(config: TrainConfig) -> None:
     """Refuses to download many gigabytes to a machine that cannot use them. Raises ConfigError."""
     if is_hub_id(config.model) and config.device == "auto" and not torch.cuda.is_available():
         raise ConfigError(
-            f"model {config.model} needs a CUDA GPU, and none is here (--device cpu to try all the same). To train the "
+            f"model {config.model} needs a CUDA GPU, and this machine has none (--device cpu tries anyway). To train the "
             "bundled demo model on a CPU: python -m tmpo_trainer --preset demo"
         )
 
@@ -94,14 +94,14 @@ def reward_paths(config: TrainConfig) -> dict[str, str]:
 
 
 def check_rewards(config: TrainConfig) -> None:
-    """Raises ConfigError for rewards that are not known, lack a package, or whose path or address cannot be used."""
+    """Raises ConfigError for a reward that is not known, lacks a package, or has an unusable path or address."""
     paths = reward_paths(config)
     for name in (*config.reward, *config.extra_rewards):
         check_reward(name, paths.get(name), dict(config))
 
 
 def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, PromptList, Backbone]:
-    """Everything that can be refused before the model is loaded.
+    """Runs all checks that need no weights. Raises ConfigError.
 
     Returns:
         training and held-out prompts, and the model's skeleton.
@@ -118,7 +118,7 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
 
 
 def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
-    """The model without its weights, after the checks of it that need no more. Raises ConfigError."""
+    """The model without its weights, after all checks that need no weights. Raises ConfigError."""
     found = load_skeleton(config.model, _dtype(config, device), config.max_sequence_length)
     found.split_guidance = config.split_guidance
     try:
@@ -136,7 +136,7 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
 
 
 def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
-    """The scorers of a run's rewards, or of some other names. Raises ConfigError for weights that cannot be had."""
+    """The scorers of the rewards `names`, by default the run's. Raises ConfigError if weights cannot be loaded."""
     paths = reward_paths(config)
     found = [load_scorer(name, device, paths.get(name), dict(config)) for name in names or config.reward]
     if config.offload_scorers:
@@ -145,17 +145,17 @@ def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | No
 
 
 def evaluation_scorers(found: list[Scorer]) -> list[tuple[str, Scorer]]:
-    """What a report measures: the variants of each scorer, as (label, scorer) pairs. No label comes twice."""
+    """The scorers of a report: each scorer's variants as (label, scorer) pairs, with no label twice."""
     return list({label: part for scorer in found for label, part in variants(scorer)}.items())
 
 
 def features(config: TrainConfig, device: torch.device) -> Features:
-    """What cosine diversity is measured on. Raises ConfigError for weights that cannot be had."""
+    """The feature extractor for diversity of pictures. Raises ConfigError if weights cannot be loaded."""
     return load_features(config.features, device)
 
 
 def identity(config: TrainConfig) -> list[str]:
-    """What the base's figures depend on beside prompts and sampling: the model's and the scorers' settings and files."""
+    """What the base's figures depend on besides prompts and sampling: the model's and scorers' settings and files."""
     options = [option for reward in config.reward for option in find(reward).OPTIONS]
     found = [str((name, getattr(config, name))) for name in (*IDENTITY, *options)]
     for given in (config.model, config.transformer, config.features, *reward_paths(config).values()):
@@ -167,7 +167,7 @@ def identity(config: TrainConfig) -> list[str]:
 
 def sampling(config: TrainConfig) -> held_out.Sampling:
     """How the evaluation of a run draws pictures."""
-    # No more at once than the rollout has.
+    # No larger than the rollout's batch.
     leaves = config.leaves * min(config.prompts_per_batch, config.prompts_per_update)
     return held_out.Sampling(
         steps=config.eval_steps,
@@ -182,7 +182,7 @@ def sampling(config: TrainConfig) -> held_out.Sampling:
 def evaluation_protocol(
     config: TrainConfig, prompts: PromptList, found: list[Scorer], extractor: Features
 ) -> held_out.EvaluationProtocol:
-    """How models of these settings are evaluated on held-out prompts."""
+    """How a model with these settings is evaluated on held-out prompts."""
     return held_out.EvaluationProtocol(
         prompts, evaluation_scorers(found), extractor, config.eval_images, sampling(config)
     )
@@ -191,7 +191,7 @@ def evaluation_protocol(
 def load_model(
     config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
 ) -> Backbone:
-    """The model of a run; `prompts` are all that it will be asked for, see `LoadOptions`."""
+    """Loads the model of a run. `prompts` are all that it will ever get, see `LoadOptions`."""
     options = LoadOptions(
         _dtype(config, device),
         device,

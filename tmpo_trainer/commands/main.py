@@ -13,7 +13,7 @@ from ..settings.config import to_yaml
 from ..settings.errors import ConfigError, suggest
 from .flags import configure, hush, parse
 
-#: The commands beside training: a file each.
+#: The commands other than training, one file each.
 COMMANDS = ("evaluate", "compare", "score", "serve", "fetch", "prompts", "inspect", "toy", "launch")
 
 
@@ -50,7 +50,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def broken_torchvision() -> str | None:
-    """What an installed torchvision says when it is imported, if it cannot be. Then much of transformers cannot either."""
+    """The import error of an installed torchvision, None if it works. A broken one breaks much of transformers too."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
@@ -61,7 +61,7 @@ def broken_torchvision() -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Every error that a user can mend is one line on stderr."""
+    """Entry point. Every error that a user can fix is one line on stderr."""
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
@@ -72,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, RuntimeError) as error:
         if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):
             raise
-        # diffusers makes RuntimeErrors of what it cannot import.
+        # diffusers raises RuntimeError for a module that it cannot import.
         imports = isinstance(error, ImportError) or "import" in str(error)
         broken = broken_torchvision() if imports else None
         if broken is not None:
             print(
-                f"tmpo_trainer: torchvision is installed but does not work ({broken}), and transformers does not without it: "
+                f"tmpo_trainer: torchvision is installed but broken ({broken}), and so transformers fails: run "
                 "pip uninstall torchvision (it is not needed), or install the build for your torch",
                 file=sys.stderr,
             )
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f'tmpo_trainer: {error}: pip install -c constraints.txt -e ".[train]"', file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Who reads has had enough, as `head` has.
+        # The reader closed the pipe, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:

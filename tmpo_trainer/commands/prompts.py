@@ -18,14 +18,16 @@ def command(arguments: Sequence[str]) -> int:
         "(texts). Training and held-out prompts never share a scene or a text.",
     )
     parser.add_argument("kind", choices=("geneval", "ocr"))
-    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="[train]")
-    parser.add_argument("--count", type=int, default=1000, help="[1000]")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument(
+        "--split", choices=("train", "heldout"), default="train", help="which prompts to generate [train]"
+    )
+    parser.add_argument("--count", type=int, default=1000, help="number of prompts [1000]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generator [0]")
     parser.add_argument(
         "--exclude",
         type=Path,
         metavar="FILE",
-        help="geneval: leave out the scenes of this .jsonl, e.g. the paper's tests",
+        help="geneval: a .jsonl whose scenes are left out, e.g. the paper's test prompts",
     )
     namespace = parser.parse_args(arguments)
     from ..prompts import compositional, rendering
@@ -33,7 +35,7 @@ def command(arguments: Sequence[str]) -> int:
     from ..rewards import check_prompts
 
     if namespace.count < 1:
-        raise ConfigError(f"--count {namespace.count}: at least 1")
+        raise ConfigError(f"--count {namespace.count}: must be at least 1")
     try:
         if namespace.kind == "geneval":
             excluded = read_prompts(namespace.exclude) if namespace.exclude else None
@@ -42,7 +44,7 @@ def command(arguments: Sequence[str]) -> int:
             scenes = excluded.metadata.values() if excluded else ()
             entries = compositional.generate(namespace.split, namespace.count, namespace.seed, scenes)
         elif namespace.exclude:
-            raise ConfigError("--exclude is for geneval")
+            raise ConfigError("--exclude is for geneval: leave it out")
         else:
             entries = rendering.generate(namespace.split, namespace.count, namespace.seed)
     except ValueError as error:

@@ -26,19 +26,18 @@ def command(arguments: Sequence[str]) -> int:
         "--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl with a prompt per picture, in order of names"
     )
     add_scorer_flags(parser, ())
-    parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="that `remote` may be on")
-    parser.add_argument("--remote-timeout", type=float, default=120, help="seconds for its answer [120]")
+    parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="hosts that `remote` may use")
+    parser.add_argument("--remote-timeout", type=float, default=120, help="seconds to wait for it [120]")
     parser.add_argument("--diversity", action="store_true", help="measure how much the pictures of a prompt differ")
     parser.add_argument(
         "--features",
         default=TrainConfig.model_fields["features"].default,
-        help="what diversity of pictures is measured on [%(default)s]",
+        help="feature extractor for diversity of pictures [%(default)s]",
     )
     parser.add_argument(
         "--vae",
         metavar="MODEL",
-        help="also measure diversity of latents (LGMD), encoded by the VAE of this model: `demo`, a diffusers folder or a "
-        "hub id",
+        help="also measure diversity of latents (LGMD), encoded by this model's VAE: `demo`, a diffusers folder or a hub id",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write a .csv or .json")
     namespace = parser.parse_args(arguments)
@@ -47,9 +46,9 @@ def command(arguments: Sequence[str]) -> int:
     if namespace.vae and not namespace.diversity:
         raise ConfigError("--vae is for --diversity: give both")
     if namespace.output and namespace.output.suffix not in (".csv", ".json"):
-        raise ConfigError(f"--output {namespace.output}: end it in .csv or .json")
+        raise ConfigError(f"--output {namespace.output}: must end in .csv or .json")
     if namespace.output and not namespace.output.parent.is_dir():
-        raise ConfigError(f"--output {namespace.output}: folder {namespace.output.parent} does not exist")
+        raise ConfigError(f"--output {namespace.output}: folder {namespace.output.parent} does not exist: create it")
     settings = {
         "reward_models": namespace.reward_models,
         "remote_hosts": namespace.remote_hosts,
@@ -83,7 +82,7 @@ def command(arguments: Sequence[str]) -> int:
         scoring.check_encodable(pictures, encoder)
     elif namespace.diversity:
         left_out = ", ".join(name for name, measure in MEASURES.items() if measure.on == "latents")
-        print(f"tmpo_trainer: {left_out} is not measured, it needs latents: give --vae MODEL", file=sys.stderr)
+        print(f"tmpo_trainer: {left_out} is not measured, because it needs latents: give --vae MODEL", file=sys.stderr)
 
     def work() -> int:
         scores = scoring.score_images(pictures, metadata, scorers) if scorers else {}

@@ -15,8 +15,8 @@ def command(arguments: Sequence[str]) -> int:
         "Serves scorers over HTTP, for `--reward remote` of a trainer: POST /compute (or /NAME/compute), GET /health.",
     )
     add_scorer_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at [127.0.0.1]")
-    parser.add_argument("--port", type=int, default=18085, help="0 for any that is free [18085]")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=18085, help="port; 0 takes any free one [18085]")
     namespace = parser.parse_args(arguments)
     config = make_config([("flags", {"reward": namespace.reward, "reward_models": namespace.reward_models})])
     hush()

@@ -33,7 +33,7 @@ from . import loading
 
 @dataclass
 class _Parts:
-    """What a run is made of. scorers: by name, those of the rewards and of the method."""
+    """The loaded parts of a run. scorers: by name, those of the rewards and of the method."""
 
     scorers: dict[str, Scorer]
     features: Features | None
@@ -83,7 +83,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
 
 
 def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: bool) -> _Parts:
-    """What the rewards and the report need is loaded first: it must not be found missing after hours of training."""
+    """Loads all parts of a run, so that nothing is found missing after hours of training."""
     names = tuple(dict.fromkeys((*config.reward, *config.extra_rewards)))
     scorers = dict(zip(names, loading.scorers(config, device, names), strict=True))
     measured = config.report or config.eval_every or config.needs_features
@@ -142,7 +142,7 @@ def _export(trainer: Trainer) -> None:
         "step": str(trainer.done),
         "rewards": " ".join(config.reward),
         **trainer.method.metadata(),
-        # No paths in the file.
+        # The file contains no local paths.
         "base_model": config.model if config.model == "demo" or is_hub_id(config.model) else "local",
     }
     main = trainer.processes.main

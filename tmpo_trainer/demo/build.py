@@ -1,4 +1,4 @@
-"""Builds the bundled demo model from nothing: `python -m tmpo_trainer.demo.build`.
+"""Builds the bundled demo model from scratch: `python -m tmpo_trainer.demo.build`.
 
 Three stages, each seeded, each resumable from `--work` after an interruption:
 
@@ -6,11 +6,11 @@ Three stages, each seeded, each resumable from `--work` after an interruption:
     vae     a narrow 8x AutoencoderKL with 16 channels
     model   two small CLIP text encoders and a 3-block SD3 transformer, trained together by rectified flow
 
-and at the end an ordinary `StableDiffusion3Pipeline` folder in float16. `--model-steps 200 --vae-steps 100 --scenes 2000`
-runs the whole way in minutes, for a look; the result is then noise.
+The result is an ordinary `StableDiffusion3Pipeline` folder in float16. `--model-steps 200 --vae-steps 100 --scenes 2000`
+tries all stages in minutes, but the model then draws only noise.
 """
 
-# diffusers annotates tuples of one element and unions where it takes any length and returns one kind.
+# diffusers' annotations are wrong here: one-element tuples for any length, unions for a single type.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ MAX_TOKENS = 12
 TEXT_WIDTH = 96
 VAE_BATCH, MODEL_BATCH = 10, 64
 MODEL_LR = 1.5e-3
-#: Training of the transformer in cycles of (steps, mean of the sigmas' logits), the learning rate down to 0 in each. The
-#: second looks at noisier latents, where the number of objects and their places are decided.
+#: Cycles of the transformer's training: (steps, mean of the sigmas' logits). In each, the learning rate falls to 0. The
+#: second sees noisier latents, where the number of objects and their places are decided.
 MODEL_CYCLES = ((16_000, 0.6), (24_000, 1.0))
 #: SD3's latent normalisation, which ComfyUI hard-codes: the VAE is rescaled to fit it, not the other way round.
 SD3_SHIFT, SD3_SCALE = 0.0609, 1.5305
@@ -49,10 +49,10 @@ FAMILY_WEIGHTS = {"single": 0.14, "count": 0.2, "pair": 0.2, "relation": 0.26, "
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary in which each word of the domain is one token (other words fall into letters).
+    """CLIP's tokenizer with a vocabulary in which each word of the domain is one token (other words split into letters).
 
-    Byte-pair merges by frequency, ties by spelling: the `tokenizers` trainer numbers the letters differently in each
-    process, and a resumed build would go on with other ids.
+    Byte-pair merges go by frequency, ties by spelling. The `tokenizers` trainer numbers the letters differently in each
+    process, so that a resumed build would continue with other ids.
     """
     words = sorted({word for family in domain.FAMILIES for s in domain.all_scenes(family) for word in s.text().split()})
     spelt = [[*word[:-1], word[-1] + "</w>"] for word in words]
@@ -93,7 +93,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         pad_token_id=tokenizer.pad_token_id,
     )
     encoder = CLIPTextModelWithProjection(config)
-    # CLIP's own start (std .02) leaves the text so faint beside the transformer's biases that it is long ignored.
+    # With CLIP's own start (std .02), the text is so faint beside the transformer's biases that it is long ignored.
     nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.5)
     nn.init.normal_(encoder.text_model.embeddings.position_embedding.weight, std=0.25)
     nn.init.normal_(encoder.text_projection.weight, std=0.5 / TEXT_WIDTH**0.5)
@@ -117,7 +117,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """Depth = heads and 64 per head, so that ComfyUI's size detection reads it right."""
+    """Depth = heads and 64 per head, so that ComfyUI's size detection reads them correctly."""
     return SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -177,7 +177,7 @@ def batch_indices(seed: int, step: int, size: int, total: int) -> np.ndarray:
 
 
 def vae_stage(work: Path, pictures: np.ndarray, steps: int, seed: int, every: int = 500) -> AutoencoderKL:
-    """L1 + squared error + a light KL; then rescales the latents to SD3's shift and scale, channel by channel."""
+    """Trains with L1 + squared error + a light KL, then rescales the latents to SD3's shift and scale, channel by channel."""
     torch.manual_seed(seed)
     vae = make_vae()
     done = work / "vae.pt"
@@ -231,8 +231,8 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 128) -> Tensor
 def fit_latents_to_sd3(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Gives every latent channel the mean SD3_SHIFT and the std 1 / SD3_SCALE, pictures unchanged.
 
-    An affine map per channel, folded into the 1x1 quant convolutions. Channels that the KL has switched off (less signal
-    than posterior noise; the decoder ignores them) are held at the mean: scaled up, they would be noise to be learnt.
+    The affine map per channel is folded into the 1x1 quant convolutions. Channels that the KL has switched off (less signal
+    than posterior noise; the decoder ignores them) are held at the mean. Scaled up, they would be noise to be learnt.
     """
     posteriors = [vae.encode(to_tensor(pictures[i : i + 128])).latent_dist for i in range(0, len(pictures), 128)]
     latents = torch.cat([posterior.mean for posterior in posteriors])
@@ -289,7 +289,7 @@ def model_stage(
     compile: bool,
     every: int = 1000,
 ) -> tuple[CLIPTokenizer, TextToVelocity]:
-    """Rectified flow on cached latents, logit-normal sigmas, 10% empty prompts for guidance; returns the EMA weights."""
+    """Trains by rectified flow on cached latents: logit-normal sigmas, 10% empty prompts. Returns the EMA weights."""
     torch.manual_seed(seed + 1)
     tokenizer = make_tokenizer()
     model = TextToVelocity([make_text_encoder(tokenizer) for _ in range(2)], make_transformer())
@@ -363,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("outputs/demo-build"), help="folder for intermediate results")
     parser.add_argument("--scenes", type=int, default=80_000, help="pictures to draw")
     parser.add_argument("--vae-steps", type=int, default=6_000)
-    parser.add_argument("--model-steps", type=int, help="one cycle of so many steps instead of the full training")
+    parser.add_argument("--model-steps", type=int, help="train one cycle of this many steps in place of the full plan")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile the transformer (needs a C++ compiler; 1.3x)"

@@ -8,8 +8,8 @@ A prompt names one to three objects (circle, square, triangle; eight colours), i
     relation   a blue square left of a green triangle
     mixed      two red circles and a blue square
 
-Position, size and background are not prompted: they are what a collapse of diversity shows in.
-Everything here needs numpy alone and is a pure function of its `numpy.random.Generator`.
+Prompts leave position, size and background open, so that a collapse of diversity shows in them.
+Everything here needs only numpy and is a pure function of its `numpy.random.Generator`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 FAMILIES = ("single", "count", "pair", "relation", "mixed")
 COMPOSITIONAL = ("count", "pair", "relation", "mixed")
 
-#: Half the larger side of a shape's bounding box, for the area of a unit circle.
+#: Half the larger side of a shape's bounding box, if the shape has the area of a unit circle.
 REACH = {"circle": 1.0, "square": 0.887, "triangle": 1.347}
 
 #: Unit vectors from the second object to the first, image coordinates (y grows downwards).
@@ -56,8 +56,8 @@ class Clause:
     def text(self) -> str:
         """The words that the bundled model was trained on and that its frozen prompt lists hold.
 
-        They have "a" before "orange" too, and must stay as they are. `parse` accepts "an" as well. So does the model:
-        "an" is one token of its tokenizer (the end of "cyan"), and of 30 orange shapes it drew as many with either word.
+        The article is "a" even before "orange", and must stay so. `parse` accepts "an" as well, and so does the model:
+        "an" is one token of its tokenizer (the end of "cyan"), and it drew 30 orange shapes equally well with either.
         """
         return f"{NUMBERS[self.count]} {self.color} {self.shape}{'s' if self.count > 1 else ''}"
 
@@ -110,7 +110,7 @@ def _parse_clause(words: list[str], prompt: str) -> Clause:
 
 
 def parse(prompt: str) -> Scene:
-    """The scene of a prompt. Raises ValueError, naming the prompt, if it is none of the domain."""
+    """The scene of a prompt. Raises ValueError, naming the prompt, if it is not one of the domain."""
     text = " ".join(prompt.lower().strip().rstrip(".").split())
     for joint in (*RELATIONS, "and"):
         left, found, right = text.partition(f" {joint} ")
@@ -162,7 +162,7 @@ def layout(scene: Scene, rng: np.random.Generator) -> list[Object]:
         objects = [
             Object(float(x), float(y), float(r), *kind) for (x, y), r, kind in zip(centres, radii, kinds, strict=True)
         ]
-        # Disjoint: no pixel within 1.5 px of two objects, so that at least 3 px of background part them.
+        # Disjoint: no pixel within 1.5 px of two objects, so that at least 3 px of background separate them.
         near = sum((_inside(obj) > -1.5).astype(int) for obj in objects)
         if np.max(near) < 2:
             return objects

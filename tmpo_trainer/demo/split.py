@@ -1,7 +1,7 @@
-"""Writes the demo's prompt lists: `python -m tmpo_trainer.demo.split`. Frozen: the model card has their hashes.
+"""Writes the demo's prompt lists: `python -m tmpo_trainer.demo.split`.
 
-Compositional families only, disjoint; a single object leaves nothing to learn. Families alternate, so that the first n
-prompts are a fair sample.
+The lists are frozen: the model card has their hashes. They are disjoint and hold only compositional families, because a
+single object leaves nothing to learn. Families alternate, so that the first n prompts are a fair sample.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from . import domain
 FOLDER = Path(__file__).parent / "prompts"
 TRAIN = {"count": 36, "pair": 108, "relation": 108, "mixed": 108}
 HELDOUT = {"count": 12, "pair": 16, "relation": 16, "mixed": 16}
-#: For choosing settings, so that the held-out list stays unseen. Train and held-out use up the counts.
+#: For choosing settings, so that the held-out list stays unseen. The other two lists use up the `count` family.
 VALIDATION = {"pair": 20, "relation": 20, "mixed": 20}
 LISTS = {"train": TRAIN, "heldout": HELDOUT, "validation": VALIDATION}
 

@@ -1,4 +1,4 @@
-"""What `compare` writes: a table in the shape of the paper's Tables 1 and 2, and pictures in that of Fig. 4 and 6 to 9."""
+"""Writes the results of `compare`: a table like the paper's Tables 1 and 2, and pictures like its Fig. 4 and 6 to 9."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .statistics import paired_gain
 
 PHASES = ("rollout", "reference", "ratio", "replay")
 
-#: How many prompts are shown, and how many pictures of each.
+#: The number of prompts shown, and of pictures of each.
 PROMPTS, PICTURES = 4, 4
 
 
 @dataclass(frozen=True)
 class Course:
-    """A run's training by its metrics.jsonl; the base has no lines."""
+    """The course of a run's training, from its metrics.jsonl; it is empty for the base."""
 
     metrics: Sequence[Mapping[str, Any]]
     prompts_per_update: int
@@ -53,7 +53,7 @@ class Measured:
 
 
 def figures(runs: Sequence[Measured], base: Evaluation) -> dict[str, Any]:
-    """Of one arm: mean and spread (standard deviation over seeds, 0 for one) of everything in the table, and the gains."""
+    """One arm's mean and spread (standard deviation over seeds, 0 for one) of every figure in the table, and its gains."""
     values: dict[str, list[float]] = {}
     for run in runs:
         for name, value in _figures_of(run, base).items():
@@ -62,7 +62,7 @@ def figures(runs: Sequence[Measured], base: Evaluation) -> dict[str, Any]:
         name: {"mean": float(np.mean(v)), "spread": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "runs": v}
         for name, v in values.items()
     }
-    # Paired over prompts, each the mean over seeds.
+    # Gains are paired by prompt, after averaging over seeds.
     found["gain"] = {
         name: paired_gain(before, np.mean([run.evaluation.measures[name] for run in runs], axis=0))
         for name, before in base.measures.items()
@@ -86,7 +86,7 @@ def _figures_of(run: Measured, base: Evaluation) -> dict[str, float]:
 
 
 def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
-    """Markdown: a row per arm. In the cells mean +- spread over seeds."""
+    """A Markdown table with a row per arm; the cells hold mean ± spread over seeds."""
 
     def cell(values: Mapping[str, Any], form: str) -> str:
         spread = f" ± {values['spread']:{form.lstrip('+')}}" if len(values["runs"]) > 1 else ""
@@ -114,7 +114,7 @@ def write(
     """Writes table.md, table.json, pareto.png, curves.png and samples.png, and prints the table.
 
     Args:
-        runs: {arm: its runs}, the base as the arm `base`. failed: runs that are not among them.
+        runs: {arm: its runs}, with the base as the arm `base`. failed: names of the missing runs.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
@@ -126,7 +126,7 @@ def write(
         "# Comparison",
         _about(base, budget, failed),
         text,
-        "Change against the base, with 95% bootstrap intervals over prompts of the mean over seeds:",
+        "Change against the base: means over seeds, with 95% bootstrap intervals over prompts:",
         markdown_table(["", *(f"{name}, change" for name in names)], gains),
         "![reward, diversity, time](pareto.png)",
         "![training curves](curves.png)",
@@ -149,8 +149,8 @@ def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str])
     images = next(iter(base.scores.values())).shape[1]
     about = (
         f"{len(base.prompts)} held-out prompts x {images} pictures, the same noise for all; final weights. Budget: "
-        f"{', '.join(limits) or 'as many updates as the settings say'}. Mean ± standard deviation over training seeds. "
-        "Network evaluations are those of one process; forward and backward pass count one each."
+        f"{', '.join(limits) or 'the number of updates in the settings'}. Mean ± standard deviation over training seeds. "
+        "Network evaluations are those of one process; a forward and a backward pass count one each."
     )
     return about + (f" Failed and not in the table: {', '.join(failed)}." if failed else "")
 
@@ -201,7 +201,7 @@ def curves(path: Path, arms: Mapping[str, Sequence[Measured]], colours: Mapping[
 
 
 def samples(path: Path, runs: Mapping[str, Sequence[Measured]]) -> None:
-    """The same seeds for every arm, of the first run of each: a block of rows per prompt, a row per arm."""
+    """Pictures by the first run of every arm, from the same seeds: a block of rows per prompt, a row per arm."""
     base = runs["base"][0].evaluation
     chosen = np.linspace(0, len(base.shown) - 1, min(PROMPTS, len(base.shown))).astype(int)
     rows, labels = [], []

@@ -1,4 +1,4 @@
-"""Features of pictures, for the measures of diversity that are on features."""
+"""Features of pictures, for the diversity measures in feature space."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DINO, FILES = "facebook/dinov2-large", ("config.json", "model.safetensors")
 
 
 class Features(Protocol):
-    """An extractor of features, which diversity of pictures is measured on. name: as reports give it."""
+    """A feature extractor that diversity of pictures is measured with. name: its name in reports."""
 
     name: str
 
@@ -105,16 +105,16 @@ def check_features(name: str) -> None:
 
 
 def load_features(name: str, device: torch.device) -> Features:
-    """`efficientnet-lite0`, or a DINOv2 from a folder or the hub. Raises ConfigError for weights that cannot be had."""
-    from ..hub import hub_file, told
+    """`efficientnet-lite0`, or a DINOv2 from a folder or the hub. Raises ConfigError if weights cannot be loaded."""
+    from ..hub import hub_file, readable_errors
 
     check_features(name)
     if name == EfficientNetLite.name:
         return EfficientNetLite(device)
     folder, label = Path(name).expanduser(), "DINOv2"
     if not folder.is_dir():
-        # Reports name the repository, but never a path of this machine.
+        # Reports name the repository, but never a local path.
         files = [hub_file("features", name, file, "--features FOLDER") for file in FILES]
         folder, label = files[0].parent, name
-    with told("features", folder):
+    with readable_errors("features", folder):
         return DinoV2(folder, device, label)

@@ -1,4 +1,4 @@
-"""Evaluating a model: it draws pictures of held-out prompts, and their scores and diversity are measured."""
+"""Evaluates a model: draws pictures of held-out prompts and measures their scores and diversity."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Progress = Callable[[int], Any]
 
 @dataclass
 class Evaluation:
-    """What one model came to on P prompts x n images.
+    """The results of one model on P prompts x n images.
 
-    scores: {name: `[P, n]`}. diversity: {name in `diversity.MEASURES`: `[P]`}. latent_std: of all final latents. images: of
-    the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`.
+    scores: {name: `[P, n]`}. diversity: {name in `diversity.MEASURES`: `[P]`}. latent_std: standard deviation of
+    all final latents. images: of the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`.
     """
 
     prompts: list[str]
@@ -45,15 +45,15 @@ class Evaluation:
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
-        """Scores `[P, n]` and diversities `[P]` by the names that reports give them."""
+        """Scores `[P, n]` and diversities `[P]` by their names in reports."""
         return self.scores | self.diversity
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How evaluation draws pictures: plain Euler steps from noise keyed by (seed, prompt, image), so that pairs compare.
+    """How evaluation draws pictures: plain Euler steps from noise keyed by (seed, prompt, image), so that models share it.
 
-    batch: the most latents in one network call. decode_batch: the most latents in one VAE decode.
+    batch: the largest number of latents in one network call. decode_batch: likewise, in one VAE decode.
     """
 
     steps: int
@@ -66,9 +66,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """What every evaluation that is to be compared has in common.
+    """The settings that evaluations must share to be comparable.
 
-    scorers: (name, scorer) pairs. features: what diversity of pictures is measured on. images: pictures per prompt.
+    scorers: (name, scorer) pairs. features: the extractor for diversity of pictures. images: pictures per prompt.
     """
 
     prompts: PromptList
@@ -82,7 +82,7 @@ class EvaluationProtocol:
 def sample(
     backbone: Backbone, prompts: Sequence[str], images: int, how: Sampling
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`, some prompts at a time, in order."""
+    """Draws some prompts at a time, in order: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`."""
     sigmas = backbone.sigmas(how.steps, *how.resolution)
     shape = backbone.latent_shape(*how.resolution)
     group = max(1, how.batch // images)
@@ -105,7 +105,7 @@ def sample(
 
 @dataclass
 class _Measured:
-    """What is kept of one prompt's pictures, so that processes can share the prompts."""
+    """The measurements of one prompt's pictures, in a form that processes can exchange."""
 
     scores: dict[str, np.ndarray]
     diversity: dict[str, float]
@@ -125,9 +125,9 @@ def evaluate(
     """Draws the pictures of every prompt and measures them. The transformer is used as it stands (LoRA on or off).
 
     Args:
-        show: of how many prompts, spread over the list, the pictures are kept.
-        accelerator: of several processes, which then share the prompts and all get the result. A picture is the same
-            whichever process draws it.
+        show: number of prompts, spread over the list, whose pictures are kept.
+        accelerator: its processes share the prompts, and all get the result. A picture does not depend on the process
+            that draws it.
 
     Raises:
         ValueError: latents or scores are not finite.
@@ -135,7 +135,7 @@ def evaluate(
     prompts = protocol.prompts.texts
     shown = sorted(set(np.linspace(0, len(prompts) - 1, min(show, len(prompts))).astype(int).tolist()))
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
-    # Every process has as many, some prompts come twice if need be: a sharded transformer wants the same calls everywhere.
+    # Every process gets the same number, some prompts twice: a sharded transformer needs the same calls on all of them.
     share = -(-len(prompts) // processes)
     own = [(rank * share + i) % len(prompts) for i in range(share)]
     measured: dict[int, _Measured] = {}
@@ -155,7 +155,7 @@ def evaluate(
 def _measure(
     protocol: EvaluationProtocol, chosen: Sequence[int], latents: Tensor, pictures: np.ndarray
 ) -> list[_Measured]:
-    """Of the prompts numbered `chosen`: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`."""
+    """Measures the prompts numbered `chosen`: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`."""
     prompts = [protocol.prompts.texts[i] for i in chosen]
     for prompt, group in zip(prompts, latents, strict=True):
         if not torch.isfinite(group).all():
@@ -195,11 +195,11 @@ def _merge(prompts: Sequence[str], parts: Sequence[_Measured], shown: list[int])
 
 
 class HeldOut:
-    """Evaluates one backbone by the same protocol again and again: the base once, then what training made of it.
+    """Evaluates one backbone repeatedly by the same protocol: the base once, then the trained model.
 
     Args:
-        file: where the base's evaluation is kept, so that a resumed run does not draw its pictures again; None for nowhere.
-        identity: whatever else the base's evaluation depends on. With another identity the base is evaluated anew.
+        file: keeps the base's evaluation, so that a resumed run does not draw its pictures again; None keeps no file.
+        identity: everything else that the base's evaluation depends on. If it changes, the base is evaluated again.
         accelerator: see `evaluate`.
     """
 
@@ -220,7 +220,7 @@ class HeldOut:
             [name for name, _ in protocol.scorers],
             protocol.features.name,
             protocol.images,
-            # How much is done at a time does not matter.
+            # Batch sizes do not change the result.
             {key: value for key, value in asdict(protocol.sampling).items() if key not in ("batch", "decode_batch")},
             list(identity),
         ]
@@ -239,10 +239,10 @@ class HeldOut:
         return self._base
 
     def stored(self, file: Path | None, progress: Progress | None = None, lora: Path | None = None) -> Evaluation:
-        """What a file holds of an earlier evaluation with the same settings; else `measure`, and the file is written.
+        """Reads an evaluation with the same settings from `file`; otherwise measures one and writes the file.
 
         Args:
-            lora: the file of the LoRA that is evaluated: an evaluation of another one does not count.
+            lora: file of the evaluated LoRA. A stored evaluation of another LoRA is not used.
         """
         key = self._key if lora is None else f"{self._key} {hashlib.sha256(lora.read_bytes()).hexdigest()}"
         found = [_read(file, key, self.protocol) if file is not None and self._main else None]
@@ -259,7 +259,7 @@ class HeldOut:
 
 
 def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | None:
-    """None where there is no file, or it is damaged, has another key or lacks a measure."""
+    """The stored evaluation; None if the file is missing or damaged, has another key or lacks a measure."""
     if not file.exists():
         return None
     try:
@@ -275,7 +275,7 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
                 images=stored["images"],
             )
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        # It is only kept to save time.
+        # The file only saves time: a damaged one is replaced.
         return None
 
 

@@ -1,4 +1,4 @@
-"""Latents of pictures, for the measures of diversity that are on latents."""
+"""Latents of pictures, for the diversity measures in latent space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backbones import find_model, is_hub_id
-from ..hub import hub_file, told
+from ..hub import hub_file, readable_errors
 from ..settings.errors import ConfigError
 
 #: The weights of a VAE inside a model's folder or hub repository.
@@ -17,13 +17,13 @@ WEIGHTS = "vae/diffusion_pytorch_model.safetensors"
 
 
 class LatentEncoder:
-    """The encoder of a model's VAE: pictures -> the latents that the model's denoiser sees. Nothing else of it is loaded.
+    """Encodes pictures into the latents that a model's denoiser sees. It loads only the model's VAE.
 
     Args:
         model: `demo`, a diffusers pipeline folder or a hub id. device: where it runs, in float32.
 
     Raises:
-        ConfigError: there is no such model, or its VAE cannot be had.
+        ConfigError: the model does not exist, or its VAE cannot be loaded.
     """
 
     def __init__(self, model: str, device: torch.device):
@@ -32,7 +32,7 @@ class LatentEncoder:
         folder = find_model(model, weights=False) / "vae"
         if is_hub_id(model):
             folder = hub_file(f"--vae {model}", model, WEIGHTS, "--vae FOLDER").parent
-        with told("--vae", folder):
+        with readable_errors("--vae", folder):
             vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         self.vae, self.device = vae.eval().requires_grad_(False).to(device), device
         #: Pixels per latent along a side.

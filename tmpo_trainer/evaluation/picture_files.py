@@ -28,10 +28,10 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 #: Pillow's modes with more than 8 bits.
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
-#: The most pictures that are in memory at once.
+#: The largest number of pictures in memory at once.
 BATCH = 32
 
-#: Inputs that hold a prompt in ComfyUI's text nodes, the most telling first.
+#: Inputs that hold a prompt in ComfyUI's text nodes, in order of preference.
 COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
 
 #: What follows the prompt in A1111's text.
@@ -48,7 +48,7 @@ class Picture:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The given files, and the pictures in given folders by name. Raises ConfigError for a path without pictures."""
+    """The given files, and the pictures of given folders by name. Raises ConfigError for a path without pictures."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -104,11 +104,11 @@ def _is_link(value: Any) -> bool:
 
 
 def _exif_parameters(image: Image.Image) -> str | None:
-    """What A1111 wrote into the EXIF of a JPEG or WebP; not what a camera or another program did."""
+    """The text that A1111 wrote into the EXIF of a JPEG or WebP; None for a comment by a camera or another program."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
     if not isinstance(comment, bytes):
         return None
-    # Exif 2.32, 4.6.5: eight bytes name the encoding. A1111's UTF-16 is big-endian, others' as the rest of the EXIF.
+    # Exif 2.32, 4.6.5: eight bytes name the encoding. A1111's UTF-16 is big-endian; others use the EXIF's order.
     encodings = {b"ASCII\0\0\0": ("utf-8",), b"UNICODE\0": ("utf-16-be", "utf-16-le")}.get(comment[:8], ())
     read = [comment[8:].decode(encoding, "replace") for encoding in encodings]
     return next((text for text in read if A1111_END.search(f"\n{text}")), None)
@@ -131,13 +131,15 @@ def embedded_prompt(image: Image.Image) -> str | None:
 def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | None) -> list[Picture]:
     """Opens every file once, so that a bad one is found before anything is scored.
 
-    A picture's prompt is `prompt`, else its entry in `listed`, else its own: that of a .txt beside it or in its metadata.
+    A picture's prompt is `prompt`, else its entry in `listed`, else that of a .txt beside it, else that in its metadata.
 
     Raises:
         ConfigError: a file is not a picture or has no prompt, or the list has another length.
     """
     if listed is not None and len(listed.texts) != len(paths):
-        raise ConfigError(f"{listed.where} has {len(listed.texts)} prompts for {len(paths)} pictures: give one each")
+        raise ConfigError(
+            f"{listed.where} has {len(listed.texts)} prompts for {len(paths)} pictures: give one per picture"
+        )
     found = []
     for i, path in enumerate(paths):
         try:
@@ -167,11 +169,11 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
 
 
 def load(pictures: Sequence[Picture]) -> np.ndarray:
-    """Reads pictures of one size: uint8 RGB `[N, H, W, 3]`. What is transparent becomes white."""
+    """Reads pictures of one size: uint8 RGB `[N, H, W, 3]`. Transparent areas become white."""
     arrays = []
     for picture in pictures:
         with Image.open(picture.path) as opened:
-            # The picture is turned as a viewer shows it; of an animation it is the first one.
+            # The picture is rotated as a viewer shows it. An animation gives its first frame.
             image: Image.Image = ImageOps.exif_transpose(opened)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 clear = image.convert("RGBA")
@@ -181,7 +183,7 @@ def load(pictures: Sequence[Picture]) -> np.ndarray:
 
 
 def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
-    """Numbers of pictures that fit into one array: they have one size and are at most `BATCH`."""
+    """Numbers of pictures that fit into one array: they all have one size, and there are at most `BATCH`."""
     sizes: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
         sizes.setdefault(picture.size, []).append(i)
@@ -221,7 +223,7 @@ def score_images(
 
 
 def by_prompt(pictures: Sequence[Picture]) -> dict[str, list[int]]:
-    """Numbers of the pictures of every prompt that has two or more: there is nothing to compare with a single one."""
+    """{prompt: numbers of its pictures}, without prompts that have one picture and so nothing to compare."""
     found: dict[str, list[int]] = {}
     for i, picture in enumerate(pictures):
         found.setdefault(picture.prompt, []).append(i)
@@ -229,7 +231,7 @@ def by_prompt(pictures: Sequence[Picture]) -> dict[str, list[int]]:
 
 
 def check_encodable(pictures: Sequence[Picture], encoder: LatentEncoder) -> None:
-    """Raises ConfigError unless the pictures of every prompt have one size, and one that the VAE encodes."""
+    """Raises ConfigError unless all pictures of a prompt have the same size and the VAE can encode it."""
     for prompt, numbers in by_prompt(pictures).items():
         first, *others = (pictures[i] for i in numbers)
         for other in others:
@@ -245,11 +247,10 @@ def check_encodable(pictures: Sequence[Picture], encoder: LatentEncoder) -> None
 def measure_diversity(
     pictures: Sequence[Picture], features: Features, encoder: LatentEncoder | None
 ) -> dict[str, dict[str, float]]:
-    """How much the pictures of each prompt differ, by all of `diversity.MEASURES`; without an encoder those on latents are
-    left out.
+    """The diversity of each prompt's pictures by `diversity.MEASURES`; those on latents need an encoder.
 
     Returns:
-        {prompt: {"images": how many, measure: value}}, of prompts with two pictures or more.
+        {prompt: {"images": how many, measure: value}} for prompts with two pictures or more.
     """
     compared = by_prompt(pictures)
     chosen = [i for numbers in compared.values() for i in numbers]
@@ -315,14 +316,14 @@ def _columns(values: Mapping[str, Any], form: str | None = None) -> str:
 def write(
     path: Path, pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """Writes a .json with everything, or a .csv with a line per picture, in which diversity is that of its prompt."""
+    """Writes a .json with everything, or a .csv with a line per picture that repeats its prompt's diversity."""
     measures = [name for name in next(iter(groups.values()), {}) if name != "images"]
     rows = [
         {
             "file": str(picture.path),
             "prompt": picture.prompt,
             **{name: float(scores[name][i]) for name in scores},
-            # A lone picture has none.
+            # A prompt's only picture has no diversity.
             **{name: groups.get(picture.prompt, {}).get(name, "") for name in measures},
         }
         for i, picture in enumerate(pictures)

@@ -1,4 +1,4 @@
-"""What a report shows: tables, curves, pictures."""
+"""Writes a report: tables, curves, pictures."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass
 class Intervals:
-    """Intervals over prompts of every measure: by model, and of the paired gain where there are two models."""
+    """Intervals over prompts for every measure: by model, and for the paired gain if there are two models."""
 
     models: dict[str, dict[str, Interval]]
     gain: dict[str, Interval]
 
     @classmethod
     def of(cls, models: Mapping[str, Sequence[Evaluation]]) -> Intervals:
-        """Of {model: its evaluations, one per list of prompts}, the base first.
+        """Computes them from {model: its evaluations, one per list of prompts}, with the base first.
 
-        With two lists the scores of each are on its own prompts, and diversity is on those of the last.
+        With two lists, scores are measured on the prompts of their own list, and diversity on those of the last.
         """
         measured = {label: _figures(parts) for label, parts in models.items()}
         gain = {}
@@ -42,7 +42,7 @@ class Intervals:
         return cls({label: {n: interval(v) for n, v in values.items()} for label, values in measured.items()}, gain)
 
     def markdown(self) -> str:
-        """A row per model, and one of the gain."""
+        """A table with a row per model and one for the gain."""
         names = list(next(iter(self.models.values())))
         rows = [[label, *(found[name].text() for name in names)] for label, found in self.models.items()]
         if self.gain:
@@ -50,7 +50,7 @@ class Intervals:
         return markdown_table(["", *names], rows)
 
     def content(self) -> dict[str, Any]:
-        """The same for JSON."""
+        """The same figures for JSON."""
         models = {label: {n: v.finite() for n, v in found.items()} for label, found in self.models.items()}
         gain = {"gain": {name: values.finite() for name, values in self.gain.items()}} if self.gain else {}
         return {"models": models, **gain}
@@ -69,7 +69,7 @@ def curves(
 ) -> None:
     """Reward, diversity and distance from the base over updates, with a running mean, as a PNG.
 
-    If the model was evaluated during training, the gains have a panel of their own.
+    If the model was evaluated during training, an extra panel shows the gains.
     """
     from matplotlib.figure import Figure
 
@@ -78,7 +78,7 @@ def curves(
     # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
     if all("kl_reference" in line for line in metrics):
         series.append(("kl_reference", "KL to the reference, per dimension"))
-    if any(line["ratio_mean"] != 1 for line in metrics):
+    if any(line.get("ratio_mean", 1) != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
     panels = len(series) + bool(evaluations)
     figure = Figure(figsize=(3.6 * panels, 3), layout="constrained")
@@ -97,7 +97,7 @@ def curves(
 
 
 def running_mean(values: np.ndarray, share: int) -> np.ndarray:
-    """Means of `values [N]` over windows of one in `share` of them: `[M]`, for the last M of the N."""
+    """Running means of `values [N]` over windows of N // share values: `[M]`, for the last M of the N."""
     window = max(1, len(values) // share)
     return np.convolve(values, np.ones(window) / window, "valid")
 
@@ -139,7 +139,7 @@ def write_report(
 
     Args:
         metrics: lines of metrics.jsonl. evaluations: lines of evaluations.jsonl. rewards: names of the run's rewards.
-        about: lines on how the figures were made. target: the score whose rise is claimed.
+        about: lines on how the figures were made. target: the score that should have risen.
     """
     figures = summary(base, trained)
     after_last = {"update": metrics[-1]["update"], **figures}

@@ -8,7 +8,7 @@ import numpy as np
 
 from .held_out import Evaluation
 
-#: What counts as not collapsed, for `verdict`.
+#: Limits of `verdict`: largest loss of LGMD, smallest share of cosine diversity, largest change of the latent std.
 LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15
 
 

@@ -1,4 +1,4 @@
-"""LoRAs of a run: how one is attached to a transformer, and started from a file. `export` writes them."""
+"""The LoRA of a run: attaches it to a transformer and starts it from a file. `export` writes it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class _MasterLinear(torch.nn.Linear):
 def attach(transformer: Any, config: LoraConfig) -> None:
     """Adds a LoRA to a diffusers transformer, with float32 weights whatever the transformer's precision.
 
-    Beside bfloat16 layers it computes in bfloat16. peft would have a float32 copy of every layer's input instead, kept
-    for the backward pass: more than half of a replay's memory.
+    Next to bfloat16 layers it computes in bfloat16. Otherwise peft would keep a float32 copy of every layer's input for
+    the backward pass, which takes more than half of a replay's memory.
     """
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
@@ -44,10 +44,10 @@ def attach(transformer: Any, config: LoraConfig) -> None:
 
 
 def check_fits(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> LoraFile:
-    """A LoRA file that fits an adapter.
+    """Reads a LoRA file and checks that it fits an adapter.
 
     Args:
-        shapes: {module: (inputs, outputs)} of the adapter. rank: of the adapter, at least the file's.
+        shapes: {module: (inputs, outputs)} of the adapter. rank: the adapter's; the file's may be lower.
 
     Raises:
         ConfigError: it does not fit.
@@ -57,22 +57,24 @@ def check_fits(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> 
         name = module.removeprefix("transformer.")
         if name not in shapes:
             raise ConfigError(
-                f"--init-lora {path}: {module} is no LoRA target here: is it of another model, not in diffusers' names, "
-                "or does it need --lora-targets all-linear?"
+                f"--init-lora {path}: {module} is not a LoRA target of this run: give a LoRA of the same model in "
+                "diffusers' names, or --lora-targets all-linear"
             )
         if len(down) > rank:
-            raise ConfigError(f"--init-lora {path} has rank {len(down)}, the run {rank}: give --lora-rank {len(down)}")
+            raise ConfigError(
+                f"--init-lora {path} has rank {len(down)}, but the run {rank}: give --lora-rank {len(down)}"
+            )
         if (down[0].numel(), len(up)) != shapes[name]:
             found = f"{tuple(up.shape)} x {tuple(down.shape)}"
-            raise ConfigError(f"--init-lora {path}: {module} is {found}, of another model")
+            raise ConfigError(f"--init-lora {path}: {module} is {found}: give a LoRA of the same model")
     return lora
 
 
 def start(parameters: Mapping[str, Tensor], scale: float, path: Path) -> None:
-    """Sets a fresh adapter's parameters to a LoRA file, whose effect they then have exactly.
+    """Sets a fresh adapter's parameters from a LoRA file, so that its effect is exactly the same.
 
-    A lower rank is filled up with the adapter's own random lora_A rows, which zeros in lora_B silence. Modules that the
-    file lacks stay at zero.
+    If the file's rank is lower, the adapter keeps its random lora_A rows for the rest, and zeros in lora_B cancel them.
+    Modules that the file lacks stay at zero.
 
     Args:
         parameters: {`<module>.lora_A.default.weight`: value}, as peft names them. scale: the adapter's alpha / rank.

@@ -1,4 +1,4 @@
-"""LoRA out: a safetensors file that diffusers and ComfyUI apply alike, with what it was trained on in its metadata."""
+"""Writes a LoRA as a safetensors file that diffusers and ComfyUI apply alike. Its metadata says how it was trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
 
     Args:
         about: `tmpo.*` metadata (method, step, rewards, ...); no paths, prompts or machine names.
-        write: of several processes all must call this and one writes.
+        write: whether this process writes; with several processes, all must call this function.
 
     Returns:
         whether the LoRA differs from zero (it does not after a run that learnt nothing).
@@ -62,7 +62,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
             "tmpo.version": __version__,
         }
         save_file(load_file(written), written, metadata)
-        # safetensors makes files that nobody else may read.
+        # safetensors creates files that only their owner may read.
         umask = os.umask(0)
         os.umask(umask)
         written.chmod(0o666 & ~umask)

@@ -1,4 +1,4 @@
-"""LoRA files: what is in one, what it was trained on, whether it is sound. It needs torch and safetensors alone."""
+"""Reads LoRA files: their contents, their training metadata, their soundness. It needs only torch and safetensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOWN, UP = (".lora_A.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_up
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as its file has it.
+    """The contents of a LoRA file.
 
     layers: {module: (down `[r, in]`, up `[out, r]`)}. alphas: {module: alpha}, where the file has that key: the
     strength is then alpha / r. loose: keys that belong to no pair. metadata: of the safetensors header.
@@ -39,7 +39,7 @@ class LoraFile:
 
     @property
     def scale(self) -> float:
-        """What diffusers multiplies up @ down with by the file's metadata; 1 where it says nothing."""
+        """The factor of up @ down that diffusers reads from the file's metadata; 1 without one."""
         try:
             adapter = json.loads(self.metadata.get("lora_adapter_metadata", "{}"))
             alpha, rank = adapter.get("transformer.lora_alpha"), adapter.get("transformer.r")
@@ -73,7 +73,7 @@ def split(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 
 
 def read(path: Path) -> LoraFile:
-    """A LoRA file, or the one in a run's folder. Raises ConfigError that names the file."""
+    """Reads a LoRA file, or the one in a run's folder. Raises a ConfigError that names the file."""
     file = path / FILE_NAME if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"{file} does not exist: give a LoRA's safetensors file or a run's folder")
@@ -95,7 +95,7 @@ def delta_norm(down: Tensor, up: Tensor) -> float:
 
 
 def checks(lora: LoraFile) -> dict[str, bool]:
-    """What a sound LoRA file fulfils, each true or false."""
+    """The properties of a sound LoRA file, each true or false."""
     pairs = list(lora.layers.values())
     finite = all(bool(torch.isfinite(half).all()) for pair in pairs for half in pair)
     return {
@@ -112,7 +112,7 @@ def checks(lora: LoraFile) -> dict[str, bool]:
 
 
 def describe(path: Path) -> tuple[str, bool]:
-    """What `inspect` prints, and whether all checks hold. Raises ConfigError for a file that is no LoRA."""
+    """What `inspect` prints, and whether all checks hold. Raises ConfigError for a file that is not a LoRA."""
     lora = read(path)
     trained = {key.removeprefix("tmpo."): value for key, value in lora.metadata.items() if key.startswith("tmpo.")}
     numbers = sum(half.numel() for pair in lora.layers.values() for half in pair)

@@ -110,8 +110,3 @@ class PromptBatch:
     def count(self) -> int:
         """P."""
         return len(self.prompts)
-
-    @property
-    def parents(self) -> int:
-        """Unique parents of transitions, of all prompts."""
-        return self.plan.train_evaluations * self.count

@@ -1,4 +1,4 @@
-"""Line charts with pillow alone, for places without matplotlib."""
+"""Line charts that need only Pillow, for use where matplotlib is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INK, GRID, FAINT, LINE = "#222222", "#e2e2e2", "#b9d4ea", "#1f77b4"
 
 
 def draw(x: Sequence[float], series: Mapping[str, Sequence[float]], columns: int = 2) -> Image.Image:
-    """A panel per series over the same x: values in a faint line, their moving mean over a twelfth in a strong one."""
+    """A panel per series over the same x: values as a faint line, their running mean over a twelfth as a strong one."""
     rows = -(-len(series) // columns)
     columns = min(columns, len(series))
     sheet = Image.new("RGB", (columns * PANEL[0], rows * PANEL[1]), "white")

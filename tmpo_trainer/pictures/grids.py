@@ -1,4 +1,4 @@
-"""Pictures of pictures: grids with labels, heat maps. Needs numpy and pillow alone."""
+"""Grids of pictures with labels, and heat maps. It needs only numpy and Pillow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-#: Of a heat map, from 0 to its largest value: dark blue, teal, yellow; told apart by lightness too.
+#: Colours of a heat map from 0 to its largest value: dark blue, teal, yellow. They differ in lightness too.
 RAMP = np.array([(32, 24, 72), (38, 96, 134), (60, 168, 132), (250, 230, 80)], float)
 
 
@@ -29,7 +29,7 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1)
 
 
 def zoom(pictures: np.ndarray) -> int:
-    """How much to enlarge small pictures so that a person can see them."""
+    """The factor by which to enlarge small pictures so that a person can see them."""
     return max(1, 128 // pictures.shape[-2])
 
 

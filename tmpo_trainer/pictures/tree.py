@@ -1,6 +1,6 @@
 """A tree of pictures: the place of every node, colours by score, and a static picture from seed (left) to leaves.
 
-Needs no model: thumbnails, previews and scores come as they are. The interactive view uses the same places and colours.
+It needs no model: the caller gives pictures and scores. The interactive view uses the same places and colours.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .. import objectives
-from ..tree import Path, TreePlan
+from ..tree import NodePath, TreePlan
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
-#: From low to high in the manner of viridis, brighter at every step; no end is swallowed by the background.
+#: Colours from low to high, similar to viridis: brighter at every step, and clear of the background at both ends.
 RAMPS: dict[str, tuple[str, ...]] = {
     "dark": ("#5b66b5", "#4585b5", "#2fa0a0", "#3cb588", "#6fc95f", "#b0da3c", "#fde725"),
     "light": ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#3fb070", "#74bd3c"),
 }
 
-#: Of the static picture: background, text, faint text and what has no score, marks of the best and the selected leaf.
+#: Colours of the static picture: background, text, faint text and missing scores, marks of the best and selected leaf.
 THEMES: dict[str, tuple[str, str, str, str]] = {
     "dark": ("#1e1e22", "#e6e6e6", "#8c8c94", "#ffffff"),
     "light": ("#ffffff", "#1f1f23", "#77777f", "#000000"),
@@ -38,7 +38,7 @@ TRUNK, FAN = 76, 64
 #: Title and legend, then the names of the columns.
 HEADER = 64
 
-#: Right of a leaf: colour, score, weight.
+#: Widths to the right of a leaf: colour, score, bar and number of its weight.
 SWATCH, SCORE, BAR, PERCENT = 8, 64, 80, 56
 
 #: Height of a thumbnail: about `TARGET` pixels for all rows together, within bounds.
@@ -49,10 +49,10 @@ TARGET, SMALLEST, LARGEST = 1800, 28, 96
 class Node:
     """A node of the tree, in depth-first order, so that no edges cross.
 
-    parent: its position in the list, None for the start of a prompt's tree. column: 0 for that start, then one for
-    each branch step, then the leaves. row: in leaves from the top. leaves: below it, itself included. path: from the
-    root, () for the start. index: row of the batch that is evaluated at `step`, for a leaf row of the batch of leaves,
-    for a start the prompt. step: 1-based, where its children part; None for leaves and for a start that has one root.
+    parent: its parent's position in the list; None for the start of a prompt's tree. column: 0 for that start, then one
+    for each branch step, then the leaves. row: counted in leaves from the top. leaves: how many are below it, itself
+    included. path: from the root; () for the start. index: its row in the batch evaluated at `step`; for a leaf, in the
+    batch of leaves; for a start, the prompt. step: 1-based, where its children part; None for a leaf, or a single root.
     """
 
     parent: int | None
@@ -60,7 +60,7 @@ class Node:
     column: int
     row: float
     leaves: int
-    path: Path
+    path: NodePath
     index: int
     step: int | None
     leaf: bool
@@ -68,7 +68,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Box:
-    """In pixels."""
+    """A rectangle in pixels."""
 
     left: int
     top: int
@@ -85,13 +85,13 @@ class Box:
 
 
 def layout(plan: TreePlan) -> list[Node]:
-    """All nodes; the trees of several prompts below one another, with one free row above each."""
+    """All nodes. The trees of several prompts are stacked, with one free row above each."""
     steps = list(plan.fanout)
     roots = plan.roots // plan.trees
     share = plan.leaves // plan.trees
     nodes: list[Node] = []
 
-    def add(parent: int | None, prompt: int, column: int, first: float, path: Path, index: int) -> None:
+    def add(parent: int | None, prompt: int, column: int, first: float, path: NodePath, index: int) -> None:
         leaf = column == len(steps) + 1
         step = None if leaf else steps[column - 1] if column else 1 if roots > 1 else None
         below = share if column == 0 else math.prod(plan.fanout[s] for s in steps[column - 1 :])
@@ -121,7 +121,7 @@ def rows(plan: TreePlan) -> int:
 def leaf_weights(scores: Tensor, beta: float, prompts: int) -> Tensor:
     """q = softmax(beta * z-scored score) among the leaves of each prompt: `[K]`, leaf l being of prompt l % prompts.
 
-    Scores that are not finite get 0 and count in no mean.
+    A leaf whose score is not finite gets 0 and does not count in the mean.
     """
     weights = torch.zeros(len(scores), dtype=torch.float64)
     for prompt in range(prompts):
@@ -170,13 +170,13 @@ def colour(score: float, low: float, high: float, theme: str) -> str | None:
 
 
 def decimals(low: float, high: float) -> int:
-    """Digits after the point with which scores in these limits are written."""
+    """The number of decimals for scores within these limits."""
     largest = max(abs(low), abs(high))
     return 1 if largest >= 100 else 2 if largest >= 10 else 3
 
 
 def thumbnail_height(plan: TreePlan) -> int:
-    """Pixels, smaller the more rows there are."""
+    """In pixels; it shrinks with the number of rows."""
     return min(max(TARGET // rows(plan) - GAP, SMALLEST), LARGEST)
 
 
@@ -214,13 +214,13 @@ def draw(
 
     Args:
         plan: of K leaves. images: K, in the order of the batch. sigmas: `[num_steps + 1]`.
-        scores: K, higher is better; colours run from the lowest to the highest. Not finite: not scored.
+        scores: K, higher is better; colours run from the lowest to the highest. One that is not finite is missing.
         weights: K, in 0..1, shown as bars.
         previews: {branch step: pictures of the nodes that are evaluated there}; a step that is missing has none.
-        name: of the score. note: added to the title. selected: leaf that is marked. theme: `dark` or `light`.
+        name: the score's. note: added to the title. selected: index of a leaf to mark. theme: `dark` or `light`.
 
     Raises:
-        ValueError: counts that do not fit the plan.
+        ValueError: a count does not fit the plan.
     """
     for what, given, wanted in (
         ("images", images, plan.leaves),
@@ -247,7 +247,7 @@ def draw(
         right += BAR + PERCENT
     size = (max(right + MARGIN + 3 * GAP, 560), max(box.top + box.height for box in boxes) + MARGIN)
 
-    # Twice as large and reduced, which makes curves smooth.
+    # Drawn at twice the size and reduced, which makes curves smooth.
     lines = Image.new("RGB", (2 * size[0], 2 * size[1]), background)
     pen = ImageDraw.Draw(lines)
     for node, box, shade in zip(nodes, boxes, colours, strict=True):
@@ -277,7 +277,7 @@ def draw(
             y = HEADER + (node.row - (node.leaves - 1) / 2 - 0.5) * (thumbnail_height(plan) + GAP)
             pen.text((MARGIN, y), f"prompt {node.prompt + 1}", text, normal, anchor="lm")
         if node.step is not None:
-            # The font that Pillow brings has no Greek.
+            # Pillow's own font has no Greek.
             pen.text((box.right + GAP, box.middle - 3), f"sigma {sigmas[node.step - 1]:.3f}", faint, small, anchor="lb")
         if node.leaf:
             _paste(picture, images[node.index], box)
@@ -295,7 +295,7 @@ def draw(
 
 
 def _curve(parent: Box, child: Box) -> list[tuple[float, float]]:
-    """From the end of the parent's trunk, level at both ends: siblings and cousins keep their order."""
+    """An edge from the end of the parent's trunk, level at both ends so that edges keep their order."""
     bend, end = parent.right + TRUNK, child.left
     points = []
     for k in range(25):
@@ -305,7 +305,7 @@ def _curve(parent: Box, child: Box) -> list[tuple[float, float]]:
 
 
 def _corners(box: Box, times: int = 1, grow: int = 0) -> tuple[int, int, int, int]:
-    """As Pillow draws them: both ends included."""
+    """The corners as Pillow takes them, with both ends included."""
     return (
         times * (box.left - grow),
         times * (box.top - grow),
@@ -315,7 +315,7 @@ def _corners(box: Box, times: int = 1, grow: int = 0) -> tuple[int, int, int, in
 
 
 def _paste(picture: Image.Image, image: Image.Image, box: Box) -> None:
-    """The whole image, centred in the box."""
+    """Pastes the whole image, centred in the box."""
     ratio = min(box.width / image.width, box.height / image.height)
     width, height = max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
     fitted = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -326,7 +326,7 @@ def _heads(
     pen: ImageDraw.ImageDraw, nodes: Sequence[Node], boxes: Sequence[Box], shade: str, font: Font,
     name: str, weighted: bool,
 ) -> None:  # fmt: skip
-    """One name above each column."""
+    """Writes a name above each column."""
     done = set()
     for node, box in zip(nodes, boxes, strict=True):
         if node.column in done:
@@ -348,7 +348,7 @@ def _legend(
     picture: Image.Image, pen: ImageDraw.ImageDraw, low: float, high: float, theme: str, shade: str,
     font: Font,
 ) -> None:  # fmt: skip
-    """The ramp with its limits, at the top right."""
+    """Draws the ramp with its limits at the top right."""
     width, digits = 120, decimals(low, high)
     right = picture.width - MARGIN - round(pen.textlength(f"{high:.{digits}f}", font))
     pen.text((right, 20), f"{high:.{digits}f}", shade, font, anchor="lm")
@@ -363,7 +363,7 @@ def _leaf(
     font: Font, scores: Sequence[float] | None,
     weights: Sequence[float] | None, digits: int, heaviest: float,
 ) -> None:  # fmt: skip
-    """What stands beside a leaf."""
+    """Draws a leaf's colour, score and weight beside it."""
     x = box.right + GAP
     if scores is not None:
         score = scores[node.index]

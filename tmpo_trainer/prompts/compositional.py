@@ -1,6 +1,6 @@
 """GenEval-style prompts with their metadata: objects, counts, colours, places. Ghosh et al. 2023, arXiv:2310.11513.
 
-The six tags and the metadata are GenEval's, the phrasing and the choice of scenes are our own.
+The six tags and the metadata are GenEval's; the phrasing and the choice of scenes are our own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES = (
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
-#: Shares of the tags. In training the hard ones come more often.
+#: Shares of the tags. In training, hard ones are more frequent.
 SHARES: dict[Split, dict[str, int]] = {
     "train": {"single_object": 1, "two_object": 2, "counting": 5, "colors": 2, "position": 7, "color_attr": 5},
     "heldout": {"single_object": 1, "two_object": 1, "counting": 1, "colors": 1, "position": 1, "color_attr": 1},
@@ -46,7 +46,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 PLURALS = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 
-#: How many there are is hard to say, in words and in pictures.
+#: Left out of counting, because they are hard to count in words and in pictures.
 UNCOUNTED = ("skis", "scissors", "broccoli")
 
 #: "a left of b" and "b right of a" are one scene.
@@ -56,7 +56,7 @@ Entry = dict[str, Any]
 
 
 def scene(entry: Mapping[str, Any]) -> str:
-    """What a prompt shows, however it is phrased: equal for equal scenes. Takes GenEval's metadata."""
+    """A key for the scene in GenEval's metadata, equal for equal scenes however the prompt is phrased."""
     objects = [f"{o.get('count', 1)} {o.get('color', '')} {o['class']}" for o in entry["include"]]
     for i, item in enumerate(entry["include"]):
         if "position" in item:
@@ -67,13 +67,13 @@ def scene(entry: Mapping[str, Any]) -> str:
 
 
 def generate(split: Split, count: int, seed: int = 0, exclude: Iterable[Mapping[str, Any]] = ()) -> list[Entry]:
-    """Prompts of one split as lines of a .jsonl file, no two alike, tags in turn by their shares.
+    """Different prompts of one split, as lines of a .jsonl file. Tags take turns by their shares.
 
     Args:
         exclude: metadata of prompts whose scenes are left out, such as GenEval's own evaluation list.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer than `count`.
     """
     generator = random.Random(f"{split}:{seed}")
     seen = {scene(entry) for entry in exclude}
@@ -158,7 +158,7 @@ def _position() -> list[Entry]:
 
 
 def _color_attr() -> list[Entry]:
-    """Some of the half million: every pair of classes with one pair of colours, which goes round."""
+    """A part of the half million scenes: every pair of classes, each with the next pair of colours in turn."""
     things = [name for name in CLASSES if name != "person"]
     pairs = itertools.cycle(random.Random(0).sample(list(itertools.permutations(COLORS, 2)), 89))
     return [

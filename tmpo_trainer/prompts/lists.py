@@ -14,7 +14,7 @@ from .split import Split
 
 LISTS = Path(__file__).parent
 
-#: Lengths of the generated lists where no file is given.
+#: Lengths of the generated lists, which are used if no file is given.
 GENERATED: dict[Split, int] = {"train": 1500, "heldout": 240}
 
 
@@ -22,7 +22,7 @@ GENERATED: dict[Split, int] = {"train": 1500, "heldout": 240}
 class PromptList:
     """Prompts and what scorers need to know about them.
 
-    where: file or origin, for errors. texts: the prompts, in order. metadata: by prompt, of those that have some.
+    where: file or origin, for errors. texts: the prompts, in order. metadata: by prompt, for those that have any.
     """
 
     where: str
@@ -30,28 +30,29 @@ class PromptList:
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def first(self, count: int | None) -> PromptList:
-        """The list's beginning."""
+        """The first `count` prompts; None takes all."""
         return PromptList(self.where, self.texts[:count], self.metadata)
 
 
 def as_list(prompts: Sequence[str] | PromptList) -> PromptList:
-    """A list from bare prompts; one that is a list already stays as it is."""
+    """A `PromptList` of bare prompts; one that is given is returned unchanged."""
     return prompts if isinstance(prompts, PromptList) else PromptList("prompts", list(prompts))
 
 
 def about(metadata: Mapping[str, Any], prompts: Sequence[str]) -> list[Any] | None:
-    """Metadata in step with prompts, None for those without; None if there is none at all."""
+    """The metadata of each prompt, None for a prompt without. Returns None if there is no metadata at all."""
     return [metadata.get(prompt) for prompt in prompts] if metadata else None
 
 
 def read_prompts(path: Path) -> PromptList:
     """The prompts of a file.
 
-    .jsonl: per line an object with `prompt`; the rest is its metadata, such as `target` (ocr) or GenEval's `tag`, `include`
-    and `exclude`. Any other name: one prompt per line. Blank lines and lines that start with # are skipped.
+    A .jsonl has one object with `prompt` per line; its other keys are the metadata, such as `target` (ocr) or GenEval's
+    `tag`, `include` and `exclude`. Any other file has one prompt per line. Blank lines and lines that start with # are
+    skipped.
 
     Raises:
-        ConfigError: the file is missing, unreadable, holds no prompt, or a line is no such object.
+        ConfigError: the file is missing, unreadable or empty, or a line of a .jsonl is not an object with `prompt`.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -84,9 +85,9 @@ def _objects(path: Path, lines: list[tuple[int, str]]) -> PromptList:
             )
         prompt = prompt.strip()
         if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise ConfigError(f"prompt file {path}, line {number}: half of a surrogate pair is no text")
+            raise ConfigError(f"prompt file {path}, line {number}: half of a surrogate pair is not text: remove it")
         if prompt in metadata and metadata[prompt] != entry:
-            raise ConfigError(f"prompt file {path}, line {number}: {prompt!r} was there before with other metadata")
+            raise ConfigError(f"prompt file {path}, line {number}: {prompt!r} already has other metadata: keep one")
         texts.append(prompt)
         metadata[prompt] = entry
     return PromptList(str(path), texts, {prompt: entry for prompt, entry in metadata.items() if entry})
@@ -104,7 +105,7 @@ def from_entries(where: str, entries: Sequence[Mapping[str, Any]]) -> PromptList
 
 
 def prompt_index(position: int, count: int, seed: int) -> int:
-    """Which of `count` prompts comes at a position of the endless training order: a new shuffle for every pass.
+    """The index of the prompt at a position of the endless training order, which is shuffled for every pass.
 
     A pure function, so that a resumed run and any number of ranks agree on the order without keeping state.
     """

@@ -88,7 +88,7 @@ def _phrases() -> tuple[list[str], ...]:
 
 
 def generate(split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Prompts of one split as lines of a .jsonl file, with their `target`. No two alike; phrases come again in other places."""
+    """Different prompts of one split with their `target`, as lines of a .jsonl file. Phrases repeat in other places."""
     generator = random.Random(f"{split}:{seed}")
     pools = [[phrase for phrase in kind if side(phrase.lower()) == split] for kind in _phrases()]
     streams = [_endless(pool, generator) for pool in pools]

@@ -1,7 +1,7 @@
-"""Our own prompts: hand-written ones for preference rewards, generated ones for composition and for text.
+"""Splits generated prompts into training and held-out ones.
 
-Training and held-out prompts never share a scene (`compositional`) or a phrase (`rendering`): which side one is on is a
-hash of it, whatever the seed and the length of the list.
+The two never share a scene (`compositional`) or a phrase (`rendering`): a hash of it decides the split, whatever the seed
+and the length of the list.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal
 
 Split = Literal["train", "heldout"]
 
-#: One scene or phrase in so many is held out.
+#: One scene or phrase in this many is held out.
 HELD_OUT = 6
 
 

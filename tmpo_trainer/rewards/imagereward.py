@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..hub import told
+from ..hub import readable_errors
 from ..settings.errors import ConfigError
 from .parts.clip import BATCH, crop
 from .parts.weights import Source, existing, fill, hub_folder, state
@@ -168,6 +168,6 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
     folder = file.parent
     if not (folder / "tokenizer_config.json").is_file():
         folder = hub_folder("imagereward", SOURCES[1])
-    with told("reward imagereward", folder):
+    with readable_errors("reward imagereward", folder):
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
     return ImageRewardScorer(network, tokenizer, device)

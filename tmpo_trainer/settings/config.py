@@ -33,26 +33,28 @@ class TrainConfig(BaseModel):
     transformer: Path | None = None
     """A single safetensors file (ComfyUI's or the original names) in place of the model's own transformer."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
-    """One or more scorers by name, or classes of your own as package.module:Class; several are z-scored per prompt and added."""
+    """One or more scorers by name, or classes of your own as package.module:Class. Several are z-scored per prompt and
+    added."""
     reward_weights: tuple[float, ...] | None = None
     """One weight per reward; all 1 by default."""
     reward_models: tuple[str, ...] = ()
     """NAME=PATH: where a scorer's weights are, in place of its hub repository; for `remote` the server's address."""
     pickscore_scale: Literal["raw", "flow"] = "raw"
-    """`flow` divides PickScore by 26, as Flow-GRPO does. A z-score within the group undoes it; gardo has none."""
+    """`flow` divides PickScore by 26, as Flow-GRPO does. The z-score within a group undoes it; gardo has no z-score."""
     remote_hosts: tuple[str, ...] = ()
-    """Hosts beside this machine that a `remote` reward may be on."""
+    """Hosts other than this machine that a `remote` reward may run on."""
     remote_timeout: float = Field(120, gt=0)
-    """Seconds within which a `remote` reward has to answer."""
+    """Seconds within which a `remote` reward must answer."""
     reward_norm: Literal["zscore", "none"] = "zscore"
-    """`zscore` normalises each reward within the K leaves of a prompt; `none`, or method gardo, leaves a single
-    reward raw."""
+    """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw, as
+    the GRPO family always does."""
     method: str = "tmpo"
-    """The training method: TMPO, a rival (flow-grpo, mix-grpo, tree-grpo, gardo), or an ablation of TMPO."""
+    """The training method: tmpo, one of its rivals (flow-grpo, mix-grpo, tree-grpo, gardo), or an ablation of TMPO
+    (tmpo-beta-1, tmpo-step-balance, tmpo-no-tree, tmpo-fixed-branching)."""
     prompts: Path | None = None
     """Training prompts: one per line, or .jsonl with metadata; by default the list that comes with the reward."""
     eval_prompts: Path | None = None
-    """Held-out prompts for the report, in such a file; by default the list that comes with the reward."""
+    """Held-out prompts for the report, in a file like that of --prompts; by default the list that comes with the reward."""
 
     # Length, place, repeatability
     updates: int = Field(500, ge=1)
@@ -60,13 +62,13 @@ class TrainConfig(BaseModel):
     output_dir: Path | None = None
     """The run's folder; by default a new one, outputs/<preset>-<date>-<time>."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of everything: noise, branch steps, prompt order, LoRA initialisation."""
+    """The seed of all randomness: noise, branch steps, prompt order, LoRA initialisation."""
 
     # Rollout
     prompts_per_update: int = Field(1, ge=1)
     """Prompts per update and process; their gradients are averaged."""
     prompts_per_batch: int = Field(1, ge=1)
-    """How many of them are rolled out together in one batch (small models are faster that way)."""
+    """How many prompts are rolled out together in one batch; small models are faster with several."""
     rollout_steps: int = Field(6, ge=2)
     """Denoising steps of a rollout, N."""
     branching: int = Field(3, ge=2)
@@ -74,54 +76,56 @@ class TrainConfig(BaseModel):
     branch_early: tuple[int, ...] = (1, 2, 3)
     """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
     guidance: float = Field(3.5, ge=0)
-    """Guidance scale. For models with classifier-free guidance 1 or less switches it off."""
+    """Guidance scale. With classifier-free guidance, 1 or less switches it off."""
     resolution: tuple[int, int] = (512, 512)
     """Height and width in pixels."""
     max_sequence_length: int = Field(256, ge=0, le=512)
-    """Text tokens, as in the model's pipeline. A model without its long text encoder gets as many zero tokens instead: use 0 for
-    the demo model."""
+    """Text tokens, as in the model's pipeline. A model without its long text encoder gets as many zero tokens instead: use 0
+    for the demo model."""
     text_cache: Path | None = None
     """Where text features are kept between runs, for models that free their text encoders; by default
     ~/.cache/tmpo_trainer/text."""
     max_batch: int | None = Field(None, ge=1)
-    """Most latents in one network call of the rollout; by default no limit."""
+    """The largest number of latents in one network call of the rollout; by default there is no limit."""
     replay_batch: int | None = Field(None, ge=1)
-    """Most latents in one network call of the replay, by default no limit. Halved where that does not fit into memory."""
+    """The largest number of latents in one network call of the replay; by default there is no limit. It is halved when the
+    memory runs out."""
     gradient_checkpointing: bool = False
-    """Keep no activations inside the transformer's blocks: much less memory in the replay, about a third more time."""
+    """Recompute activations inside the transformer's blocks instead of keeping them: the replay needs much less memory and
+    about a third more time."""
     split_guidance: bool = False
-    """Classifier-free guidance in two network calls instead of one of twice the batch: less memory at once."""
+    """Evaluate classifier-free guidance in two network calls instead of one of twice the batch, which needs less memory."""
     decode_batch: int = Field(64, ge=1)
-    """Most latents in one VAE decode."""
+    """The largest number of latents in one VAE decode."""
 
     # Objective
     inner_updates: int = Field(1, ge=1)
-    """Optimiser updates per rollout."""
+    """Optimiser steps per rollout."""
 
     # Optimiser
     learning_rate: float = Field(3e-5, ge=0)
     """AdamW's peak learning rate."""
     lr_min_ratio: float = Field(0.1, ge=0, le=1)
-    """Where the cosine ends, as a share of the peak."""
+    """The learning rate at the end of the cosine schedule, as a share of the peak."""
     weight_decay: float = Field(1e-4, ge=0)
     """AdamW's weight decay."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's betas."""
     max_grad_norm: float = Field(0.5, gt=0)
-    """Gradient clipping."""
+    """The gradient norm is clipped to this."""
     ema_decay: float = Field(0.9, ge=0, lt=1)
-    """Decay of the averaged weights, which evaluation and export use."""
+    """Decay of the averaged (EMA) weights, which evaluation and export use."""
     ema_every: int = Field(8, ge=1)
-    """Updates between two averages."""
+    """Updates between two steps of the average."""
 
     # LoRA
     lora_rank: int = Field(64, ge=1)
-    """Rank."""
+    """Rank of the LoRA."""
     lora_targets: LoraTargets = "paper"
     """`paper`: attention and feed-forward layers, as in the paper. `attention`: attention only. `text`: only the layers of the
     text stream. `all-linear`: every linear layer of the blocks."""
     lora_alpha: float = Field(128, gt=0)
-    """Scale is alpha / rank; the export folds it into the weights."""
+    """The LoRA is scaled by alpha / rank; the export folds that into the weights."""
     init_lora: Path | None = None
     """Start from this LoRA file (diffusers' names) instead of from zero. KL, anchor and report still compare with the
     model without it."""
@@ -130,7 +134,7 @@ class TrainConfig(BaseModel):
     eval_images: int = Field(8, ge=2)
     """Images per held-out prompt in the report."""
     eval_limit: int | None = Field(None, ge=1)
-    """Use only the first so many held-out prompts."""
+    """Use only this many held-out prompts, from the start of the list."""
     features: str = "efficientnet-lite0"
     """What cosine diversity is measured on: `efficientnet-lite0` (comes with the package), or a DINOv2 as a hub id or
     folder (the paper: facebook/dinov2-large)."""
@@ -141,28 +145,28 @@ class TrainConfig(BaseModel):
     sample_every: int = Field(50, ge=0)
     """Updates between two sample grids; 0 for none."""
     checkpoint_every: int = Field(50, ge=0)
-    """Updates between two checkpoints; one is always written at the end. 0 for only that one."""
+    """Updates between two checkpoints; 0 for none. One is always written at the end."""
     checkpoints_kept: int = Field(2, ge=1)
-    """Older checkpoints are deleted."""
+    """How many checkpoints are kept; older ones are deleted."""
     report: bool = True
     """Evaluate base and trained model on held-out prompts at the end and write report.md."""
 
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Also send figures and sample grids to a tracker, through accelerate; its package must be installed."""
+    """A tracker that also gets figures and sample grids, through accelerate; its package must be installed."""
 
     # Machine
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Where the model runs: auto, cpu, cuda or cuda:N."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen weights; auto is bfloat16 on a GPU and float32 on a CPU. LoRA and latents are float32."""
     quantize: Literal["none", "nf4"] = "none"
-    """`nf4`: the frozen transformer in four bits (bitsandbytes), a quarter of the memory, on a GPU."""
+    """`nf4` keeps the frozen transformer in four bits (bitsandbytes) on a GPU, in about a quarter of the memory."""
     offload_scorers: bool = False
     """Keep scorers' weights in the computer's memory while they do not score."""
     compile: bool = False
-    """torch.compile of the transformer's blocks: the first updates take minutes longer, the others less."""
+    """Compile the transformer's blocks with torch.compile: the first updates take minutes longer, the others less."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of torch; by default torch's own choice."""
+    """Number of CPU threads that torch uses; by default torch chooses."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

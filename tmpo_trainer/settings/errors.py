@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told in one line."""
+"""Errors that a user can fix, each reported in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: one line that names it and the mend. Exit code 2."""
+    """A setting that cannot be used: one line that names the setting and the fix. Exit code 2."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from .. import flow, objectives, tree
 
 RING, RADIUS, SD = 8, 4.0, 0.35
 
-#: Of the mode in the centre, beside 1 for each of the ring's.
+#: Weight of the mode in the centre; each mode of the ring has weight 1.
 RARE_WEIGHT = 0.1
 
 #: Every second mode of the ring, and the rare one.
@@ -29,7 +29,7 @@ REWARDED = (0, 2, 4, 6, 8)
 
 REWARD_WIDTH = 0.6
 
-#: A sample belongs to the mode whose centre is within this, 3 sd; the discs do not overlap. 98.9% of a mode is inside.
+#: A sample belongs to a mode if it is this near to its centre (3 sd). The discs do not overlap; each has 98.9% of its mode.
 MODE_RADIUS = 3 * SD
 
 #: Rollouts: evenly spaced sigmas, 3 children per branch, positions from (1, 2, 3) to (1, 3, 5) as in the paper.
@@ -76,7 +76,7 @@ def reward(x: Tensor) -> Tensor:
 
 
 def mode_masses(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`[10]`: the share of samples `[N, 2]` (of their weights `[N]`) in each mode's disc, and last that outside all."""
+    """`[10]`: the share of samples `[N, 2]` (of their weights `[N]`) in each mode's disc, then the share outside all."""
     distance, mode = torch.cdist(x, centres().to(x)).min(1)
     mode = torch.where(distance <= MODE_RADIUS, mode, RING + 1)
     weights = torch.ones(len(x)) if weights is None else weights
@@ -119,7 +119,7 @@ class Network(nn.Module):
 
 
 def pretrain(seed: int, steps: int = PRETRAIN_STEPS) -> Network:
-    """Flow matching on the mixture: E |v(x, sigma) - (x1 - x0)|^2 with uniform sigma; Adam, cosine to 0."""
+    """Flow matching on the mixture: E |v(x, sigma) - (x1 - x0)|^2 with uniform sigma, by Adam with a cosine decay to 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -152,11 +152,12 @@ class Arm:
     """One way to train.
 
     Args:
-        objective: of `grpo.py` or `objectives.py`. kl_weight: of the penalty towards the base.
-        anchor: what Softmax-TB takes for log p: the path's log-probability (paper), that relative to the base, or, to see
-            whether it matters, the same for all paths. baseline: of Softmax-TB.
-        inner_updates: optimiser steps per rollout. reduce: of log-probabilities over the two dimensions.
-        chains: groups of 27 independent chains with flow_sde noise at steps 1..5, as Flow-GRPO, instead of trees with cps.
+        objective: a loss of `objectives`. kl_weight: weight of the penalty towards the base.
+        anchor: what Softmax-TB uses as log p: the path's log-probability (paper), its ratio to the base's, or, as a
+            control, the same for all paths. baseline: see `objectives.Baseline`.
+        inner_updates: optimiser steps per rollout. reduce: how log-probabilities combine the two dimensions.
+        chains: train on groups of 27 independent chains with flow_sde noise at steps 1..5, as Flow-GRPO does, in place
+            of trees with cps.
     """
 
     name: str
@@ -200,7 +201,7 @@ def train(
     learning_rate: float = LEARNING_RATE,
     callback: Callable[[int, Network], None] | None = None,
 ) -> Network:
-    """Trains a copy of the base; all noise is a function of the seed. AdamW, cosine to a tenth.
+    """Trains a copy of the base by AdamW with a cosine decay to a tenth. All noise is a function of the seed.
 
     Args:
         callback: called before every update and after the last with (updates done, network).
@@ -237,7 +238,7 @@ def train(
 
 
 def generator_noise(generator: torch.Generator) -> tree.Noise:
-    """Noise in the order of the nodes: quicker than a generator per node, and there is nothing to resume here."""
+    """Noise drawn in the order of the nodes. It is faster than `keyed_noise`, which only resuming needs."""
     return lambda step, path: torch.randn(2, generator=generator)
 
 
@@ -271,14 +272,14 @@ def edge_coefficients(
             shift[:, g],
             index.leaf_edges,
             index.edge_parent,
-            anchor[:, g] if arm.anchor == "ref" else None,
+            None if arm.anchor == "none" else anchor[:, g],
         )
         if arm.objective == "grpo":
             leaf = objectives.group_advantage(rewards[:, g])
             advantage = objectives.edge_mean(leaf, index.leaf_edges, len(edges.log_probs))
             loss, _ = objectives.grpo_loss(edges, advantage, CLIP)
         else:
-            weight = ANCHOR_WEIGHT if arm.anchor == "ref" else None
+            weight = None if arm.anchor == "none" else ANCHOR_WEIGHT
             loss, _ = objectives.softmax_tb_loss(edges, rewards[:, g], arm.beta, CLIP, arm.baseline, weight)
         found.append(objectives.edge_coefficients(loss, edges.log_probs))
     return torch.stack(found, 1).flatten()
@@ -294,7 +295,7 @@ def root_rollouts(network: tree.Velocity, seed: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Target:
-    """What the arms are measured against, from the base model alone.
+    """The targets that the arms are measured against, from the base model alone.
 
     masses: `[10]` of p_ref exp(beta R / lambda) / Z under ODE sampling. reward: its mean.
     per_root: `[10]` of rollouts from fixed roots, tilted root by root: the optimum of the anchored arm. per_root_reward: its
@@ -309,7 +310,7 @@ class Target:
 
 
 def make_target(base: Network, samples: Tensor) -> Target:
-    """By importance weights exp(beta R / lambda) on samples `[N, 2]` of the base, and on its rollouts."""
+    """The targets by importance weights exp(beta R / lambda) on samples `[N, 2]` and rollouts of the base."""
     rewards = reward(samples)
     leaves, by_root = root_rollouts(base, seed=1)
     weights = tilt(by_root.T).T / ROOTS
@@ -342,12 +343,12 @@ def measure(network: Network, samples: Tensor, target: Target) -> dict[str, Any]
 def run_arm(job: tuple[Arm, Network, Target, int, int, float]) -> tuple[dict[str, Any], Tensor]:
     """Trains and measures (arm, base, target, seed, updates, learning rate): the figures, and ODE samples for the picture."""
     arm, base, target, seed, updates, learning_rate = job
-    # So small a network gains nothing from more; and the figures do not depend on the machine's cores.
+    # A network this small gains nothing from more threads, and the figures must not depend on the number of cores.
     torch.set_num_threads(1)
     curve: list[dict[str, float]] = []
 
     def watch(update: int, network: Network) -> None:
-        # Denser at the start, where most happens.
+        # The curve is denser at the start, where it changes most.
         if update in {round(updates * (i / CURVE_POINTS) ** 2) for i in range(CURVE_POINTS + 1)}:
             x = sample(network, CURVE_SAMPLES, seed=2)
             modes = effective_modes(mode_masses(x))

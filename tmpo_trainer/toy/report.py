@@ -1,4 +1,4 @@
-"""The command `toy`: every arm of `toy.py` with every seed, a table, a picture."""
+"""The command `toy`: trains every arm of `mixture.py` with every seed, and writes a table and a picture."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ COLUMNS = {
 
 
 def train_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """`run_arm` of every job, in their order, in this process or in some of their own."""
+    """The results of `run_arm` for all jobs, in order, computed in this process or in worker processes."""
     if workers == 1:
         yield from map(run_arm, jobs)
         return
@@ -71,7 +71,7 @@ def train_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[dict[str, Any
 
 
 def run(seeds: int, updates: int, learning_rate: float, folder: Path, controls: bool, workers: int) -> int:
-    """The command: pretrains, trains every arm with every seed, writes toy.md, toy.json and toy.png, prints the table."""
+    """Pretrains, trains every arm with every seed, writes toy.md, toy.json and toy.png. Returns the exit code."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def run(seeds: int, updates: int, learning_rate: float, folder: Path, controls: 
 
 
 def spread(runs: Sequence[dict[str, Any]], key: str) -> str:
-    """`mean ± standard deviation` of a figure over runs; of a single run the figure alone."""
+    """`mean ± standard deviation` of a figure over runs; for a single run, the figure alone."""
     values = [run[key] for run in runs]
     mean = f"{statistics.fmean(values):.3f}"
     return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
@@ -163,7 +163,7 @@ def table(base: dict[str, Any], target: Target, results: Results, settings: tupl
 
 
 def draw(pictures: dict[str, Tensor], results: Results, target: Target, path: Path) -> None:
-    """Samples over the modes' discs (seed 0), and how reward and effective modes went (every seed), as a PNG."""
+    """Draws samples over the modes' discs (seed 0) and curves of reward and effective modes (every seed), as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

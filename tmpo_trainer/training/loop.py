@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -181,7 +182,9 @@ class Trainer:
         self._method_before = self.method.state()
         self.method.begin(u, self.weights)
         figures: defaultdict[str, list[float]] = defaultdict(list)
-        rolled = self._roll_out(u, plan, clock, figures)
+        other = self.method.rollout_weights(self.weights)
+        with nullcontext() if other is None else self.weights.using(other):
+            rolled = self._roll_out(u, plan, clock, figures)
         _extend(figures, self.method.judge([batch for batch, _ in rolled], self.processes))
         self._optimise(u, rolled, figures)
         self.done += 1
@@ -289,8 +292,13 @@ class Trainer:
 
     def _halve(self, batches: Sequence[PromptBatch]) -> None:
         """Halves the replay's batch. Raises RuntimeError if it cannot be smaller."""
-        parents, least = max(batch.parents for batch in batches), max(batch.count for batch in batches)
-        before = min(self.replay_batch or parents, parents)
+        least = max(batch.count for batch in batches)
+        # Of one optimiser step, in one call.
+        most = max(
+            self.method.evaluations(batch.plan)["replay"] // self.config.inner_updates * batch.count
+            for batch in batches
+        )
+        before = min(self.replay_batch or most, most)
         if before <= least:
             self.processes.agreed = True
             raise RuntimeError(

@@ -122,9 +122,9 @@ def estimate(
 
     stored = max(map(method.keeps, plans)) * config.prompts_per_update * latent
     width = max(max(plan.widths) for plan in plans) * together
-    parents = max(plan.train_evaluations for plan in plans) * together
+    trained = max(method.evaluations(plan)["replay"] for plan in plans) // config.inner_updates * together
     rollout = tree.chunk_size(width, together, config.max_batch)
-    replay = tree.chunk_size(parents, together, config.replay_batch)
+    replay = tree.chunk_size(trained, together, config.replay_batch)
     decode = min(max(plan.leaves for plan in plans) * together, config.decode_batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)

@@ -60,7 +60,9 @@ class Reporter:
         self.file.flush()
         trackers.log(self.accelerator, {k: v for k, v in metrics.items() if k != "update"}, metrics["update"])
         shown = [f"{name}={metrics[f'reward/{name}']:.3f}" for name in self.rewards]
-        shown += [f"LGMD={metrics['lgmd']:.3f}", f"ratio={metrics['ratio_mean']:.3f}"]
+        # Not every method has ratios.
+        more = {"LGMD": "lgmd", "ratio": "ratio_mean"}
+        shown += [f"{short}={metrics[name]:.3f}" for short, name in more.items() if name in metrics]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
 

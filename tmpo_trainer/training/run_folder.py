@@ -38,8 +38,8 @@ def _make_folder(given: Path | None, preset: str) -> Path:
     """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
     folder = given or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if given and (folder / "metrics.jsonl").exists():
-        mend = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
-        raise ConfigError(f"{folder} already holds a run: {mend}give another --output-dir")
+        resume = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
+        raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
     name = folder.name
     for attempt in range(2, 100):
         try:
@@ -56,16 +56,16 @@ def _make_folder(given: Path | None, preset: str) -> Path:
 
 
 def agreed_folder(given: Path | None, preset: str, accelerator: Accelerator) -> Path:
-    """The new run's folder, made by the first process and told to the others. Raises ConfigError on all of them."""
+    """The new run's folder, made by the first process and announced to the others. Raises ConfigError on all of them."""
     if accelerator.num_processes == 1:
         return _make_folder(given, preset)
-    told: list[Any] = [None]
+    shared: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            told = [_make_folder(given, preset)]
+            shared = [_make_folder(given, preset)]
         except ConfigError as error:
-            told = [error]
-    broadcast_object_list(told)
-    if isinstance(told[0], ConfigError):
-        raise told[0]
-    return told[0]
+            shared = [error]
+    broadcast_object_list(shared)
+    if isinstance(shared[0], ConfigError):
+        raise shared[0]
+    return shared[0]

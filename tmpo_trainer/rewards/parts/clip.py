@@ -17,7 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ...hub import told
+from ...hub import readable_errors
 from . import clip_file
 from .weights import Source, hub_folder
 
@@ -88,7 +88,7 @@ def load_tokenizer(scorer: str, folder: Path) -> CLIPTokenizer:
         if found is not None:
             return found
         folder = hub_folder(scorer, TOKENIZER)
-    with told(f"reward {scorer}", folder):
+    with readable_errors(f"reward {scorer}", folder):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -189,6 +189,6 @@ def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
         model: Any = clip_file.build(scorer, folder)
         folder = folder.parent
     else:
-        with told(f"reward {scorer}", folder):
+        with readable_errors(f"reward {scorer}", folder):
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)

@@ -20,7 +20,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from ...hub import told
+from ...hub import readable_errors
 from ...prompts.compositional import CLASSES, COLORS
 from ...settings.errors import ConfigError
 from .clip import ClipTowers
@@ -204,7 +204,7 @@ class ColorClassifier:
 
 def load_detector(folder: Path, device: torch.device) -> Detector:
     """The detector in a folder with transformers' Mask2Former for COCO. Raises ConfigError if the folder has none."""
-    with told("reward geneval", folder):
+    with readable_errors("reward geneval", folder):
         loaded: Any = Mask2Former.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ...hub import told
+from ...hub import readable_errors
 from ...settings.errors import ConfigError
 from .clip import VOCABULARY, ClipTowers, Prepare, crop, load_clip, load_tokenizer
 from .clip_file import header
@@ -231,7 +231,7 @@ def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
             f"reward {scorer}: {file} needs the {beside.name} of its hub repository beside it (for a transformers model, "
             "give the folder)"
         )
-    with told(f"reward {scorer}", beside):
+    with readable_errors(f"reward {scorer}", beside):
         found = json.loads(beside.read_text(encoding="utf-8"))
         model, pictures = dict(found["model_cfg"]), dict(found.get("preprocess_cfg", {}))
         mean = [float(value) for value in pictures.get("mean", OPENAI_CLIP_MEAN)]
