@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "tmpo_trainer" / "demo" / "model"
 
 
 class DemoTokenizer:
-    """Splits prompts of the demo domain into words. It ignores weights such as (word:1.2)."""
+    """Splits prompts of the demo domain into words. It does not parse weights such as (word:1.2)."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None):
         from transformers import CLIPTokenizer

@@ -18,7 +18,7 @@ CATEGORY = "TMPO"
 
 
 def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
-    """Resolves a path against ComfyUI's output folder. It must be in there or in one of the other folders.
+    """Resolves a path against ComfyUI's output folder. It must be inside that folder or one of the other folders.
 
     A workflow from elsewhere must not read or write anywhere else.
 

@@ -39,7 +39,7 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
 
 
 def http(content: Any, status: str = "200 OK", headers: str = "") -> bytes:
-    """A whole reply; what is no bytes becomes JSON."""
+    """A complete reply. Content that is not bytes becomes JSON."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
@@ -88,7 +88,7 @@ class Fake:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client may leave whenever it wants."""
+                """A client may leave at any time."""
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"

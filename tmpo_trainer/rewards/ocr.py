@@ -34,7 +34,7 @@ def target(prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
     """The text that a picture should show: `target` of the metadata, or the first text in double quotes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: neither of them gives a text.
     """
     text = (metadata or {}).get("target")
     if text is None:

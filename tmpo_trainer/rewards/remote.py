@@ -199,7 +199,7 @@ class RemoteScorer:
             except TimeoutError:
                 raise _Unavailable(f"cannot connect within {CONNECT_TIMEOUT:g} s") from None
             with connection:
-                # Where http.client wants a socket, these methods are all that it calls.
+                # These methods are all that http.client calls of a socket.
                 timed = cast(Any, Timed(connection, self._timeout))
                 request = http.client.HTTPConnection(self._host, self._port)
                 request.sock = timed
@@ -305,7 +305,7 @@ def load(
     try:
         about = json.loads(reply)
     except (ValueError, RecursionError):
-        # A server that is not ours may answer anything here.
+        # Another kind of server may answer anything here.
         about = None
     hosted = about.get("rewards") if isinstance(about, dict) else None
     if isinstance(hosted, list) and len(hosted) > 1:

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_labels=80,
     )
     with pytest.MonkeyPatch.context() as patch:
-        # Its loss, which is not used, wants scipy.
+        # Its loss, which is not used, needs scipy.
         patch.setattr(modeling_mask2former, "requires_backends", lambda *_: None)
         model = modeling_mask2former.Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_thresholds_and_what_is_nothing() -> None:
     assert names(20, dog=0.301) == ["dog"] and names(20, dog=0.299) == []
     # One outline can be two things.
     assert names(20, cat=0.35, dog=0.5) == ["dog", "cat"]
-    # No class is none, and no pixel is no object.
+    # A query of no class gives no object, nor does one without a pixel.
     assert names(20) == [] and names(-1, dog=0.9) == []
 
 

@@ -1,4 +1,4 @@
-"""The reward server, asked over real sockets by the remote reward and by others that mean less well."""
+"""The reward server, asked over real sockets by the remote reward and by faulty or hostile clients."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def header_only(width: int, height: int, repeat: int = 1) -> str:
 
 
 def ask(server: RewardServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-    """Status and content of a reply. What is no bytes goes as JSON."""
+    """Status and content of a reply. A body that is not bytes is sent as JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     with contextlib.closing(connection):
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -387,7 +387,7 @@ def test_a_body_that_is_too_large_is_not_read_and_the_client_hears_why(mean, ser
         413,
         "the body has 20001 bytes, at most 20000 are allowed: send fewer images at a time",
     )
-    # So much that it does not fit into the buffers between the two; the second sends all before it listens.
+    # These bodies do not fit into the sockets' buffers. The second client sends everything before it reads.
     noise = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3), dtype=np.uint8)
     with pytest.raises(RemoteError, match=r"replied 413: the body has \d+ bytes, at most 20000"):
         RemoteScorer(server.url).score(noise, ["a"] * 4)
@@ -523,7 +523,7 @@ def test_a_stop_finishes_what_is_scored_and_refuses_what_waits(mean):
         mean.free.set()
         assert first.result(5) == (200, {"rewards": [1]})
         stopped.result(5)
-        # The connection that says nothing does not hold it up.
+        # The connection that sends nothing does not delay it.
         assert time.monotonic() - began < 2
     assert [prompts for _, prompts, _ in mean.calls] == [["first"]]
     RewardServer({}, port=server.port).stop()
