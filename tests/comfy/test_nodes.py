@@ -112,7 +112,7 @@ def test_the_pack_loads_fast_and_without_the_trainers_packages(comfy: Any) -> No
 
 
 def test_interrupt_and_run_again(comfy: Any) -> None:
-    """Cancelled in the middle it says so, and the next run is as ever."""
+    """A run that is cancelled in the middle reports it, and the next run works as usual."""
     long = {**graph(steps=200, branch_steps="1, 60, 61, 62"), "16": node("PreviewImage", images=["5", 0])}
     prompt = comfy.queue(long)
     import time
@@ -216,7 +216,7 @@ def select(images: list[Any], scores: list[Any], **more: Any) -> dict[str, Any]:
 
 
 def test_scores_of_another_batch_are_an_error(comfy: Any) -> None:
-    """As many pictures, of another seed: 55 are they, 62 their scores, 63 those of the batch."""
+    """Node 55 has as many pictures of another seed, 62 their scores, and 63 the scores of the batch."""
     more = {
         **graph(),
         "44": graph(seed=6)["4"],
@@ -239,7 +239,7 @@ def test_scores_of_another_batch_are_an_error(comfy: Any) -> None:
     for nodes, said in cases:
         with pytest.raises(Exception, match=said):
             comfy.run({**more, **nodes})
-    # Without a VAE nothing is known of a tree's leaves but their number.
+    # Without a VAE only the number of a tree's leaves is known.
     nodes = {"70": node("TMPO_TreeView", tree=["4", 1], images=["55", 0], theme="dark", beta=1.0, selected=-1)}
     assert comfy.run({**more, **nodes})["70"]["tmpo_tree"]
 
@@ -262,7 +262,7 @@ def test_scores_stay_with_pictures_that_are_worked_on(comfy: Any) -> None:
     })  # fmt: skip
     assert len(found["15"]["images"]) == 4 and comfy.image(found["15"]["images"][0]).shape == (160, 160, 3)
     assert found["14"]["tmpo_tree"]
-    # What was chosen is a batch of its own: its scores are not those of as many others.
+    # Chosen pictures are a batch of their own. Their scores do not fit as many other pictures.
     with pytest.raises(Exception, match="scores belong to other images"):
         comfy.run({
             **graph(),
@@ -284,7 +284,7 @@ def whole_clip() -> dict[str, torch.Tensor]:
 
 
 def test_a_scorer_from_comfyuis_clip_vision(comfy: Any) -> None:
-    """A file with both towers scores; one with the vision tower alone, as most there are, says so."""
+    """A file with both towers scores. A file with only the vision tower, like most files, gives an error that says so."""
     pytest.importorskip("open_clip", reason="the tokenizer is open_clip's")
     from safetensors.torch import save_file
 

@@ -101,7 +101,7 @@ def test_without_noise_it_is_stock_euler_to_the_bit(pack: Any, cfg: float) -> No
     leaves, _ = sample(pack, branch_steps="2, 8", eta=0.0, cfg=cfg)
     latent = empty()["samples"]
     noise = pack.comfy.sample.prepare_noise(latent, SEED)
-    # As many rows at each step: matrix products differ by their sizes.
+    # Both have as many rows at each step, because matrix products depend on their sizes.
     positive, negative = batch(pack, PROMPTS[:1]), batch(pack, ("a green triangle",))
     stock = pack.comfy.sample.sample(
         pack.model, noise, STEPS, cfg, "euler", "normal", positive, negative, latent, seed=SEED, disable_pbar=True
@@ -281,7 +281,7 @@ def test_a_model_that_is_no_flow_is_refused(pack: Any) -> None:
         pass
 
     other.add_object_patch("model_sampling", Other(pack.model.model.model_config))
-    with pytest.raises(ValueError, match=r"flow-matching models .* use KSampler"):
+    with pytest.raises(ValueError, match=r"flow-matching model .* use KSampler"):
         sample(pack, model=other)
 
 
@@ -360,7 +360,7 @@ def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
     stock = previewer.decode_latent_to_preview((found.previews[5][2:3] - SHIFT) * SCALE)
     mine = (found.colours[5][2] * 255).to(torch.uint8)
     assert (torch.tensor(list(stock.getdata())).view(8, 8, 3) - mine.int()).abs().max() <= 1
-    # They resemble what comes of them: the leaf pictures of the same branch, blurred.
+    # They resemble the leaf pictures of the same branch, but blurred.
     last = pack.vae.decode(found.previews[5])
     assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
 
@@ -437,7 +437,7 @@ def test_a_sample_is_drawn_by_the_weights_of_each_prompt(pack: Any) -> None:
 
 
 def test_leaves_with_noise_left_are_not_compared(pack: Any) -> None:
-    """Another sampler goes on with them, and pictures come of that."""
+    """Another sampler continues from them and makes the pictures."""
     guider = pack.comfy.samplers.CFGGuider(pack.model)
     guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
     sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)

@@ -63,7 +63,7 @@ BOTH = about("color_attr", wanted("dog", color="red"), wanted("cat", color="blue
         (ONE, [put("dog")], 1, 1),
         (ONE, [put("cat")], 0, 0),
         (ONE, [], 0, 0),
-        # More than asked for is no fault of GenEval's, and one of the count term.
+        # GenEval allows more objects than asked for; the count term does not.
         (ONE, dogs(2), 1, 0),
         (ONE, dogs(3), 1, 0),
         (TWO, [put("dog"), put("cat")], 1, 1),
@@ -80,7 +80,7 @@ BOTH = about("color_attr", wanted("dog", color="red"), wanted("cat", color="blue
         (RED, [put("dog", color="red")], 1, 1),
         (RED, [put("dog", color="blue")], 0, 1 / 2),
         (RED, [put("cat", color="red")], 0, 0),
-        # Only the better of the two is looked at: too many are a fault of the count term alone.
+        # Only the better of the two is considered. Too many objects lower only the count term.
         (RED, [put("dog", color="red", score=0.9), put("dog", color="blue", score=0.8)], 1, 1 / 2),
         (RED, [put("dog", color="red", score=0.8), put("dog", color="blue", score=0.9)], 0, 0),
         # All of a group must have the colour.

@@ -1,4 +1,4 @@
-"""A remote reward against servers that hang, lie and die, over real sockets of this machine."""
+"""A remote reward against servers that hang, give wrong replies or stop, over real sockets of this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The eyes of the geneval reward, detector and colour classifier, on tiny random weights and planted outputs."""
+"""The geneval reward's detector and colour classifier, on tiny random weights and planted outputs."""
 
 from __future__ import annotations
 
