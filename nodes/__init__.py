@@ -1,4 +1,4 @@
-"""The ComfyUI face of the trainer: sockets and schemas. What is computed is computed in `tmpo_trainer`."""
+"""The trainer's ComfyUI nodes: sockets and schemas. `tmpo_trainer` does the computing."""
 
 from __future__ import annotations
 

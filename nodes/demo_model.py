@@ -1,4 +1,4 @@
-"""The bundled demo model through ComfyUI's own classes, so that every workflow runs without a download."""
+"""Loads the bundled demo model into ComfyUI's own classes, so that every demo workflow runs without a download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[1] / "tmpo_trainer" / "demo" / "model"
 
 
 class DemoTokenizer:
-    """Words of the demo domain; weights such as (word:1.2) are not known to it."""
+    """Splits prompts of the demo domain into words. It does not parse weights such as (word:1.2)."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None):
         from transformers import CLIPTokenizer
@@ -38,7 +38,7 @@ class DemoTokenizer:
 
 
 class DemoTextModel(torch.nn.Module):
-    """Both text encoders, joined as Stable Diffusion 3 does: last hidden states but one, and pooled vectors, side by side."""
+    """Both text encoders, joined as in Stable Diffusion 3: the penultimate hidden states, and the pooled vectors."""
 
     def __init__(self, dtype: Any = None, device: Any = None, model_options: Any = None):
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -95,7 +95,7 @@ def load_vae() -> comfy.sd.VAE:
         config={"params": {"ddconfig": sizes, "embed_dim": config["latent_channels"]}},
     )
     vae.latent_channels = config["latent_channels"]
-    # ComfyUI's own VAEs all have 32 groups; the weights do not depend on it.
+    # All of ComfyUI's own VAEs have 32 groups. The weights do not depend on the number.
     for module in vae.first_stage_model.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = config["norm_num_groups"]
@@ -104,7 +104,7 @@ def load_vae() -> comfy.sd.VAE:
 
 def load_model() -> Any:
     state = load_file(FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
-    # The loader changes what it is given.
+    # The loader changes the dictionary that it gets.
     model = comfy.sd.load_diffusion_model_state_dict({key: value.float() for key, value in state.items()})
     assert model is not None
     return model
@@ -117,13 +117,13 @@ class DemoModelLoader(io.ComfyNode):
             node_id="TMPO_DemoModelLoader",
             display_name="Demo Model Loader",
             category=CATEGORY,
-            description="The bundled tiny model of coloured shapes (64x64): a Stable Diffusion 3 in small. Prompts are like "
-            "'two red circles and a blue square'.",
+            description="Loads the bundled tiny model of coloured shapes (64x64), a small Stable Diffusion 3. An example of a "
+            "prompt is 'two red circles and a blue square'.",
             inputs=[],
             outputs=[
-                io.Model.Output(tooltip="For a sampler."),
-                io.Clip.Output(tooltip="For the prompts."),
-                io.Vae.Output(tooltip="Latents to pictures."),
+                io.Model.Output(tooltip="The model, for a sampler."),
+                io.Clip.Output(tooltip="The text encoders, for the prompts."),
+                io.Vae.Output(tooltip="The VAE, which turns latents into pictures."),
             ],
         )
 

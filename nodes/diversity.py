@@ -1,4 +1,4 @@
-"""How much a batch differs, and choosing from it."""
+"""Nodes that measure how much the pictures of a batch differ, and that choose from a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .images import pixels, to_image
 from .scoring import groups
 from .types import CATEGORY, ScoresSocket
 
-#: Of images: a package's, or the paper's from the hub.
+#: Image features: a package's, or the paper's from the hub.
 FEATURES = ["efficientnet-lite0", "facebook/dinov2-large"]
 
 
@@ -34,23 +34,30 @@ class DiversityNode(io.ComfyNode):
             node_id="TMPO_Diversity",
             display_name="Diversity",
             category=CATEGORY,
-            description="How much the pictures of a batch differ: LGMD of latents, cosine diversity and Vendi score of images.",
+            description="Measures how much the pictures of a batch differ: LGMD from latents, cosine diversity and Vendi score "
+            "from images.",
             inputs=[
                 io.Image.Input("images", optional=True, tooltip="For cosine diversity and Vendi score."),
                 io.Latent.Input("latent", optional=True, tooltip="For LGMD."),
-                io.Model.Input("model", optional=True, tooltip="Whose latents they are: LGMD is then on the trainer's scale."),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="Features for images, in place of those below."),
+                io.Model.Input("model", optional=True, tooltip="The latents' model. It puts LGMD on the trainer's scale."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="Computes the image features in place of the choice below."
+                ),
                 io.Combo.Input(
                     "features",
                     options=FEATURES, default=FEATURES[0],
-                    tooltip="efficientnet-lite0 (small, a package), or the paper's DINOv2, which is downloaded once.",
+                    tooltip="efficientnet-lite0 comes with a small package. The paper's DINOv2 is downloaded once.",
                 ),
             ],
             outputs=[
-                io.Float.Output(display_name="lgmd", tooltip="Mean log distance of the latents; nan without them."),
-                io.Float.Output(display_name="cosine", tooltip="Mean 1 - cosine of two pictures; nan without images."),
-                io.Float.Output(display_name="vendi", tooltip="How many different pictures there are, in effect."),
-                io.Image.Output(display_name="distances", tooltip="1 - cosine of every two pictures, as a heat map."),
+                io.Float.Output(display_name="lgmd", tooltip="Mean log distance of the latents; nan without latents."),
+                io.Float.Output(
+                    display_name="cosine", tooltip="Mean of 1 - cosine over all pairs of pictures; nan without images."
+                ),
+                io.Float.Output(
+                    display_name="vendi", tooltip="Effective number of different pictures; nan without images."
+                ),
+                io.Image.Output(display_name="distances", tooltip="1 - cosine of every pair of pictures, as a heat map."),
                 io.String.Output(display_name="text", tooltip="All measures with their names."),
             ],
         )  # fmt: skip
@@ -88,7 +95,7 @@ def listed(values: dict[str, float]) -> str:
 
 
 def feature_vectors(name: str, images: Tensor) -> Tensor:
-    """`[N, D]`. Raises ValueError that says what to install or where to look."""
+    """Features of images, `[N, D]`. Raises ValueError that names the package to install."""
     try:
         return _features(name)(pixels(images))
     except ModuleNotFoundError as error:
@@ -108,29 +115,33 @@ class SelectBranches(io.ComfyNode):
             node_id="TMPO_SelectBranches",
             display_name="Select Branches",
             category=CATEGORY,
-            description="Takes some pictures of a batch, with their latents and scores, for what follows in the graph.",
+            description="Passes some pictures of a batch on, with their latents and scores.",
             inputs=[
-                io.Image.Input("images", tooltip="The batch."),
-                io.Latent.Input("latent", optional=True, tooltip="Its latents."),
-                ScoresSocket.Input("scores", optional=True, tooltip="Its scores; the first of them counts."),
-                io.Combo.Input("mode", options=MODES, default=MODES[0], tooltip="How they are chosen."),
-                io.Int.Input("count", default=4, min=1, max=256, tooltip="How many (by index: only that one)."),
+                io.Image.Input("images", tooltip="The batch to choose from."),
+                io.Latent.Input("latent", optional=True, tooltip="The latents of the batch."),
+                ScoresSocket.Input("scores", optional=True, tooltip="The scores of the batch. The first score is used."),
+                io.Combo.Input("mode", options=MODES, default=MODES[0], tooltip="How the pictures are chosen."),
+                io.Int.Input(
+                    "count", default=4, min=1, max=256, tooltip="How many to choose. 'by index' always chooses one."
+                ),
                 io.Float.Input(
                     "min_score", default=-1000.0, min=-1000.0, max=1000.0, step=0.01,
-                    tooltip="For the diverse ones: no picture below it.",
+                    tooltip="'most diverse above a score' chooses no picture with a lower score.",
                 ),
                 io.Float.Input(
                     "beta", default=2.0, min=0.0, max=20.0, step=0.1,
-                    tooltip="For the sample: q of each prompt, as in training.",
+                    tooltip="'sample by weight' draws by q = softmax(beta * z-scored score) of each prompt, as in training.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, tooltip="For the sample."),
-                io.Int.Input("index", default=0, min=0, max=1023, tooltip="By index: e.g. what was clicked in a Tree View."),
+                io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, tooltip="The seed for 'sample by weight'."),
+                io.Int.Input(
+                    "index", default=0, min=0, max=1023, tooltip="The picture for 'by index', e.g. from a Tree View."
+                ),
             ],
             outputs=[
-                io.Image.Output(display_name="images", tooltip="Those chosen, in the order of choice."),
-                io.Latent.Output(display_name="latent", tooltip="Their latents, if any came in."),
-                ScoresSocket.Output(display_name="scores", tooltip="Their scores, if any came in."),
-                io.String.Output(display_name="indices", tooltip="Their places in the batch, from 0."),
+                io.Image.Output(display_name="images", tooltip="The chosen pictures, in the order in which they were chosen."),
+                io.Latent.Output(display_name="latent", tooltip="Their latents, if latents are connected."),
+                ScoresSocket.Output(display_name="scores", tooltip="Their scores, if scores are connected."),
+                io.String.Output(display_name="indices", tooltip="Their places in the batch, counted from 0."),
             ],
         )  # fmt: skip
 
@@ -140,7 +151,9 @@ class SelectBranches(io.ComfyNode):
         if scores is not None:
             scores.check(images)
         if latent is not None and len(latent["samples"]) != total:
-            raise ValueError(f"{len(latent['samples'])} latents for {total} images: connect those of these images")
+            raise ValueError(
+                f"{len(latent['samples'])} latents for {total} images: connect the latents of these images"
+            )
         if scores is None and mode != MODES[3]:
             raise ValueError(f"mode {mode} needs scores: connect a Score Images")
         if mode == MODES[0]:

@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE, float `[N, H, W, C]` in 0..1, to and from what the trainer takes, and telling one batch from another."""
+"""Converts ComfyUI's IMAGE, float `[N, H, W, C]` in 0..1, to the trainer's arrays and back, and recognises batches."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: Side of the small copies that batches are told apart by.
+#: Side of the small copies by which batches are recognised.
 SIDE = 8
-#: Most difference of two batches of the same pictures, see `unlike`. On the demo model resized ones or JPEGs have .03, brighter
-#: or blurred ones or those of more contrast .16, grey ones .26; other seeds or another order .58 and more.
+#: Largest difference between two batches of the same pictures, see `unlike`. On the demo model, resizing or JPEG gives .03,
+#: more brightness, blur or contrast .16, and grey .26. Other seeds or another order give .58 or more.
 SAME = 0.4
 
 
 def pixels(images: Tensor) -> np.ndarray:
-    """As uint8 `[N, H, W, 3]`, rounded."""
+    """Images as uint8 `[N, H, W, 3]`, rounded."""
     return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
@@ -26,16 +26,16 @@ def to_image(picture: Any) -> Tensor:
 
 
 def thumbs(images: Tensor) -> Tensor:
-    """`[N, 3, SIDE, SIDE]`: what is left of pictures when they are shrunk, less the mean of each channel."""
+    """`[N, 3, SIDE, SIDE]`: the pictures shrunk, less the mean of each channel."""
     small = torch.nn.functional.interpolate(images[..., :3].movedim(-1, 1).float().cpu(), (SIDE, SIDE), mode="area")
     return small - small.mean((2, 3), keepdim=True)
 
 
 def unlike(first: Tensor, second: Tensor) -> bool:
-    """Whether two batches of `thumbs`, as many each, are of other pictures.
+    """Whether two batches of `thumbs` of the same length show different pictures.
 
-    Pixels may differ: who upscales, sharpens or corrects pictures still has the same ones. So it is no hash but the
-    difference as a share of what is there, 0 for equal batches and about .7 for independent ones.
+    Pixels may differ, because a picture stays the same when it is upscaled, sharpened or corrected. Therefore this is not a
+    hash but the relative difference, which is 0 for equal batches and about .7 for independent ones.
     """
     there = (first.abs() + second.abs()).sum().item()
     return (first - second).abs().sum().item() > SAME * there

@@ -1,4 +1,4 @@
-"""LoRAs of the trainer: loading one with what it was trained on, and base beside LoRA."""
+"""Nodes for the trainer's LoRAs: one loads a LoRA and shows what it was trained on, one compares it with its base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .diversity import feature_vectors
 from .images import pixels, to_image
 from .types import CATEGORY, ScoresSocket, inside
 
-#: The LoRA that comes with the demo model.
 NONE = "(none)"
+#: The LoRA that comes with the demo model.
 DEMO, DEMO_FILE = "(demo)", FOLDER.parent / "lora" / lora_file.FILE_NAME
 
 
 def apply_lora(model: Any, path: Path, strength: float) -> Any:
-    """A clone of the model with the LoRA. Raises ValueError if any of its layers is none of the model's."""
+    """A clone of the model with the LoRA. Raises ValueError if a layer of the LoRA does not fit the model."""
     state = comfy.utils.load_torch_file(str(path), safe_load=True)
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys, log_missing=False)
@@ -40,13 +40,13 @@ def apply_lora(model: Any, path: Path, strength: float) -> Any:
     if placed < layers:
         raise ValueError(
             f"{path.name} is a LoRA of another model: {placed} of its {layers} layers are in "
-            f"{type(model.model).__name__}. Choose the model it was trained on: see `about`"
+            f"{type(model.model).__name__}. Connect the model it was trained on"
         )
     return clone
 
 
 def _fits(weights: dict[str, Any], key: Any, adapter: Any) -> bool:
-    """Whether a LoRA's layer has the shape of the weight, or of the slice of it, that it would change."""
+    """Whether a LoRA's layer has the shape of the weight, or slice of a weight, that it would change."""
     name, part = (key, None) if isinstance(key, str) else key[:2]
     if name not in weights or len(weights[name].shape) < 2:
         return False
@@ -64,28 +64,33 @@ class LoadTmpoLora(io.ComfyNode):
             node_id="TMPO_LoadLora",
             display_name="Load TMPO LoRA",
             category=CATEGORY,
-            description="Applies a LoRA to a model and shows what it was trained on. Refuses one of another model, which "
+            description="Applies a LoRA to a model and shows what it was trained on. Refuses a LoRA for another model, which "
             "ComfyUI would load without effect.",
             inputs=[
-                io.Model.Input("model", tooltip="The model it was trained on."),
+                io.Model.Input("model", tooltip="The model that the LoRA was trained on."),
                 io.Combo.Input(
                     "lora",
                     options=[NONE, DEMO, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file in models/loras; (demo) is for the demo model; (none) leaves the model as it is.",
+                    tooltip="A file in models/loras. (demo) is for the demo model, (none) leaves the model as it is.",
                 ),
                 io.Float.Input(
-                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05, tooltip="1 as trained; more exaggerates."
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 applies the LoRA as trained. A larger value exaggerates it.",
                 ),
                 io.String.Input(
                     "path",
                     default="",
                     optional=True,
-                    tooltip="A file or a run's folder in ComfyUI's output folder, in place of the one chosen above.",
+                    tooltip="A file or a run's folder in ComfyUI's output folder. It replaces the file chosen above.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the LoRA."),
-                io.String.Output(display_name="about", tooltip="What it was trained on."),
+                io.String.Output(display_name="about", tooltip="What the LoRA was trained on."),
             ],
             is_output_node=True,
         )
@@ -93,7 +98,7 @@ class LoadTmpoLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
         if path is None:
-            # It comes from another node and may have become another file.
+            # The path comes from another node, so the file may have changed.
             return float("nan")
         file = cls._file(lora, path)
         return (str(file), file.stat().st_mtime_ns if file is not None and file.exists() else 0, strength)
@@ -114,7 +119,7 @@ class LoadTmpoLora(io.ComfyNode):
             return io.NodeOutput(model, "no LoRA", ui=ui.PreviewText("no LoRA"))
         about, sound = lora_file.describe(file)
         if not sound:
-            about += "\nNot all checks hold: it may not do what it was trained to."
+            about += "\nNot all checks hold: the LoRA may not have its trained effect."
         return io.NodeOutput(apply_lora(model, file, strength), about, ui=ui.PreviewText(about))
 
 
@@ -125,21 +130,26 @@ class Compare(io.ComfyNode):
             node_id="TMPO_Compare",
             display_name="Compare",
             category=CATEGORY,
-            description="Base beside LoRA, the same seeds: a grid of pairs and a table of scores and diversity.",
+            description="Compares base and LoRA on the same seeds, in a grid of pairs and a table of scores and diversity.",
             inputs=[
                 io.Image.Input("base", tooltip="Pictures of the model without the LoRA."),
-                io.Image.Input("lora", tooltip="With it, the same seeds in the same order."),
-                ScoresSocket.Input("base_scores", optional=True, tooltip="Scores of the first batch."),
-                ScoresSocket.Input("lora_scores", optional=True, tooltip="Scores of the second batch."),
-                io.Int.Input("pairs", default=9, min=1, max=64, tooltip="Pairs in the grid, spread over the batch."),
+                io.Image.Input("lora", tooltip="Pictures with the LoRA, from the same seeds in the same order."),
+                ScoresSocket.Input("base_scores", optional=True, tooltip="Scores of the base's pictures."),
+                ScoresSocket.Input("lora_scores", optional=True, tooltip="Scores of the LoRA's pictures."),
+                io.Int.Input(
+                    "pairs", default=9, min=1, max=64, tooltip="Number of pairs in the grid, spread over the batch."
+                ),
                 io.Boolean.Input(
                     "diversity",
                     default=True,
-                    tooltip="Also diversity of the pictures, if EfficientNet-lite0 is installed.",
+                    tooltip="Also measures the diversity of the pictures, if EfficientNet-lite0 is installed.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="grid", tooltip="Pairs: the base's picture, then the LoRA's."),
+                io.Image.Output(
+                    display_name="grid",
+                    tooltip="Pairs of pictures, the base's on the left and the LoRA's on the right.",
+                ),
                 io.String.Output(display_name="table", tooltip="Mean scores and diversity of both, as Markdown."),
             ],
             is_output_node=True,
@@ -157,9 +167,9 @@ class Compare(io.ComfyNode):
                 scores.check(images, name)
         before, after = pixels(base), pixels(lora)
         chosen = np.unique(np.linspace(0, len(before) - 1, min(pairs, len(before))).round().astype(int))
-        # As near to a square as pairs allow.
+        # The grid is as near to a square as the pairs allow.
         columns = max(1, round((len(chosen) / 2) ** 0.5))
-        # Pairs stand closer together than their neighbours.
+        # The gap inside a pair is narrower than that between pairs.
         thin, wide = (np.full((before.shape[1], width, 3), 255, np.uint8) for width in (1, 8))
         tiles = [np.concatenate([before[i], thin, after[i], wide], 1) for i in chosen]
         rows = [np.stack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]

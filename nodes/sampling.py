@@ -1,4 +1,4 @@
-"""The nodes of the tree sampler, and the branch steps that training would draw."""
+"""The nodes of the tree sampler, and a node for the branch steps that training would draw."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .types import CATEGORY, TreeSocket
 KERNELS = ["cps", "flow_sde", "dance"]
 
 BRANCH_TIP = (
-    "At which steps the run branches, counted from 1. A branch at step 1 means independent seeds; a later one draws new noise "
-    "in the middle, so pictures share what was settled before."
+    "The steps at which the tree branches, counted from 1. A branch at step 1 means independent seeds. A later branch draws "
+    "new noise at its step, so the pictures share what earlier steps have settled."
 )
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
-    """`1, 3, 5` -> (1, 3, 5). Raises ValueError that says what is wrong."""
+    """`1, 3, 5` -> (1, 3, 5). Raises ValueError for anything but increasing steps from 1."""
     try:
         steps = tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
@@ -35,13 +35,13 @@ def parse_steps(text: str) -> tuple[int, ...]:
 def _tree_inputs() -> list[Any]:
     return [
         io.String.Input("branch_steps", default="1, 3, 5", tooltip=BRANCH_TIP),
-        io.Int.Input("branching", default=3, min=1, max=16, tooltip="Children at each branch point."),
+        io.Int.Input("branching", default=3, min=1, max=16, tooltip="The number of children at each branch point."),
         io.Combo.Input(
             "kernel",
             options=KERNELS,
             default="cps",
-            tooltip="How noise is added at a branch point: cps keeps the amount of noise right (TMPO), flow_sde is "
-            "Flow-GRPO's, dance DanceGRPO's.",
+            tooltip="How noise is added at a branch point. cps keeps the amount of noise right (TMPO), flow_sde is "
+            "Flow-GRPO's kernel, dance is DanceGRPO's.",
         ),
         io.Float.Input(
             "eta",
@@ -49,15 +49,15 @@ def _tree_inputs() -> list[Any]:
             min=0.0,
             max=2.0,
             step=0.05,
-            tooltip="How much noise a branch draws; 0 makes all branches of a seed alike. At most 1 for cps.",
+            tooltip="How much noise a branch draws. 0 makes all branches of a seed alike. cps allows at most 1.",
         ),
         io.Int.Input(
             "max_batch",
             default=9,
             min=0,
             max=256,
-            tooltip="Most latents in one call of the model, 0 for no limit. Lower it if memory runs out; the pictures stay "
-            "the same.",
+            tooltip="The largest number of latents in one call of the model, 0 for no limit. Lower it if memory runs out; the "
+            "pictures stay the same.",
         ),
     ]
 
@@ -75,15 +75,17 @@ class TreeSamplerAdvanced(io.ComfyNode):
             node_id="TMPO_TreeSamplerAdvanced",
             display_name="Tree Sampler (advanced)",
             category=CATEGORY,
-            description="Samples a tree of pictures: branches share all steps before they part, each evaluated once.",
+            description="Samples a tree of pictures. Branches share all steps before they part, and each shared step is "
+            "evaluated once.",
             inputs=[
                 io.Noise.Input(
-                    "noise", tooltip="Noise of the first seed; the others and the branches follow from its seed."
+                    "noise", tooltip="The noise of the first root. All other noise is derived from its seed."
                 ),
                 io.Guider.Input("guider", tooltip="Model and prompts, e.g. from CFGGuider or BasicGuider."),
                 io.Sigmas.Input("sigmas", tooltip="Noise levels, e.g. from BasicScheduler."),
                 io.Latent.Input(
-                    "latent_image", tooltip="Size of the pictures; a batch gives a tree for each of its latents."
+                    "latent_image",
+                    tooltip="Sets the size of the pictures. A batch gives a tree for each of its latents.",
                 ),
                 *_tree_inputs(),
             ],
@@ -116,15 +118,17 @@ class TreeSamplerNode(io.ComfyNode):
             node_id="TMPO_TreeSampler",
             display_name="Tree Sampler",
             category=CATEGORY,
-            description="Like KSampler, but for a whole tree of pictures: branches share all steps before they part.",
+            description="Like KSampler, but samples a whole tree of pictures. Branches share all steps before they part.",
             inputs=[
-                io.Model.Input("model", tooltip="A flow-matching model: SD3, SD3.5, FLUX."),
+                io.Model.Input("model", tooltip="A flow-matching model, such as SD3, SD3.5 or FLUX."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
-                io.Conditioning.Input("negative", tooltip="What to avoid; without effect at cfg 1."),
-                io.Latent.Input("latent_image", tooltip="Size of the pictures; a batch gives a tree for each of its latents."),
+                io.Conditioning.Input("negative", tooltip="What to avoid. It has no effect at cfg 1."),
+                io.Latent.Input(
+                    "latent_image", tooltip="Sets the size of the pictures. A batch gives a tree for each of its latents."
+                ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Seed of all noise: the same seed gives the same tree.",
+                    tooltip="The seed of all noise. The same seed gives the same tree.",
                 ),
                 io.Int.Input("steps", default=10, min=1, max=200, tooltip="Denoising steps."),
                 io.Float.Input(
@@ -133,7 +137,7 @@ class TreeSamplerNode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="normal",
-                    tooltip="Noise levels; normal is diffusers' for SD3, simple that for FLUX.",
+                    tooltip="Sets the noise levels. normal equals diffusers' for SD3, simple diffusers' for FLUX.",
                 ),
                 *_tree_inputs(),
             ],
@@ -163,7 +167,8 @@ class TreeSamplerObject(io.ComfyNode):
             node_id="TMPO_TreeSamplerSelect",
             display_name="Tree Sampler (SAMPLER)",
             category=CATEGORY,
-            description="The tree sampler for SamplerCustomAdvanced and the like; its output batch has all leaves.",
+            description="The tree sampler as a SAMPLER, for nodes such as SamplerCustomAdvanced. Their output batch has all "
+            "leaves.",
             inputs=_tree_inputs(),
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
         )
@@ -180,21 +185,24 @@ class BranchScheduleNode(io.ComfyNode):
             node_id="TMPO_BranchSchedule",
             display_name="Branch Schedule",
             category=CATEGORY,
-            description="The branch steps that training would draw at some point of its curriculum.",
+            description="Draws the branch steps that training would draw at a given point of its curriculum.",
             inputs=[
                 io.Int.Input("steps", default=6, min=2, max=200, tooltip="Denoising steps."),
                 io.String.Input("early", default="1, 2, 3", tooltip="Mean branch steps at the beginning of training."),
-                io.String.Input("late", default="1, 3, 5", tooltip="Mean branch steps at its end."),
+                io.String.Input("late", default="1, 3, 5", tooltip="Mean branch steps at the end of training."),
                 io.Float.Input(
-                    "progress", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="How far training is, 0 to 1."
+                    "progress", default=0.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="The point of training, from 0 (beginning) to 1 (end).",
                 ),
                 io.Float.Input(
                     "kappa", default=6.0, min=0.1, max=1000.0, step=0.1,
-                    tooltip="How near to the means the steps are; 2 around the middle is uniform.",
+                    tooltip="How close the steps are to the means. 2 with a mean in the middle is uniform.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, control_after_generate=True, tooltip="Of the draw."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0x7FFFFFFF, control_after_generate=True, tooltip="The seed of the draw."
+                ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="Optional: the last step that can carry noise follows from them."
+                    "sigmas", optional=True, tooltip="Optional: they determine the last step that can carry noise."
                 ),
             ],
             outputs=[io.String.Output(display_name="branch_steps", tooltip="For a tree sampler.")],

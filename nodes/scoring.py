@@ -1,4 +1,4 @@
-"""Scores of a batch, and what they mean on a tree."""
+"""Nodes that score a batch, combine scores, and show what training makes of them on a tree."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..tmpo_trainer.settings import discovery
 from .images import pixels, thumbs, unlike
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
-#: Where scorers' files may lie, beside the hub's cache: models/tmpo_rewards.
+#: The folder for scorers' files, besides the hub's cache: models/tmpo_rewards.
 FOLDER = "tmpo_rewards"
-#: ComfyUI's own, for whole CLIP models.
+#: ComfyUI's own folder, which may hold whole CLIP models.
 VISION = "clip_vision"
 HUB = "(hub)"
 #: The node has no field for the address that `remote` needs.
@@ -32,18 +32,18 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def model_files() -> list[str]:
-    """What scorers may take: the hub's, their own files and folders by name, and `clip_vision/` with its files."""
+    """The choices of models: the hub, the names of files and folders in FOLDER, and the files of `clip_vision/`."""
     found: set[str] = set()
     for folder in folder_paths.get_folder_paths(FOLDER):
         if Path(folder).is_dir():
             found |= {entry.name for entry in Path(folder).iterdir() if not entry.name.startswith(".")}
-    # Whether a file has the text tower as well is known only when it is loaded.
+    # Only loading a file shows whether it has the text tower as well.
     towers = [f"{VISION}/{name}" for name in folder_paths.get_filename_list(VISION) if name.endswith(".safetensors")]
     return [HUB, *sorted(found), *towers]
 
 
 def model_path(name: str) -> str | None:
-    """The path of a scorer's file or folder, None for the hub's. Raises ValueError if it is gone."""
+    """The path of a scorer's file or folder, None for the hub's. Raises ValueError if it no longer exists."""
     if name == HUB:
         return None
     for folder in folder_paths.get_folder_paths(FOLDER):
@@ -51,16 +51,16 @@ def model_path(name: str) -> str | None:
             return str(Path(folder) / name)
     found = folder_paths.get_full_path(VISION, name.removeprefix(f"{VISION}/"))
     if found is None or not name.startswith(VISION):
-        raise ValueError(f"model {name} is gone: choose another")
+        raise ValueError(f"model {name} no longer exists: choose another")
     return found
 
 
 @lru_cache(maxsize=2)
 def _scorer(name: str, path: str | None, changed: int) -> Any:
-    """Kept between runs: loading takes longer than scoring. Its weights wait in the computer's memory.
+    """A scorer, which is kept between runs because loading takes longer than scoring. Its weights wait in the CPU's memory.
 
     Args:
-        changed: when the file was last changed; a newer one is loaded again.
+        changed: when the file was last changed, so that a newer file is loaded again.
     """
     device = comfy.model_management.get_torch_device()
     scorer = rewards.load_scorer(name, device, path)
@@ -68,10 +68,11 @@ def _scorer(name: str, path: str | None, changed: int) -> Any:
 
 
 def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
-    """One prompt per picture. Lines are prompts if there are as many as the tree has, or as there are pictures; else one text.
+    """One prompt per picture. Each line is a prompt if there is one line per prompt of the tree, or per picture without a
+    tree. Otherwise the lines are one prompt.
 
     Raises:
-        ValueError: nothing is written, or the pictures are not the tree's.
+        ValueError: the text is empty, or the number of pictures is not the tree's.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
@@ -92,7 +93,7 @@ def groups(prompts: list[str]) -> list[list[int]]:
 
 
 def tree_groups(tree: Tree | None, prompts: list[str]) -> list[list[int]]:
-    """As the tree has them, where there is one: two of its prompts may read alike."""
+    """Indices of the pictures of each prompt. With a tree they come from it, because two of its prompts may be equal."""
     if tree is None:
         return groups(prompts)
     return [list(range(p, tree.leaves, tree.prompts)) for p in range(tree.prompts)]
@@ -112,29 +113,30 @@ class ScoreImages(io.ComfyNode):
             node_id="TMPO_ScoreImages",
             display_name="Score Images",
             category=CATEGORY,
-            description="How well pictures fit a prompt, by one of the scorers that the trainer trains with.",
+            description="Scores how well pictures fit a prompt, with one of the trainer's scorers.",
             inputs=[
                 io.Image.Input("images", tooltip="A batch of pictures."),
                 io.String.Input(
                     "prompt", multiline=True, default="",
-                    tooltip="What they should show. For a tree of several prompts connect it, and write one line each.",
+                    tooltip="What the pictures should show. For a tree of several prompts, connect the tree and write one "
+                    "line per prompt.",
                 ),
                 io.Combo.Input(
                     "reward", options=REWARDS, default="pickscore",
-                    tooltip="pickscore, hpsv2, imagereward: what people like. clipscore: likeness to the prompt. ocr: text in "
-                    "double quotes. geneval: objects, colours, places. shapes: the same for the demo model; shapes-partial: "
-                    "the share of it that is right. sharpness: detail, noise included.",
+                    tooltip="pickscore, hpsv2, imagereward: human preference. clipscore: similarity to the prompt. ocr: the "
+                    "text in double quotes. geneval: objects, colours, places. shapes: the same for the demo model. "
+                    "shapes-partial: the share of a demo prompt's clauses that hold. sharpness: detail, noise included.",
                 ),
                 io.Combo.Input(
                     "model", options=model_files(), default=HUB,
-                    tooltip=f"File or folder in models/{FOLDER}, or the hub's (downloaded once). Of models/{VISION} pickscore "
-                    "and clipscore take whole CLIP models.",
+                    tooltip=f"A file or folder in models/{FOLDER}, or the hub's weights, which are downloaded once. pickscore "
+                    f"and clipscore also take files in models/{VISION} that hold a whole CLIP model.",
                 ),
                 io.String.Input(
                     "metadata", multiline=True, default="", optional=True,
-                    tooltip='For ocr {"target": "text"}; for geneval its metadata, {"tag": ..., "include": [...]}. JSON.',
+                    tooltip='JSON: {"target": "text"} for ocr, {"tag": ..., "include": [...]} for geneval.',
                 ),
-                TreeSocket.Input("tree", optional=True, tooltip="For several prompts: the tree of these images."),
+                TreeSocket.Input("tree", optional=True, tooltip="The tree of these images, if it has several prompts."),
             ],
             outputs=[
                 ScoresSocket.Output(display_name="scores", tooltip="For Select Branches, Tree View, Compare."),
@@ -169,19 +171,20 @@ class CombineScores(io.ComfyNode):
             node_id="TMPO_CombineScores",
             display_name="Combine Scores",
             category=CATEGORY,
-            description="A weighted sum of scores, each z-scored among the pictures of a prompt first, as in training.",
+            description="Computes a weighted sum of scores. As in training, each is first z-scored among the pictures of a "
+            "prompt.",
             inputs=[
                 ScoresSocket.Input("first", tooltip="Scores of the batch."),
                 ScoresSocket.Input("second", optional=True, tooltip="Other scores of the same batch."),
                 ScoresSocket.Input("third", optional=True, tooltip="Other scores of the same batch."),
                 ScoresSocket.Input("fourth", optional=True, tooltip="Other scores of the same batch."),
                 io.String.Input(
-                    "weights", default="", tooltip="One number per score, e.g. 1, 0.5; all 1 if left empty."
+                    "weights", default="", tooltip="One number per score, e.g. 1, 0.5. If empty, all weights are 1."
                 ),
-                io.Boolean.Input("zscore", default=True, tooltip="Off: the raw scores are added."),
+                io.Boolean.Input("zscore", default=True, tooltip="If this is off, the raw scores are added."),
             ],
             outputs=[
-                ScoresSocket.Output(display_name="scores", tooltip="The sum first, then what it is made of."),
+                ScoresSocket.Output(display_name="scores", tooltip="The sum, followed by its parts."),
                 io.String.Output(display_name="text", tooltip="Mean, best and worst in words."),
             ],
         )
@@ -192,7 +195,7 @@ class CombineScores(io.ComfyNode):
         for other in given[1:]:
             if other.prompts != first.prompts or unlike(other.seen, first.seen):
                 raise ValueError("these scores are of different batches: score the same images with the same prompts")
-        # Only the first of each: the output of another Combine Scores is one score, without its parts.
+        # Only the first score of each input counts: the output of another Combine Scores is one score, without its parts.
         values: list[tuple[str, Tensor]] = []
         for scores in given:
             name = next(iter(scores.values))
@@ -222,23 +225,25 @@ class BoltzmannWeights(io.ComfyNode):
             node_id="TMPO_BoltzmannWeights",
             display_name="Boltzmann Weights",
             category=CATEGORY,
-            description="What training would aim at with this tree: q, the softmax of the scores; p, how likely the model's "
-            "own branches are; and the advantage log q - log p that each leaf would get.",
+            description="Shows what training would aim at with this tree: q, the softmax of the scores; p, how likely the "
+            "model's own branches are; and the advantage log q - log p of each leaf.",
             inputs=[
-                ScoresSocket.Input("scores", tooltip="The first of them counts."),
+                ScoresSocket.Input("scores", tooltip="The scores of the leaves. The first score is used."),
                 TreeSocket.Input("tree", optional=True, tooltip="Without a tree there is no p and no advantage."),
                 io.Float.Input(
                     "beta", default=1.0, min=0.0, max=20.0, step=0.1,
-                    tooltip="Inverse temperature: 0 treats all alike, large ones want the best alone (training: 0.8 to 2).",
+                    tooltip="Inverse temperature: 0 weights all leaves equally, a large value only the best (training uses "
+                    "0.8 to 2).",
                 ),
             ],
             outputs=[
-                ScoresSocket.Output(display_name="weights", tooltip="q first, then p and advantage."),
+                ScoresSocket.Output(display_name="weights", tooltip="q, followed by p and the advantage."),
                 io.Float.Output(
                     display_name="effective_leaves",
-                    tooltip="exp of the entropy of q, the mean over prompts: 1 if one leaf has it all, K if all are alike.",
+                    tooltip="exp of the entropy of q, averaged over prompts: 1 if one leaf has all the weight, K if all K are "
+                    "equal.",
                 ),
-                io.String.Output(display_name="text", tooltip="How far q is spread, by prompt."),
+                io.String.Output(display_name="text", tooltip="The number of leaves over which q is spread, by prompt."),
             ],
         )  # fmt: skip
 

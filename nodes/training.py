@@ -1,4 +1,4 @@
-"""Training from within ComfyUI, in a process of its own, and a look at a run's progress."""
+"""Nodes that train in a separate process and show a run's progress."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ from .images import to_image
 from .types import CATEGORY, inside
 
 PACK = Path(__file__).parents[1]
-INSTALL = f'pip install -c constraints.txt -e ".[train]" in {PACK}, or name an interpreter that has it in TMPO_PYTHON'
-RUN_TIP = "A run's folder, in ComfyUI's output folder."
-#: Flags that lead elsewhere, or start other programs.
+INSTALL = f'pip install -c constraints.txt -e ".[train]" in {PACK}, or set TMPO_PYTHON to an interpreter that has it'
+RUN_TIP = "A run's folder in ComfyUI's output folder."
+#: Flags that use other folders or start other programs.
 REFUSED = ("launch", "--output-dir", "--config", "--resume")
-#: Seconds that a cancelled run has to save.
+#: Seconds that a cancelled run gets for saving.
 SAVING = 120
 #: Seconds between two looks at a run.
 LOOK = 0.5
 
 
 def missing_packages(python: str) -> str | None:
-    """What an interpreter says when it imports what training needs; None if all is there. Raises ValueError."""
+    """The error of an interpreter that imports training's packages; None if all are there.
+
+    Raises:
+        ValueError: the interpreter cannot be run.
+    """
     code = "import accelerate, diffusers, peft, matplotlib, pydantic, yaml, cv2, rapidocr"
     try:
-        # -P: no module of the same name from the current folder.
+        # -P keeps modules of the same name in the current folder out.
         tried = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"python {python} cannot be run ({error}): give the path of an interpreter") from None
@@ -54,18 +58,18 @@ class Train(io.ComfyNode):
             node_id="TMPO_Train",
             display_name="Train TMPO LoRA",
             category=CATEGORY,
-            description="Runs `python -m tmpo_trainer` in a process of its own and gives the LoRA's path. Cancel saves a "
-            "checkpoint; queueing again continues it.",
+            description="Runs `python -m tmpo_trainer` in a separate process and outputs the LoRA's path. Cancel saves a "
+            "checkpoint; queueing again continues from it.",
             inputs=[
                 io.String.Input("output_dir", default="tmpo_run", tooltip=RUN_TIP),
                 io.String.Input(
                     "flags", multiline=True, default="--preset demo",
-                    tooltip="As on the command line, e.g. --model FOLDER --reward pickscore --updates 300. "
+                    tooltip="The flags of the command line, e.g. --model FOLDER --reward pickscore --updates 300. "
                     "`python -m tmpo_trainer --help` lists them.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="lora_path", tooltip="For Load TMPO LoRA."),
+                io.String.Output(display_name="lora_path", tooltip="The LoRA's path, for Load TMPO LoRA."),
                 io.String.Output(display_name="report", tooltip="The run's report, as Markdown."),
             ],
             is_output_node=True,
@@ -73,24 +77,24 @@ class Train(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, output_dir, flags) -> Any:
-        # Run again if its LoRA is gone, or another run has written one.
+        # The node runs again if its LoRA was deleted, or another run has written one.
         file = inside(output_dir, "output_dir") / FILE_NAME
         return file.stat().st_mtime_ns if file.exists() else float("nan")
 
     @classmethod
     def execute(cls, output_dir, flags) -> io.NodeOutput:
-        # No input of the node: a workflow from elsewhere must not choose a program.
+        # The interpreter is not an input of the node: a workflow from elsewhere must not choose a program.
         python = os.environ.get("TMPO_PYTHON", sys.executable)
         missing = missing_packages(python)
         if missing is not None:
-            raise ValueError(f"the trainer cannot run with {Path(python).name}: {missing}. Install it: {INSTALL}")
+            raise ValueError(f"the trainer cannot run with {Path(python).name}: {missing}. To install it: {INSTALL}")
         try:
             words = shlex.split(flags)
         except ValueError as error:
             raise ValueError(f"flags: {error}") from None
         refused = [word for word in words if word.split("=")[0] in REFUSED]
         if refused:
-            raise ValueError(f"flags: {refused[0]} is not for this node, which has output_dir for its folder")
+            raise ValueError(f"flags: {refused[0]} cannot be used in this node: leave it out and set output_dir")
         folder = inside(output_dir, "output_dir")
         asked = folder / "flags.txt"
         if any(folder.glob("checkpoint-*")):
@@ -110,7 +114,7 @@ class Train(io.ComfyNode):
 
 def run(python: str, words: list[str], folder: Path) -> None:
     """Trains, with progress and cancel. Raises ValueError with the trainer's last line if it fails."""
-    # Weights that ComfyUI holds would be in the way.
+    # Weights that ComfyUI keeps on the GPU would take the run's memory.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     places = [str(PACK), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -123,7 +127,7 @@ def run(python: str, words: list[str], folder: Path) -> None:
             env=environment,
             stderr=errors,
             stdout=subprocess.DEVNULL,
-            # Ctrl-Break reaches groups alone.
+            # Ctrl-Break reaches only process groups.
             creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if windows else 0,  # type: ignore[attr-defined]
         )
         try:
@@ -133,7 +137,7 @@ def run(python: str, words: list[str], folder: Path) -> None:
                 bar.update_absolute(done, max(planned(folder), 1))
                 time.sleep(LOOK)
         except BaseException:
-            # It saves a checkpoint and ends.
+            # The signal makes the run save a checkpoint and end.
             process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGINT)  # type: ignore[attr-defined]
             try:
                 process.wait(SAVING)
@@ -142,14 +146,16 @@ def run(python: str, words: list[str], folder: Path) -> None:
                 process.wait()
             raise
         errors.seek(0)
-        told = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
+        lines = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
     if process.returncode:
-        last = next((line for line in reversed(told) if line.startswith("tmpo_trainer:")), (told or ["no message"])[-1])
+        last = next(
+            (line for line in reversed(lines) if line.startswith("tmpo_trainer:")), (lines or ["no message"])[-1]
+        )
         raise ValueError(f"training ended with exit code {process.returncode}: {last.removeprefix('tmpo_trainer: ')}")
 
 
 def planned(folder: Path) -> int:
-    """Updates that a run is to have, from its settings; 0 before they are written."""
+    """The number of updates that a run will have, from its settings; 0 before they are written."""
     for line in (folder / "config.yaml").read_text().splitlines() if (folder / "config.yaml").exists() else []:
         if line.startswith("updates:"):
             return int(line.split(":")[1])
@@ -163,12 +169,12 @@ class TrainingMonitor(io.ComfyNode):
             node_id="TMPO_TrainingMonitor",
             display_name="Training Monitor",
             category=CATEGORY,
-            description="Curves and the newest sample grid of a run, also while it trains.",
+            description="Shows the curves and the newest sample grid of a run, also while it trains.",
             inputs=[io.String.Input("run", default="tmpo_run", tooltip=RUN_TIP)],
             outputs=[
                 io.Image.Output(display_name="curves", tooltip="Rewards, diversity and gradient over the updates."),
-                io.Image.Output(display_name="samples", tooltip="The newest sample grid; black before the first."),
-                io.String.Output(display_name="text", tooltip="First and newest values in words."),
+                io.Image.Output(display_name="samples", tooltip="The newest sample grid, or black if there is none yet."),
+                io.String.Output(display_name="text", tooltip="The first and newest values as text."),
             ],
             is_output_node=True,
         )  # fmt: skip
@@ -186,7 +192,7 @@ class TrainingMonitor(io.ComfyNode):
         folder = inside(run, "run")
         lines = read_metrics(folder / "metrics.jsonl")
         if not lines:
-            raise ValueError(f"{folder} holds no run: metrics.jsonl is missing or empty")
+            raise ValueError(f"run: {folder} has no metrics.jsonl, or an empty one: choose the folder of a run")
         rewards = [key for key in lines[-1] if key.startswith("reward/")]
         series = {key.removeprefix("reward/"): [line[key] for line in lines] for key in rewards}
         series |= {"LGMD": [line["lgmd"] for line in lines], "gradient norm": [line["grad_norm"] for line in lines]}
@@ -201,7 +207,7 @@ class TrainingMonitor(io.ComfyNode):
 
 
 def sample_grids(folder: Path) -> list[Path]:
-    """Of a run, the newest last: their names count the updates."""
+    """The sample grids of a run, newest last. Their names count the updates."""
     return sorted((folder / "samples").glob("*.png"))
 
 

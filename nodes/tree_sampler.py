@@ -1,4 +1,4 @@
-"""The tree sampler: independent seeds and branches of one denoising run, every unique node evaluated once."""
+"""The tree sampler: independent seeds and branches in one denoising run, with every unique node evaluated once."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from torch import Tensor
 from ..tmpo_trainer import flow, tree
 from .types import Tree
 
-#: Most pictures in the live preview.
+#: At most this many pictures in the live preview.
 PREVIEWED = 9
-#: Leaves that a tree keeps, to know its pictures by. One could be like another tree's by chance.
+#: Leaves that a tree keeps in order to recognise its pictures. A single one could resemble another tree's by chance.
 FIRST = 3
-#: Most leaves of all prompts: beyond this a typing error is likelier than a wish.
+#: At most this many leaves of all prompts. A larger number is more likely a typing error.
 MOST_LEAVES = 1024
 
 
 class TreeSampler(comfy.samplers.Sampler):
-    """A rollout of `tree.rollout` behind ComfyUI's guider, with masks, guidance, LoRAs and hooks as the guider has them.
+    """Runs `tree.rollout` behind ComfyUI's guider, which applies masks, guidance, LoRAs and hooks as usual.
 
-    One object per run: `tree` has what the last run left.
+    Each run needs its own object, which holds the sampled tree in `tree` afterwards.
     """
 
     def __init__(
@@ -46,23 +46,24 @@ class TreeSampler(comfy.samplers.Sampler):
         self.branch_steps, self.branching = branch_steps, branching
         self.kernel, self.eta, self.max_batch, self.progress = kernel, eta, max_batch, progress
         self.tree: Tree | None = None
-        #: Places of the latents in the batch that they come from, where that is another: their noise goes with it.
+        #: If the latents were taken from another batch, their places there, which determine their noise.
         self.places: list[int] | None = None
 
     def plan(self, steps: int, prompts: int) -> tree.TreePlan:
         """Raises ValueError for branch steps that do not fit."""
         late = [step for step in self.branch_steps if step > steps]
         if late:
-            raise ValueError(
-                f"branch step {late[0]} lies beyond the {steps} steps of these sigmas: choose 1 to {steps}"
-            )
+            raise ValueError(f"branch step {late[0]} is beyond the {steps} steps of these sigmas: choose 1 to {steps}")
         plan = tree.TreePlan.tmpo(steps, self.branch_steps, self.branching).forest(prompts)
         if plan.leaves > MOST_LEAVES:
-            raise ValueError(f"{plan.leaves} leaves: fewer branch steps or a smaller branching (at most {MOST_LEAVES})")
+            raise ValueError(
+                f"the tree has {plan.leaves} leaves, at most {MOST_LEAVES} are allowed: choose fewer branch steps or a "
+                "smaller branching"
+            )
         return plan
 
     def largest(self, plan: tree.TreePlan) -> int:
-        """Latents in the largest call of the model."""
+        """The number of latents in the largest call of the model."""
         most = max(self.max_batch, plan.trees) if self.max_batch else None
         return tree.chunk_size(max(plan.widths), plan.trees, most)
 
@@ -80,7 +81,7 @@ class TreeSampler(comfy.samplers.Sampler):
         sampling = model_wrap.inner_model.model_sampling
         if not isinstance(sampling, comfy.model_sampling.CONST):
             raise ValueError(
-                "the tree sampler is for flow-matching models (SD3, SD3.5, FLUX and the like); this one is not: use KSampler"
+                "the tree sampler needs a flow-matching model such as SD3, SD3.5 or FLUX: for this model use KSampler"
             )
         prompts, seed = len(noise), extra_args.get("seed") or 0
         plan = self.plan(len(sigmas) - 1, prompts)
@@ -98,7 +99,7 @@ class TreeSampler(comfy.samplers.Sampler):
             )
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         sources = [tree.keyed_noise((seed, place), noise.shape[1:]) for place in self.places or range(prompts)]
-        # Root 0 of a prompt starts from the noise that was given, as any sampler does.
+        # Root 0 of a prompt starts from the given noise, as in any sampler.
         given = [noise if r == 0 else self._roots(sources, r).to(noise) for r in range(plan.roots // prompts)]
         starts = [
             sampling.noise_scaling(sigmas[0], start, latent, self.max_denoise(model_wrap, sigmas)) for start in given
@@ -113,7 +114,7 @@ class TreeSampler(comfy.samplers.Sampler):
 
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         options = {key: value for key, value in extra_args.items() if key != "denoise_mask"}
-        #: Rows of the step that is being evaluated: the noise of a masked region is its root's.
+        #: Rows of the current step evaluated so far. They map a row to its root, whose noise a masked region has.
         asked = 0
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class TreeSampler(comfy.samplers.Sampler):
             if done in bounds:
                 asked = 0
                 if self.progress is None and callback is not None:
-                    # As any sampler: once a step, with all that it has.
+                    # As in any sampler, the callback gets all rows once per step.
                     callback(step - 1, torch.cat(whole), torch.cat(whole), plan.num_steps)
                 whole.clear()
             if self.progress is not None:
@@ -156,7 +157,7 @@ class TreeSampler(comfy.samplers.Sampler):
             draw,
             sigmas.tolist(),
             plan,
-            # Without noise exactly Euler's steps, to the bit.
+            # Without noise these are Euler's steps, exact to the bit.
             kernel=self.kernel if self.eta else "ode",
             eta=self.eta,
             max_batch=self.largest(plan),
@@ -183,13 +184,16 @@ class TreeSampler(comfy.samplers.Sampler):
 
 
 def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
-    """Latents as the network has them, `[n, C, h, w]` (or with frames), as `[n, h, w, 3]` in 0..1: ComfyUI's latent2rgb."""
+    """ComfyUI's latent2rgb: the network's latents `[n, C, h, w]` (or with frames) -> `[n, h, w, 3]` in 0..1.
+
+    None if the latent format has no linear map to colours.
+    """
     if latent_format.latent_rgb_factors is None:
         return None
     x0 = x0[:, :, 0] if x0.dim() == 5 else x0
     factors = torch.tensor(latent_format.latent_rgb_factors)
     if len(factors) != x0.shape[1]:
-        # Formats that fold their latents first. It is only a preview.
+        # The format folds its latents first, so its map does not fit. Only the preview is lost.
         return None
     bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
     return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
@@ -205,7 +209,7 @@ def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:
         if previewer is not None:
             side = int(min(PREVIEWED, len(x0)) ** 0.5)
             chosen = x0[torch.linspace(0, len(x0) - 1, side * side).long()]
-            # Previewers look at the first row alone: a square of pictures in one.
+            # Previewers look only at the first row, so a square of pictures becomes one row.
             rows = [torch.cat(list(chosen[first : first + side]), -1) for first in range(0, side * side, side)]
             picture = previewer.decode_latent_to_preview_image("JPEG", torch.cat(rows, -2)[None])
         bar.update_absolute(done, total, picture)
@@ -216,7 +220,7 @@ def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:
 def sample_tree(
     guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, Any], sampler: TreeSampler
 ) -> tuple[dict[str, Any], Tree]:
-    """Runs a tree sampler as SamplerCustomAdvanced runs any: LATENT of all leaves, and the tree."""
+    """Runs a tree sampler as SamplerCustomAdvanced runs any sampler. Returns a LATENT of all leaves, and the tree."""
     if len(sigmas) < 2:
         raise ValueError("these sigmas have no steps: give a scheduler at least one")
     samples = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
@@ -224,7 +228,7 @@ def sample_tree(
     plan = sampler.plan(len(sigmas) - 1, len(samples))
     sampler.progress, sampler.places = live_preview(guider), latent.get("batch_index")
     largest = sampler.largest(plan)
-    # ComfyUI reserves memory by the latents it sees, the roots; the largest batch is what will be asked for.
+    # ComfyUI would reserve memory for the latents that it sees, the roots. The largest batch needs more.
     guider = copy.copy(guider)
     guider.model_options = comfy.model_patcher.create_model_options_clone(guider.model_options)
 

@@ -1,4 +1,4 @@
-"""The tree as a picture and as an interactive view, `web/tmpo_tree.js`, that reads what the node reports."""
+"""Shows a tree as a picture and in the interactive view `web/tmpo_tree.js`, which draws what the node reports."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from .images import thumbs, to_image, unlike
 from .tree_sampler import MOST_LEAVES
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
-#: Longest side of the pictures that go to the browser.
+#: Longest side of the pictures sent to the browser.
 THUMBNAIL = 256
 
 
 def decoded_images(x0: Tensor, vae: Any) -> Tensor:
-    """Latents `[n, C, h, w]` (or with frames: the first) through a VAE: `[n, h, w, 3]` in 0..1."""
+    """Decodes latents `[n, C, h, w]` (or the first of their frames) with a VAE to `[n, h, w, 3]` in 0..1."""
     images = vae.decode(x0)
     return images[:, 0] if images.dim() == 5 else images
 
 
 @dataclass
 class Decoded:
-    """What a VAE makes of a tree: previews by step, and `thumbs` of its first leaves. vae: only to know it again."""
+    """A tree decoded by a VAE: previews by step, and `thumbs` of the first leaves. vae: serves to recognise the VAE."""
 
     vae: weakref.ref[Any]
     previews: dict[int, list[Image.Image]]
     first: Tensor
 
 
-#: Kept for as long as a tree is: choosing a leaf runs the view again, and all before it comes from ComfyUI's cache.
+#: Kept as long as the tree itself. Choosing a leaf runs the view again with the same tree from ComfyUI's cache.
 _known: weakref.WeakKeyDictionary[Tree, Decoded] = weakref.WeakKeyDictionary()
 
 
 def decoded(tree: Tree, vae: Any) -> Decoded:
-    """Through the VAE once for each tree."""
+    """Decodes a tree. The result is kept, so that each tree passes through the VAE once."""
     known = _known.get(tree)
     if known is None or known.vae() is not vae:
         previews = {step: to_pil(decoded_images(x0, vae)) for step, x0 in tree.previews.items()}
@@ -64,8 +64,8 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def save(pictures: list[Image.Image]) -> list[dict[str, str]]:
-    """Temporary files; what the browser asks for."""
-    # Sizes differ from call to call and browsers cache by name.
+    """Writes temporary files. Returns the references by which the browser asks for them."""
+    # Browsers cache by name, so every call needs new names.
     tensors = [torch.from_numpy(np.asarray(picture, np.float32) / 255) for picture in pictures]
     return list(ui.ImageSaveHelper.save_images(tensors, f"tmpo_tree_{uuid.uuid4().hex[:8]}", io.FolderType.temp, None))
 
@@ -78,7 +78,7 @@ def report(
     weights: list[float] | None,
     best: int | None,
 ) -> dict[str, Any]:
-    """What the view draws, as JSON: scores that are not finite are null, the seed (up to 64 bits) is a string."""
+    """What the view draws, as JSON. Scores that are not finite are null, and the seed (up to 64 bits) is a string."""
     nodes = tree_picture.layout(tree.plan)
     first = scores.first().tolist() if scores is not None else []
     low, high = tree_picture.limits(first)
@@ -153,15 +153,15 @@ class TreeView(io.ComfyNode):
                 TreeSocket.Input("tree", tooltip="From a tree sampler."),
                 io.Image.Input("images", tooltip="All leaves of that tree, decoded."),
                 ScoresSocket.Input(
-                    "scores", optional=True, tooltip="Optional: of these images; the first score colours the tree."
+                    "scores", optional=True, tooltip="Optional: scores of these images. The first one colours the tree."
                 ),
                 io.Vae.Input(
                     "vae", optional=True,
-                    tooltip="Optional: decodes the previews where branches part; without it they are a rough guess.",
+                    tooltip="Optional: decodes the previews where branches part. Without it they are rough estimates.",
                 ),
                 io.Combo.Input(
                     "theme", options=list(tree_picture.RAMPS), default="dark",
-                    tooltip="Of the picture; the view follows ComfyUI's theme.",
+                    tooltip="The theme of the picture. The view itself follows ComfyUI's theme.",
                 ),
                 io.Float.Input(
                     "beta", default=1.0, min=0.0, max=100.0, step=0.1,
@@ -169,12 +169,12 @@ class TreeView(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "selected", default=-1, min=-1, max=MOST_LEAVES - 1,
-                    tooltip="The chosen leaf's place in the batch; -1 for the one with the best score.",
+                    tooltip="The chosen leaf's place in the batch. -1 chooses the leaf with the best score.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The tree as one picture."),
-                io.Int.Output(display_name="selected_index", tooltip="For Select Branches."),
+                io.Int.Output(display_name="selected_index", tooltip="The chosen leaf's place, for Select Branches."),
                 io.Image.Output(display_name="selected_image", tooltip="The chosen leaf alone."),
             ],
         )  # fmt: skip
@@ -185,7 +185,9 @@ class TreeView(io.ComfyNode):
     ) -> io.NodeOutput:
         tree.check(len(images), "images")
         if selected >= tree.leaves:
-            raise ValueError(f"selected is {selected}, but this tree has {tree.leaves} leaves: -1 takes the best")
+            raise ValueError(
+                f"selected is {selected}, but this tree has {tree.leaves} leaves: set it to -1 for the best"
+            )
         weights, best, first, name = None, None, None, ""
         if scores is not None:
             scores.check(images)
@@ -198,8 +200,8 @@ class TreeView(io.ComfyNode):
             previews = known.previews
             if len(known.first) and unlike(known.first, thumbs(images[: len(known.first)])):
                 raise ValueError(
-                    "images are not the leaves of this tree: connect both to the same tree sampler, or take vae off to show "
-                    "them all the same"
+                    "images are not the leaves of this tree: connect both to the same tree sampler, or disconnect vae to "
+                    "show them anyway"
                 )
         else:
             previews = {step: to_pil(colours) for step, colours in tree.colours.items()}

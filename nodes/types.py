@@ -1,4 +1,4 @@
-"""What flows between the nodes beside ComfyUI's own types."""
+"""The types that flow between the nodes besides ComfyUI's own."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ CATEGORY = "TMPO"
 
 
 def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
-    """A path within ComfyUI's output folder, where a bare name lies, or within other folders.
+    """Resolves a path against ComfyUI's output folder. It must be inside that folder or one of the other folders.
 
     A workflow from elsewhere must not read or write anywhere else.
 
     Raises:
-        ValueError: it lies outside.
+        ValueError: the path is outside of these folders.
     """
     output = Path(folder_paths.get_output_directory()).resolve()
     path = (output / Path(given).expanduser()).resolve()
     if not any(path.is_relative_to(Path(folder).resolve()) for folder in (output, *more)):
-        raise ValueError(f"{what} {given} lies outside of {output}: choose a folder in there")
+        raise ValueError(f"{what} {given} is outside of {output}: choose a path inside it")
     return path
 
 
@@ -38,12 +38,12 @@ ScoresSocket = io.Custom("TMPO_SCORES")
 
 @dataclass(eq=False)
 class Tree:
-    """What a tree sampler leaves beside its latents; leaf l of prompt p is row l * prompts + p.
+    """What a tree sampler returns besides its latents. Leaf l of prompt p is row l * prompts + p.
 
-    sigmas: of all steps. log_probs: of the edges. seed: of the noise. previews: {step: x0 of the nodes that are evaluated
-    there, `[width, C, h, w]` as the VAE takes them} at branch steps. colours: the same as small pictures
-    `[width, h, w, 3]` in 0..1, by the latent format's linear map; empty where it has none. first: the first leaves as the VAE
-    takes them; none where noise is left in them, for another sampler to go on.
+    sigmas: those of all steps. log_probs: those of the edges. seed: the noise's. previews: {step: x0 of the nodes evaluated
+    there, `[width, C, h, w]` as the VAE takes them} at branch steps. colours: the same as small pictures `[width, h, w, 3]`
+    in 0..1, by the latent format's linear map; empty if the format has no map. first: the first leaves as the VAE takes
+    them; empty if noise is left in them for another sampler.
     """
 
     plan: tree.TreePlan
@@ -63,14 +63,14 @@ class Tree:
 
     @property
     def leaves(self) -> int:
-        """Of all prompts."""
+        """The number of leaves of all prompts."""
         return self.plan.leaves
 
     def check(self, count: int, what: str) -> None:
-        """Raises ValueError unless a batch is of this tree."""
+        """Raises ValueError unless a batch has as many entries as this tree has leaves."""
         if count != self.leaves:
             raise ValueError(
-                f"{what} has {count} entries, the tree {self.leaves} leaves: connect both to the same tree sampler"
+                f"{what} has {count} entries, but the tree has {self.leaves} leaves: connect both to the same tree sampler"
             )
 
     def paths(self) -> list[tuple[int, ...]]:
@@ -83,7 +83,7 @@ class Tree:
 
 @dataclass
 class Scores:
-    """Named scores of a batch, float32 `[N]` each; the first is what nodes sort and colour by unless told otherwise.
+    """Named scores of a batch, float32 `[N]` each. Nodes sort and colour by the first one.
 
     seen: `thumbs` of the pictures that were scored.
     """
@@ -105,8 +105,10 @@ class Scores:
         )
 
     def check(self, images: Tensor, what: str = "scores") -> None:
-        """Raises ValueError unless a batch is the one that was scored; its pictures may have been resized or corrected."""
+        """Raises ValueError unless a batch is the one that was scored. Its pictures may have been resized or corrected."""
         if len(self) != len(images):
-            raise ValueError(f"{what} has {len(self)} entries for {len(images)} images: connect those of these images")
+            raise ValueError(
+                f"{what} has {len(self)} entries for {len(images)} images: connect the scores of these images"
+            )
         if unlike(self.seen, thumbs(images)):
-            raise ValueError(f"{what} are of other images: score these, or connect the images that were scored")
+            raise ValueError(f"{what} belong to other images: score these, or connect the images that were scored")

@@ -1,15 +1,15 @@
-// The view of the "Tree View" node: from the start (left) to the leaves (right), a click chooses a leaf.
-// Places and colours come from the node; here they only become pixels.
+// The view of the "Tree View" node. It shows the tree from the start (left) to the leaves (right); a click chooses a leaf.
+// The node computes places and colours. This file only draws them.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const NODE = "TMPO_TreeView";
 const OUTPUT = "tmpo_tree";
-// Of a node that is new, and the most that it grows to with its first tree.
+// The size of a new node, and the largest size to which its first tree makes it grow.
 const SIZE = [520, 460];
 const GROWN = [840, 1240];
-// In pixels: height of a leaf's row, space between pictures, the straight piece of an edge that carries its label.
+// Pixels: the height of a leaf's row, the gap between pictures, the straight part of an edge that carries its label.
 const ROW = { min: 34, max: 110 };
 const GAP = 6;
 const TRUNK = 52;
@@ -117,7 +117,7 @@ class TreeView {
     this.root.addEventListener("blur", () => this.hover(null));
     this.root.addEventListener("pointerleave", () => this.hover(null));
     this.root.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    // The middle button moves ComfyUI's canvas, over this view too.
+    // The middle button moves ComfyUI's canvas, also over this view.
     for (const name of ["Down", "Move", "Up"]) {
       this.root.addEventListener(`pointer${name.toLowerCase()}`, (event) => {
         if (name === "Move" ? event.buttons & 4 : event.button === 1) app.canvas[`processMouse${name}`](event);
@@ -127,7 +127,7 @@ class TreeView {
     this.observer.observe(this.root);
   }
 
-  /** Leaves as they stand, from the top. */
+  /** The leaves in their order from the top. */
   get leaves() {
     return this.tree.leaves;
   }
@@ -138,7 +138,7 @@ class TreeView {
     this.draw();
   }
 
-  /** Marks a leaf without telling anyone. */
+  /** Marks a leaf without calling `select`. */
   mark(index) {
     this.selected = index;
     for (const [leaf, option] of this.options) {
@@ -159,7 +159,7 @@ class TreeView {
 
   draw() {
     const tree = this.tree;
-    // Not on the page, or folded.
+    // The view is not on the page, or its node is collapsed.
     if (!tree || !this.root.clientWidth) return;
     this.theme = isDark(this.root) ? "dark" : "light";
     const scrolled = this.scroll.scrollTop;
@@ -173,7 +173,7 @@ class TreeView {
     const thumb = row - GAP;
     const aspect = Math.min(Math.max(tree.aspect, 0.5), 2);
     const scored = tree.score !== null;
-    // Score and mark always, bars where there is room.
+    // Score and mark are always shown, bars only if there is room.
     const bars = scored && width > 460;
     const side = Math.round(thumb * aspect) + (scored ? 61 : 0) + (bars ? 130 : 0) + 34;
     const scrollbar = row * tree.rows > height ? 12 : 0;
@@ -353,7 +353,7 @@ class TreeView {
     canvas.append(option);
   }
 
-  /** A second click takes the choice back. */
+  /** A second click cancels the choice. */
   choose(leaf) {
     const index = leaf.index === this.selected ? -1 : leaf.index;
     this.mark(index);
@@ -379,7 +379,7 @@ class TreeView {
     this.card.style.display = "flex";
     const outer = this.root.getBoundingClientRect();
     const inner = target.getBoundingClientRect();
-    // ComfyUI scales the view with its canvas; a rectangle on the page is scaled, a style is not.
+    // ComfyUI scales the view with its canvas. A rectangle on the page is scaled, a style is not.
     const scale = outer.width / this.root.offsetWidth || 1;
     const left = (inner.left - outer.left) / scale;
     const right = (inner.right - outer.left) / scale;
@@ -425,7 +425,7 @@ class TreeView {
     if (event.key in moves) {
       const leaf = this.leaves[moves[event.key]];
       const option = this.options.get(leaf);
-      // Not scrollIntoView: that would move ComfyUI's page too.
+      // scrollIntoView would also move ComfyUI's page.
       const { offsetTop, offsetHeight } = option;
       const seen = this.scroll.clientHeight - HEAD;
       const { scrollTop } = this.scroll;
@@ -459,11 +459,11 @@ app.registerExtension({
     document.head.append(style);
   },
 
-  /** A workflow that comes back, from another tab or the history, brings its last outputs without an event. */
+  /** A workflow that is opened again, from another tab or the history, has its last outputs but sends no event. */
   onNodeOutputsUpdated(outputs) {
     for (const [place, output] of Object.entries(outputs)) {
       if (!output?.[OUTPUT]) continue;
-      // `id`, or `subgraph:id`.
+      // The key is `id` or `subgraph:id`.
       const at = place.lastIndexOf(":");
       const graph = at < 0 ? app.graph : app.graph.subgraphs?.get(place.slice(0, at));
       graph?.getNodeById(place.slice(at + 1))?.tmpoTree?.show(output[OUTPUT][0]);
@@ -478,7 +478,7 @@ app.registerExtension({
       onNodeCreated?.apply(this, arguments);
       const widget = this.widgets.find((candidate) => candidate.name === "selected");
       const view = new TreeView((index) => {
-        // So that the choice can be undone and is kept with the workflow.
+        // With this the choice can be undone and is saved with the workflow.
         app.canvas.emitBeforeChange();
         widget.value = index;
         widget.callback?.(index);
@@ -487,7 +487,7 @@ app.registerExtension({
       });
       this.tmpoTree = view;
       const changed = widget.callback;
-      // Typed numbers mark their leaf too.
+      // A typed number marks its leaf, too.
       widget.callback = function (value) {
         changed?.apply(this, arguments);
         view.mark(value);
@@ -500,7 +500,7 @@ app.registerExtension({
     nodeType.prototype.onConfigure = function () {
       onConfigure?.apply(this, arguments);
       this.tmpoNew = false;
-      // An undo makes all nodes anew.
+      // An undo creates all nodes again.
       const place = this.graph === app.graph ? this.id : `${this.graph?.id}:${this.id}`;
       const last = app.nodeOutputs[place]?.[OUTPUT]?.[0];
       if (last) this.tmpoTree.show(last);
@@ -512,7 +512,7 @@ app.registerExtension({
       const tree = output[OUTPUT]?.[0];
       if (!tree) return;
       if (this.tmpoNew) {
-        // A size that someone chose, or that a workflow brings, stays.
+        // A size that the user chose, or that the workflow has, is kept.
         const missing = tree.rows * ROW.min + 2 * HEAD + 16 - this.tmpoTree.root.offsetHeight;
         const height = Math.min(this.size[1] + Math.max(missing, 0), GROWN[1]);
         if (this.size[0] === SIZE[0] && this.size[1] === SIZE[1]) this.setSize([GROWN[0], height]);
@@ -523,7 +523,7 @@ app.registerExtension({
 
     nodeType.prototype.onDrawForeground = function () {
       onDrawForeground?.apply(this, arguments);
-      // A new theme redraws the canvas as well.
+      // A change of theme also redraws the canvas.
       const look = document.body.className + document.documentElement.style.cssText;
       if (look !== this.tmpoLook) {
         this.tmpoLook = look;

@@ -25,7 +25,7 @@ from PIL import Image
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
 REPOSITORY = Path(__file__).parents[2]
-#: Hides from the server what the pack must not need; a training process it starts still has them.
+#: Hides the packages that the pack must not need from the server. A training process that it starts still has them.
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
@@ -43,7 +43,7 @@ Graph = dict[str, dict[str, Any]]
 
 
 class GraphError(Exception):
-    """What a node or the validation of a graph said."""
+    """The error of a node or of the validation of a graph."""
 
 
 class Comfy:

@@ -83,7 +83,7 @@ def test_a_tree_is_scored_weighed_and_chosen_from(comfy: Any) -> None:
 
 
 BAD = [
-    ({"branch_steps": "1, 4, 12"}, "branch step 12 lies beyond the 10 steps"),
+    ({"branch_steps": "1, 4, 12"}, "branch step 12 is beyond the 10 steps"),
     ({"branch_steps": "4, 1"}, "must increase"),
     ({"branch_steps": "a"}, "write numbers"),
     ({"branch_steps": ""}, "must increase"),
@@ -94,7 +94,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "said"), BAD, ids=[said for _, said in BAD])
-def test_bad_input_is_told_in_the_node_and_the_queue_goes_on(comfy: Any, changes: dict[str, Any], said: str) -> None:
+def test_bad_input_is_an_error_of_the_node_and_the_queue_goes_on(
+    comfy: Any, changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(Exception, match=said):
         comfy.run({**graph(**changes), "16": node("PreviewImage", images=["5", 0])})
     assert comfy.process.poll() is None
@@ -110,7 +112,7 @@ def test_the_pack_loads_fast_and_without_the_trainers_packages(comfy: Any) -> No
 
 
 def test_interrupt_and_run_again(comfy: Any) -> None:
-    """Cancelled in the middle it says so, and the next run is as ever."""
+    """A run that is cancelled in the middle reports it, and the next run works as usual."""
     long = {**graph(steps=200, branch_steps="1, 60, 61, 62"), "16": node("PreviewImage", images=["5", 0])}
     prompt = comfy.queue(long)
     import time
@@ -178,7 +180,7 @@ def test_bad_loras_are_refused(comfy: Any) -> None:
         comfy.run({**loading, "2": node("TMPO_LoadLora", model=["1", 0], lora="none.safetensors", strength=1.0)})
 
 
-def test_what_does_not_belong_together_is_told(comfy: Any) -> None:
+def test_what_does_not_belong_together_is_an_error(comfy: Any) -> None:
     small = {
         "31": node("EmptyImage", width=64, height=64, batch_size=5, color=0),
         "32": node("TMPO_ScoreImages", images=["31", 0], prompt="two red circles", reward="shapes", model="(hub)"),
@@ -188,10 +190,10 @@ def test_what_does_not_belong_together_is_told(comfy: Any) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"40": select, "41": node("PreviewImage", images=["40", 0])}, "scores has 5 entries for 27 images"),
         ({"40": node("TMPO_BoltzmannWeights", scores=["32", 0], tree=["4", 1], beta=1.0),
-          "41": node("PreviewAny", source=["40", 2])}, "scores has 5 entries, the tree 27 leaves"),
+          "41": node("PreviewAny", source=["40", 2])}, "scores has 5 entries, but the tree has 27 leaves"),
         ({"40": node("TMPO_Compare", base=["5", 0], lora=["31", 0], pairs=3, diversity=False)}, "base is a batch of 27"),
         ({"40": node("TMPO_TreeView", tree=["4", 1], images=["31", 0], theme="dark", beta=1.0, selected=-1)},
-         "images has 5 entries, the tree 27 leaves"),
+         "images has 5 entries, but the tree has 27 leaves"),
         ({"40": node("TMPO_ScoreImages", images=["5", 0], prompt="a\nb", reward="shapes", model="(hub)"),
           "41": node("PreviewAny", source=["40", 1])}, "a b"),
         ({"40": node("TMPO_ScoreImages", images=["5", 0], prompt="a dog", reward="shapes", model="(hub)"),
@@ -213,8 +215,8 @@ def select(images: list[Any], scores: list[Any], **more: Any) -> dict[str, Any]:
     return node("TMPO_SelectBranches", images=images, scores=scores, **settings)
 
 
-def test_scores_of_another_batch_are_told(comfy: Any) -> None:
-    """As many pictures, of another seed: 55 are they, 62 their scores, 63 those of the batch."""
+def test_scores_of_another_batch_are_an_error(comfy: Any) -> None:
+    """Node 55 has as many pictures of another seed, 62 their scores, and 63 the scores of the batch."""
     more = {
         **graph(),
         "44": graph(seed=6)["4"],
@@ -222,7 +224,7 @@ def test_scores_of_another_batch_are_told(comfy: Any) -> None:
         "62": scored(["55", 0]),
         "63": scored(["5", 0]),
     }
-    other = "are of other images: score these, or connect the images that were scored"
+    other = "belong to other images: score these, or connect the images that were scored"
     cases: list[tuple[dict[str, Any], str]] = [
         ({"70": select(["5", 0], ["62", 0]), "71": node("PreviewImage", images=["70", 0])}, f"scores {other}"),
         ({"70": node("TMPO_TreeView", tree=["4", 1], images=["5", 0], scores=["62", 0], theme="dark", beta=1.0, selected=-1)},
@@ -232,12 +234,12 @@ def test_scores_of_another_batch_are_told(comfy: Any) -> None:
         ({"70": node("TMPO_CombineScores", first=["63", 0], second=["62", 0], weights="", zscore=True),
           "71": node("PreviewAny", source=["70", 1])}, "of different batches"),
         ({"70": node("TMPO_TreeView", tree=["4", 1], images=["55", 0], vae=["1", 2], theme="dark", beta=1.0, selected=-1)},
-         "images are not the leaves of this tree: connect both to the same tree sampler, or take vae off"),
+         "images are not the leaves of this tree: connect both to the same tree sampler, or disconnect vae"),
     ]  # fmt: skip
     for nodes, said in cases:
         with pytest.raises(Exception, match=said):
             comfy.run({**more, **nodes})
-    # Without a VAE nothing is known of a tree's leaves but their number.
+    # Without a VAE only the number of a tree's leaves is known.
     nodes = {"70": node("TMPO_TreeView", tree=["4", 1], images=["55", 0], theme="dark", beta=1.0, selected=-1)}
     assert comfy.run({**more, **nodes})["70"]["tmpo_tree"]
 
@@ -260,8 +262,8 @@ def test_scores_stay_with_pictures_that_are_worked_on(comfy: Any) -> None:
     })  # fmt: skip
     assert len(found["15"]["images"]) == 4 and comfy.image(found["15"]["images"][0]).shape == (160, 160, 3)
     assert found["14"]["tmpo_tree"]
-    # What was chosen is a batch of its own: its scores are not those of as many others.
-    with pytest.raises(Exception, match="scores are of other images"):
+    # Chosen pictures are a batch of their own. Their scores do not fit as many other pictures.
+    with pytest.raises(Exception, match="scores belong to other images"):
         comfy.run({
             **graph(),
             "6": scored(["5", 0]),
@@ -282,7 +284,7 @@ def whole_clip() -> dict[str, torch.Tensor]:
 
 
 def test_a_scorer_from_comfyuis_clip_vision(comfy: Any) -> None:
-    """A file with both towers scores; one with the vision tower alone, as most there are, says so."""
+    """A file with both towers scores. A file with only the vision tower, like most files, gives an error that says so."""
     pytest.importorskip("open_clip", reason="the tokenizer is open_clip's")
     from safetensors.torch import save_file
 
@@ -319,7 +321,7 @@ def test_a_lora_of_other_sizes_is_refused_and_none_is_none(comfy: Any) -> None:
         inputs = {"model": ["1", 0], "strength": 1.0, **more}
         assert comfy.run({**loading, "2": node("TMPO_LoadLora", **inputs)})["2"]["text"][0] == "no LoRA"
     for path in ("/etc", "../elsewhere"):
-        with pytest.raises(Exception, match="lies outside of"):
+        with pytest.raises(Exception, match="is outside of"):
             comfy.run({**loading, "2": node("TMPO_LoadLora", model=["1", 0], lora="(none)", strength=1.0, path=path)})
 
 
@@ -361,13 +363,13 @@ def test_training_from_a_graph(comfy: Any) -> None:
     assert comfy.image(shown["3"]["images"][0]).shape == (80, 96, 3)
     for folder, flags, said in (
         ("run one", "--updates 9", "holds a run with other flags"),
-        ("/tmp/elsewhere", "", "lies outside of"),
-        ("run two", "--output-dir x", "--output-dir is not for this node"),
-        ("run two", "launch ddp", "launch is not for this node"),
+        ("/tmp/elsewhere", "", "is outside of"),
+        ("run two", "--output-dir x", "--output-dir cannot be used in this node"),
+        ("run two", "launch ddp", "launch cannot be used in this node"),
     ):
         with pytest.raises(Exception, match=said):
             comfy.run({"2": node("TMPO_Train", output_dir=folder, flags=flags)})
     with pytest.raises(Exception, match="exit code 2: unknown flag --updatez, did you mean --updates"):
         comfy.run({"2": node("TMPO_Train", output_dir="run two", flags="--updatez 3")})
-    with pytest.raises(Exception, match="holds no run"):
+    with pytest.raises(Exception, match=r"has no metrics\.jsonl, or an empty one"):
         comfy.run({"1": node("TMPO_TrainingMonitor", run="nowhere")})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
 import os
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +101,7 @@ def test_without_noise_it_is_stock_euler_to_the_bit(pack: Any, cfg: float) -> No
     leaves, _ = sample(pack, branch_steps="2, 8", eta=0.0, cfg=cfg)
     latent = empty()["samples"]
     noise = pack.comfy.sample.prepare_noise(latent, SEED)
-    # As many rows at each step: matrix products differ by their sizes.
+    # Both have as many rows at each step, because matrix products depend on their sizes.
     positive, negative = batch(pack, PROMPTS[:1]), batch(pack, ("a green triangle",))
     stock = pack.comfy.sample.sample(
         pack.model, noise, STEPS, cfg, "euler", "normal", positive, negative, latent, seed=SEED, disable_pbar=True
@@ -279,7 +281,7 @@ def test_a_model_that_is_no_flow_is_refused(pack: Any) -> None:
         pass
 
     other.add_object_patch("model_sampling", Other(pack.model.model.model_config))
-    with pytest.raises(ValueError, match=r"flow-matching models .* use KSampler"):
+    with pytest.raises(ValueError, match=r"flow-matching model .* use KSampler"):
         sample(pack, model=other)
 
 
@@ -291,7 +293,7 @@ def test_branch_schedule_is_the_trainers(pack: Any) -> None:
         pack.sampling.BranchScheduleNode.execute(6, "1, 2", "1, 3", 0.5, 6.0, 3, torch.linspace(1, 0, 4))
 
 
-def test_a_missing_package_is_told_with_the_mend(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named_with_the_fix(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
 
     monkeypatch.setitem(sys.modules, "cv2", None)
@@ -329,7 +331,7 @@ def test_scores_are_combined_and_weighed_as_in_training(pack: Any) -> None:
     torch.testing.assert_close(weighed[0].first()[::2], logs[0].exp().float())
 
 
-def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -> None:
+def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Path) -> None:
     import subprocess
 
     from tmpo_pack.nodes import training  # type: ignore[import-not-found]
@@ -339,7 +341,7 @@ def test_an_interpreter_without_the_trainer_is_told(pack: Any, tmp_path: Path) -
     assert "No module named 'accelerate'" in training.missing_packages(python)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPO_PYTHON", python)
-        with pytest.raises(ValueError, match=r"No module named 'accelerate'. Install it: pip install"):
+        with pytest.raises(ValueError, match=r"No module named 'accelerate'. To install it: pip install"):
             training.Train.execute("run", "--preset demo")
         patch.setenv("TMPO_PYTHON", str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="cannot be run"):
@@ -358,13 +360,13 @@ def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
     stock = previewer.decode_latent_to_preview((found.previews[5][2:3] - SHIFT) * SCALE)
     mine = (found.colours[5][2] * 255).to(torch.uint8)
     assert (torch.tensor(list(stock.getdata())).view(8, 8, 3) - mine.int()).abs().max() <= 1
-    # They resemble what comes of them: the leaf pictures of the same branch, blurred.
+    # They resemble the leaf pictures of the same branch, but blurred.
     last = pack.vae.decode(found.previews[5])
     assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
 
 
 def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choosing a leaf runs the view again; another VAE or tree is decoded anew, a tree that is gone forgotten."""
+    """Choosing a leaf runs the view again; another VAE or tree is decoded anew, and no tree is kept alive."""
     from tmpo_pack.nodes import tree_view  # type: ignore[import-not-found]
 
     class Counting:
@@ -384,9 +386,11 @@ def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch
     assert other.calls == 3
     tree_view.TreeView.execute(sample(pack)[1], images, "dark", 1.0, 0, None, vae)
     assert vae.calls == 6
-    before = len(tree_view._known)
+    # The view keeps no tree alive.
+    kept = weakref.ref(found)
     del found
-    assert len(tree_view._known) == before - 1
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -433,7 +437,7 @@ def test_a_sample_is_drawn_by_the_weights_of_each_prompt(pack: Any) -> None:
 
 
 def test_leaves_with_noise_left_are_not_compared(pack: Any) -> None:
-    """Another sampler goes on with them, and pictures come of that."""
+    """Another sampler continues from them and makes the pictures."""
     guider = pack.comfy.samplers.CFGGuider(pack.model)
     guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
     sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
@@ -510,7 +514,7 @@ def test_lines_are_prompts_only_where_there_are_as_many(pack: Any) -> None:
     # A prompt that is written on several lines is one.
     assert scoring.prompts_of("a\nb\n\nc", 27) == ["a b c"] * 27
     assert scoring.prompts_of("a\nb\nc", 54, two) == ["a b c"] * 54
-    with pytest.raises(ValueError, match="images has 3 entries, the tree 54 leaves"):
+    with pytest.raises(ValueError, match="images has 3 entries, but the tree has 54 leaves"):
         scoring.prompts_of("a", 3, two)
     with pytest.raises(ValueError, match="empty"):
         scoring.prompts_of(" \n", 3)

@@ -63,7 +63,7 @@ BOTH = about("color_attr", wanted("dog", color="red"), wanted("cat", color="blue
         (ONE, [put("dog")], 1, 1),
         (ONE, [put("cat")], 0, 0),
         (ONE, [], 0, 0),
-        # More than asked for is no fault of GenEval's, and one of the count term.
+        # GenEval allows more objects than asked for; the count term does not.
         (ONE, dogs(2), 1, 0),
         (ONE, dogs(3), 1, 0),
         (TWO, [put("dog"), put("cat")], 1, 1),
@@ -80,7 +80,7 @@ BOTH = about("color_attr", wanted("dog", color="red"), wanted("cat", color="blue
         (RED, [put("dog", color="red")], 1, 1),
         (RED, [put("dog", color="blue")], 0, 1 / 2),
         (RED, [put("cat", color="red")], 0, 0),
-        # Only the better of the two is looked at: too many are a fault of the count term alone.
+        # Only the better of the two is considered. Too many objects lower only the count term.
         (RED, [put("dog", color="red", score=0.9), put("dog", color="blue", score=0.8)], 1, 1 / 2),
         (RED, [put("dog", color="red", score=0.8), put("dog", color="blue", score=0.9)], 0, 0),
         # All of a group must have the colour.
@@ -390,21 +390,21 @@ def test_good_metadata(metadata: dict[str, Any]) -> None:
     [
         (None, "geneval needs metadata"),
         ({}, "geneval needs metadata"),
-        ("dog", "no object"),
+        ("dog", "must be an object"),
         ({"include": [wanted("dog")]}, "tag None is not one of single_object, two_object"),
         (about("animals", wanted("dog")), "tag 'animals' is not one of"),
         ({"tag": "colors"}, 'no "include"'),
         (about("colors"), 'no "include"'),
         ({"tag": "colors", "include": wanted("dog")}, "include must be a list"),
         ({**ONE, "exclude": wanted("dog")}, "exclude must be a list"),
-        (about("colors", "dog"), r"include\[0\]: 'dog' is no object"),
+        (about("colors", "dog"), r"include\[0\]: 'dog' is not an object"),
         (about("colors", wanted("unicorn")), r"include\[0\]: class 'unicorn' is not one of COCO's 80"),
         (about("colors", wanted("dgo")), "class 'dgo' .* did you mean dog"),
         (about("colors", wanted("mouse")), "class 'mouse' .* did you mean computer mouse"),
         (about("colors", wanted("keyboard")), "did you mean computer keyboard"),
         (about("colors", wanted("dog"), {"count": 1}), r"include\[1\]: class None"),
         (about("colors", wanted(["dog"])), r"class \['dog'\]"),
-        (about("colors", {"class": "dog"}), "count None must be a whole number from 1"),
+        (about("colors", {"class": "dog"}), "count None must be a whole number of at least 1"),
         (about("colors", wanted("dog", 0)), "count 0 must be"),
         (about("colors", wanted("dog", -1)), "count -1 must be"),
         (about("colors", wanted("dog", 1.0)), "count 1.0 must be"),
@@ -422,7 +422,7 @@ def test_good_metadata(metadata: dict[str, Any]) -> None:
         (about("position", wanted("dog"), wanted("cat", position=["left of"])), "must be a pair"),
         (
             about("position", wanted("dog"), wanted("cat", position=["left of", 1])),
-            r"include\[1\]: .*group 1: .*before",
+            r"include\[1\]: .*group 1: .*earlier",
         ),
         (about("position", wanted("dog"), wanted("cat", position=["left of", 2])), "group 2"),
         (about("position", wanted("dog"), wanted("cat", position=["left of", -1])), "group -1"),

@@ -22,7 +22,7 @@ def test_parking_changes_no_score(
     name: str, clip_folder: Path, network: imagereward.ImageReward, bert: Any, images: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The weights are where they are wanted while the scorer works, and go back: read off what modules are told."""
+    """The weights are on the device while the scorer works and go back afterwards, as calls of `to` and forward show."""
 
     def make() -> Any:
         if name == "imagereward":

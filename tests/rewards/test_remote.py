@@ -1,4 +1,4 @@
-"""A remote reward against servers that hang, lie and die, over real sockets of this machine."""
+"""A remote reward against servers that hang, give wrong replies or stop, over real sockets of this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pictures(count: int, seed: int = 0) -> np.ndarray:
 
 
 def http(content: Any, status: str = "200 OK", headers: str = "") -> bytes:
-    """A whole reply; what is no bytes becomes JSON."""
+    """A complete reply. Content that is not bytes becomes JSON."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
@@ -88,7 +88,7 @@ class Fake:
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client may leave whenever it wants."""
+                """A client may leave at any time."""
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -175,7 +175,8 @@ def test_many_pictures_go_in_requests_of_32_in_order(fake):
     assert [len(body["images"]) for _, _, body in server.asked] == [32, 32, 6]
     assert [prompt for _, _, body in server.asked for prompt in body["prompts"]] == prompts
     assert [about for _, _, body in server.asked for about in body["metadata"]] == list(range(70))
-    assert [text for _, _, body in server.asked for text in body["images"]] == [remote._png(image) for image in images]
+    sent = [base64.b64decode(text) for _, _, body in server.asked for text in body["images"]]
+    np.testing.assert_array_equal([np.asarray(Image.open(io.BytesIO(data))) for data in sent], images)
 
 
 def test_large_pictures_go_in_smaller_requests(fake, monkeypatch):
@@ -354,7 +355,7 @@ def test_other_statuses_are_errors_after_one_try_with_the_servers_words(fake, st
 
 
 @pytest.mark.parametrize("body", [b"<html>", b'{"error": 1}', b"[]", b"[" * 200_000])
-def test_an_error_without_words_is_told_by_its_status(fake, body):
+def test_an_error_without_words_is_named_by_its_status(fake, body):
     with pytest.raises(RemoteError, match=r"replied 500$"):
         ask(fake(http(body, "500 Text")).url)
 
@@ -479,7 +480,7 @@ def drip(start: bytes) -> Callable[[socket.socket], None]:
 )
 def test_the_whole_reply_has_a_deadline(fake, reply):
     server, began = fake(reply), time.monotonic()
-    with pytest.raises(RemoteError, match=r"no whole reply within 0.3 s$|replied 500$"):
+    with pytest.raises(RemoteError, match=r"no complete reply within 0.3 s$|replied 500$"):
         ask(server.url, timeout=0.3)
     assert time.monotonic() - began < 2
     assert len(server.asked) == 1
@@ -501,7 +502,7 @@ def test_so_has_sending():
         began = time.monotonic()
         # More than the buffers of two sockets hold.
         images = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3), dtype=np.uint8)
-        with pytest.raises(RemoteError, match=r"no whole reply within 0.3 s$"):
+        with pytest.raises(RemoteError, match=r"no complete reply within 0.3 s$"):
             RemoteScorer(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3).score(images, [""] * 4)
         assert time.monotonic() - began < 3
         stop.set()
@@ -610,7 +611,7 @@ def test_https_wants_a_certificate_that_is_trusted(tmp_path, monkeypatch):
         with pytest.raises(RemoteError, match=r"certificate verify failed.*127\.0\.0\.1"):
             ask(f"https://127.0.0.1:{port}")
         server.replies = [drip(b"HTTP/1.1 200 OK\r\n\r\n")]
-        with pytest.raises(RemoteError, match=r"no whole reply within 0.3 s$"):
+        with pytest.raises(RemoteError, match=r"no complete reply within 0.3 s$"):
             ask(f"https://localhost:{port}", timeout=0.3)
         assert len(server.asked) == 2
     finally:
@@ -646,7 +647,7 @@ def test_load_says_how_to_start_a_server_that_is_down():
 def test_load_tries_once_and_takes_its_arguments(fake):
     server = fake(slow)
     began = time.monotonic()
-    with pytest.raises(ConfigError, match=r"reward ocr2 at .*: no whole reply within 0.2 s"):
+    with pytest.raises(ConfigError, match=r"reward ocr2 at .*: no complete reply within 0.2 s"):
         remote.load(CPU, server.url, remote_timeout=0.2, name="ocr2")
     assert time.monotonic() - began < 2
     for status in ("503 Busy", "500 Error", "404 Not Found"):
@@ -660,5 +661,5 @@ def test_load_tries_once_and_takes_its_arguments(fake):
 
 def test_load_wants_one_of_several_rewards(fake):
     server = fake(http({"rewards": ["ocr", "shapes"]}))
-    with pytest.raises(ConfigError, match=rf"it has ocr, shapes; add one to the URL: {server.url}/ocr$"):
+    with pytest.raises(ConfigError, match=rf"hosts ocr, shapes: add one of them to the URL, as in {server.url}/ocr$"):
         remote.load(CPU, server.url)

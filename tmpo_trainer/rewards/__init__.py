@@ -4,7 +4,7 @@ One file per scorer, found by its name (`settings.discovery`) and imported only 
 `shapes_partial.py`. A file has a function `load` and, by the names of the fields of `Reward`, whatever else applies to
 its scorer. Beside the methods of `Scorer`, a scorer may have
 
-- `waits = True`: it keeps no GPU busy, and scores in a thread beside the others;
+- `waits = True`: it does not use the GPU, and scores in a thread beside the others;
 - `to(device)`: moves its weights, which lets it be `Parked`;
 - `variants()`: the (label, scorer) pairs that a report shows in its place.
 
@@ -32,7 +32,7 @@ from ..prompts.split import Split
 from ..settings import discovery
 from ..settings.errors import ConfigError, suggest
 
-#: Files that are no scorers, see `settings.discovery`.
+#: Files that are not scorers, see `settings.discovery`.
 SHARED: tuple[str, ...] = ()
 
 
@@ -48,26 +48,26 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """What the file of a scorer declares, by these names, and what holds where it declares nothing."""
+    """What a scorer's file declares under these names. A field with a default may be left out."""
 
     load: Callable[..., Scorer]
     """`load(device, path, **options)`; `path` is None unless `--reward-models` gives one. Raises ConfigError."""
     WEIGHTS: Literal["file", "none", "package", "server"] = "file"
-    """Where the weights are: in a file or folder, which `path` may name; nowhere; in the first of PACKAGES; or on a
-    server, whose address `path` must be. There may be several scorers of the last kind: `remote-a` is one more
-    `remote`, and its functions are given the name as an option."""
+    """Where the weights are. With "file", `path` may name a file or folder. With "none" there are no weights, and with
+    "package" they are in the first of PACKAGES. With "server", `path` must be the server's address. A run may use
+    several servers: `remote-a` is one more `remote`, and `load` and `check_path` get the keyword `name`."""
     SOURCES: Sequence[tuple[str, Sequence[str]]] = ()
-    """Hub repositories and the files of each, for `fetch`."""
+    """Hub repositories, each with the files that the scorer needs. `fetch` downloads them."""
     OPTIONS: Sequence[str] = ()
-    """The names of settings that `load` takes as keywords."""
+    """The names of settings that `load` and `check_path` take as keywords."""
     PACKAGES: Mapping[str, str] = field(default_factory=dict)
-    """Modules that ComfyUI does not bring, and the name of each for pip."""
+    """Modules that the scorer imports and that ComfyUI does not install, each with its name for pip."""
     check_path: Callable[..., None] | None = None
-    """`check_path(path, **options)` raises ConfigError for a path that cannot be used; by default it has to exist."""
+    """`check_path(path, **options)` raises ConfigError for an unusable path. By default, the path must exist."""
     check: Callable[[str, Any], None] | None = None
-    """`check(prompt, metadata)` raises ValueError for a prompt that cannot be scored; by default any can."""
+    """`check(prompt, metadata)` raises ValueError for a prompt that cannot be scored. By default, every prompt can."""
     default_prompts: Callable[[Split], PromptList] | None = preference
-    """The prompts of a split where no file is given; None if nobody can know what it scores."""
+    """The prompts of a split if no file is given; None if the package cannot know which prompts suit the scorer."""
 
 
 class Parked:
@@ -82,22 +82,22 @@ class Parked:
         scorer.to(torch.device("cpu"))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
-        """As the scorer does."""
+        """Scores as the scorer itself does."""
         try:
-            # Inside, because a device that runs full half-way has some of the weights, which must go back as well.
+            # The move is inside `try`: if the device runs out of memory halfway, the weights there must go back as well.
             self.scorer.to(self.device)
             return self.scorer.score(images, prompts, metadata)
         finally:
             self.scorer.to(torch.device("cpu"))
 
     def variants(self) -> list[tuple[str, Scorer]]:
-        """Those of the scorer, parked as well."""
+        """The scorer's variants, parked as well."""
         pairs = variants(self.scorer)
         return [(label, Parked(part, self.device) if hasattr(part, "to") else part) for label, part in pairs]
 
 
 def find(name: str) -> Reward:
-    """What is declared of a reward. Imports its file. Raises ConfigError for a name that is not known."""
+    """The declarations of a reward. Imports its file. Raises ConfigError for an unknown name."""
     if ":" in name:
         return _from_class(name)
     known = discovery.names("rewards")
@@ -138,10 +138,10 @@ def _options(name: str, found: Reward, settings: Mapping[str, Any]) -> dict[str,
 
 
 def check_reward(name: str, path: str | None = None, settings: Mapping[str, Any] | None = None) -> None:
-    """Refuses before anything is loaded what cannot be; arguments are those of `load_scorer`.
+    """Checks that a reward can be loaded, before anything is. The arguments are those of `load_scorer`.
 
     Raises:
-        ConfigError: the reward is not known, a package that it needs is not installed, or the path cannot be used.
+        ConfigError: the reward is unknown, a package that it needs is not installed, or the path cannot be used.
     """
     found = find(name)
     missing = {module: pip for module, pip in found.PACKAGES.items() if importlib.util.find_spec(module) is None}
@@ -173,9 +173,9 @@ def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
 
 
 def default_prompts(names: Sequence[str], split: Split) -> PromptList | None:
-    """The prompts that come with the package for some rewards; None where there are none that suit them all."""
+    """The prompts that come with the package for these rewards; None if no list suits all of them."""
     lists = {find(name).default_prompts for name in names} - {None}
-    # Any prompt suits a reward that has no list of its own.
+    # A reward without its own list can score any prompt.
     found = lists - {preference} or lists
     own = found.pop() if len(found) == 1 else None
     return None if own is None else own(split)
@@ -191,31 +191,31 @@ def load_scorer(
 
     Args:
         device: where it runs; by default the CPU. path: its weights, in place of the hub's, or the address of its
-            server. settings: values by the names of `TrainConfig`, of which it takes its OPTIONS.
+            server. settings: values by their names in `TrainConfig`. The reward gets those that its OPTIONS list.
 
     Raises:
-        ConfigError: as `check_reward`; or its weights cannot be had.
+        ConfigError: `check_reward` fails, or the weights cannot be found or downloaded.
     """
     check_reward(name, path, settings)
     found = find(name)
     scorer = found.load(device or torch.device("cpu"), path, **_options(name, found, settings or {}))
-    # Metrics and reports go by the scorer's name, which has to be the one that the settings hold.
+    # Metrics and reports use the scorer's name, so it must be the name in the settings.
     scorer.name = name
     return scorer
 
 
 def variants(scorer: Any) -> list[tuple[str, Scorer]]:
-    """The (label, scorer) pairs that a report shows of a scorer."""
+    """The (label, scorer) pairs that a report shows for a scorer."""
     return scorer.variants() if hasattr(scorer, "variants") else [(scorer.name, scorer)]
 
 
 def score_all(
     scorers: Sequence[tuple[str, Scorer]], images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None
 ) -> dict[str, Tensor]:
-    """Scores by name, float32 `[N]` each. Scorers that keep no GPU busy (`waits`) run in threads beside the others.
+    """Scores by name, float32 `[N]` each. Scorers that do not use the GPU (`waits`) run in threads beside the others.
 
     Raises:
-        ValueError: a score is not finite, or there are not N. Whatever a scorer raises.
+        ValueError: a score is not finite, or a scorer does not return N of them. A scorer's own errors pass through.
     """
     with ThreadPoolExecutor(len(scorers)) as pool:
         aside = {
@@ -229,7 +229,7 @@ def score_all(
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Raises ValueError, which names the scorer and the first prompt to blame, unless every prompt has a finite score."""
+    """Raises ValueError unless every prompt has a finite score. The error names the scorer and the first such prompt."""
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {name} gave {tuple(scores.shape)} scores for {len(prompts)} images")
     bad = torch.nonzero(~torch.isfinite(scores)).flatten()

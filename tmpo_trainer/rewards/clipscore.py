@@ -1,4 +1,4 @@
-"""CLIP score as Flow-GRPO has it: exp(logit_scale) * cos / 30 with OpenAI's ViT-L/14, about .6 to 1.
+"""CLIP score as Flow-GRPO computes it: exp(logit_scale) * cos / 30 with OpenAI's ViT-L/14, about .6 to 1.
 
 Other papers call the plain cosine, or 2.5 max(cos, 0), by the same name.
 """
@@ -15,6 +15,6 @@ SOURCES: tuple[Source, ...] = (("openai/clip-vit-large-patch14", ("config.json",
 
 
 def load(device: torch.device, path: str | None = None) -> ClipScorer:
-    """The scorer; `path`, see `openclip.load_towers`, is in place of the hub's model. Raises ConfigError without weights."""
+    """The scorer. A `path` replaces the hub's model, see `openclip.load_towers`. Raises ConfigError without weights."""
     folder = existing("clipscore", path) if path else hub_folder("clipscore", SOURCES[0])
     return ClipScorer("clipscore", load_towers("clipscore", folder, device), divisor=30)

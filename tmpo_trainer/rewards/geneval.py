@@ -1,7 +1,8 @@
 """GenEval: are the objects of a prompt there, in number, colour and place? Ghosh et al. 2023, arXiv:2310.11513.
 
 A detector lists objects, CLIP names their colours where a prompt gives one, and rules compare them with the prompt's
-metadata, which is GenEval's own: a tag; `include`, groups of objects that should be there; `exclude`, what should not.
+metadata. The metadata has GenEval's own format: a tag; `include`, groups of objects that should be there; `exclude`, groups
+that should not.
 
     {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}]}
     {"tag": "counting", "include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]}
@@ -37,11 +38,11 @@ SOURCES: tuple[Source, ...] = (
 MODES = ("strict", "partial")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITIONS = ("left of", "right of", "above", "below")
-#: Where objects are counted, only those with a score above this count.
+#: Under the tag `counting`, only objects with a score above this count.
 COUNTING_THRESHOLD = 0.9
-#: The most objects of a class that are looked at, best first.
+#: At most this many objects of a class are considered, best first.
 MOST_OBJECTS = 16
-#: Share of the sizes taken off an offset, and the share of its length that the rest must exceed.
+#: Share of both sizes that is subtracted from an offset, and the share of its length that the rest must exceed.
 POSITION_SLACK = 0.1
 POSITION_SHARE = 0.5
 
@@ -50,9 +51,9 @@ Objects = dict[str, list[Detection]]
 
 
 def keep(found: Sequence[Detection], tag: str) -> Objects:
-    """The objects that count under a tag: above its threshold, the MOST_OBJECTS best of each class, best first.
+    """The objects that count under a tag: those above its threshold, at most MOST_OBJECTS of each class, best first.
 
-    Of equal scores the one found first is the better.
+    Objects with equal scores keep the order in which they were found.
     """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: Objects = {}
@@ -67,14 +68,14 @@ def relations(a: Box, b: Box) -> set[str]:
     """Where `a` is, seen from `b`: up to two of POSITIONS, none if they are too close to call.
 
     Per axis, the distance of the centres less POSITION_SLACK of both sizes must exceed POSITION_SHARE of the distance
-    of the centres in the plane (before anything is taken off). What is diagonal may be in two relations.
+    of the centres in the plane (before anything is subtracted). A diagonal pair may be in two relations.
     """
     x, y = ((a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1))
     across, down = (
         max(abs(offset) - POSITION_SLACK * (a[i + 2] - a[i] + b[i + 2] - b[i]), 0.0) for i, offset in ((0, x), (1, y))
     )
     least = POSITION_SHARE * hypot(x, y)
-    # GenEval's guard: less than a thousandth of a pixel is nothing.
+    # GenEval's guard: less than a thousandth of a pixel counts as nothing.
     if max(across, down) < 1e-3:
         return set()
     pairs = ((across, "left of" if x < 0 else "right of"), (down, "above" if y < 0 else "below"))
@@ -82,7 +83,7 @@ def relations(a: Box, b: Box) -> set[str]:
 
 
 def asked_colors(metadata: Mapping[str, Any], objects: Objects) -> list[tuple[str, int]]:
-    """The objects whose colour matters, as class and place in its list: the first `count` where there are so many."""
+    """The objects whose colour matters, as class and place in its list: a group's first `count`, if there are that many."""
     asked = [
         (group["class"], place)
         for group in metadata["include"]
@@ -96,19 +97,19 @@ def judge(metadata: Mapping[str, Any], objects: Objects) -> tuple[float, float]:
     """How well a picture's objects match a prompt's metadata: `(strict, partial)`, each in 0..1.
 
     strict is GenEval's verdict: 1 if all groups are there and nothing excluded is, else 0. A group is there if
-        - there are at least `count` objects of its class. More are no fault, unless `exclude` says so: of a class that
-          is excluded with a count there must be fewer. Only the `count` best are looked at from here on;
-        - each of these has the group's colour, if it gives one (another of the class that has it is no help);
-        - each of these is in the group's position to each of those of the group that it refers to, which must be there.
-    Groups are judged on their own: two of one class look at the same objects.
+        - the picture has at least `count` objects of its class. More are allowed unless `exclude` gives the class a
+          count: then there must be fewer than that. The next two rules consider only the `count` best;
+        - each of these has the group's colour, if it gives one (another object of that colour does not help);
+        - each of these is in the group's position to each object of the group that it refers to, which must be there.
+    Groups are judged independently: two groups of one class look at the same objects.
 
-    partial is the mean of these terms of the groups: max(0, 1 - |count - number found| / count), so that too many are
-    a fault too; 1 or 0 for the colour, if any; 1 or 0 for the position, if any. Colour is 0 where objects are too few,
-    position where number or colour of either group is wrong. What is excluded adds a 1 or 0 only if its class is in no
-    group: the number of the others has been counted.
+    partial is the mean of these terms of the groups: max(0, 1 - |count - number found| / count), so that too many
+    objects lower it too; 1 or 0 for the colour, if any; 1 or 0 for the position, if any. The colour term is 0 if there
+    are too few objects, and the position term if the number or colour of either group is wrong. An excluded class adds
+    a 1 or 0 only if no group has it, because the groups' terms already count their own classes.
 
     Args:
-        metadata: that passes `check`. objects: with colours, where `asked_colors` wants them.
+        metadata: passes `check`. objects: have colours where `asked_colors` lists them.
     """
     terms: list[float] = []
     groups: list[list[Detection] | None] = []
@@ -139,7 +140,7 @@ def judge(metadata: Mapping[str, Any], objects: Objects) -> tuple[float, float]:
 
 
 def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
-    """Raises ValueError, with one line that names the prompt and says how to fix it, unless its metadata is GenEval's."""
+    """Raises ValueError unless the metadata has GenEval's format. The error names the prompt and the fix in one line."""
     try:
         _check(metadata)
     except ValueError as error:
@@ -150,7 +151,7 @@ def _check(metadata: Any) -> None:
     if not metadata:
         raise ValueError('geneval needs metadata: give "tag" and "include" beside the prompt, in a .jsonl file')
     if not isinstance(metadata, Mapping):
-        raise ValueError(f'the metadata is no object with "tag" and "include" but {metadata!r}')
+        raise ValueError(f'the metadata must be an object with "tag" and "include", not {metadata!r}')
     if metadata.get("tag") not in TAGS:
         raise ValueError(f"tag {metadata.get('tag')!r} is not one of {', '.join(TAGS)}")
     for key in ("include", "exclude"):
@@ -171,19 +172,19 @@ def _check(metadata: Any) -> None:
 
 def _check_group(group: Any, place: int, more: Sequence[str]) -> None:
     if not isinstance(group, Mapping):
-        raise ValueError(f'{group!r} is no object with "class" and "count"')
+        raise ValueError(f'{group!r} is not an object with "class" and "count"')
     known = ("class", "count", *more)
     for key in group:
         if key not in known:
             raise ValueError(f"unknown key {key!r}{suggest(str(key), known)} (known: {', '.join(known)})")
     name, count = group.get("class"), group.get("count")
     if name not in CLASSES:
-        # A hint that ends a compound comes first: COCO's "mouse" is GenEval's "computer mouse".
+        # A class that ends in the word is the better hint: COCO's "mouse" is GenEval's "computer mouse".
         ends = [known for known in CLASSES if known.endswith(f" {name}")]
         hint = f", did you mean {ends[0]}?" if ends else suggest(str(name), CLASSES)
         raise ValueError(f"class {name!r} is not one of COCO's 80 as GenEval names them{hint}")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"count {count!r} must be a whole number from 1")
+        raise ValueError(f"count {count!r} must be a whole number of at least 1")
     if "color" in group and group["color"] not in COLORS:
         raise ValueError(f"color {group['color']!r} is not one of {', '.join(COLORS)}")
     if "position" in group:
@@ -197,14 +198,14 @@ def _check_position(position: Any, place: int) -> None:
     if word not in POSITIONS:
         raise ValueError(f"position {word!r} is not one of {', '.join(POSITIONS)}")
     if not isinstance(other, int) or isinstance(other, bool) or not 0 <= other < place:
-        raise ValueError(f"position refers to group {other!r}: give the number, from 0, of one before it in include")
+        raise ValueError(f"position refers to group {other!r}: give the number of an earlier group in include, from 0")
 
 
 class GenevalScorer:
     """Scores pictures against the metadata of their prompts; see `judge`.
 
     Args:
-        detector: may be shared: of scorers that get the same pictures one after the other, only the first makes it work.
+        detector: may be shared. If scorers get the same pictures one after the other, it processes them only once.
         mode: what `score` returns, "strict" (0 or 1, for training) or "partial" (0..1, for evaluation).
 
     Raises:
@@ -229,8 +230,8 @@ class GenevalScorer:
             images: uint8 RGB `[N, H, W, 3]`. prompts, metadata: N of each.
 
         Raises:
-            ValueError: the metadata of a prompt is missing or wrong (it is named), the numbers differ, or a model's
-                output is not finite.
+            ValueError: the metadata of a prompt is missing or wrong (the error names the prompt), the numbers of images,
+                prompts and metadata differ, or a model's output is not finite.
         """
         metadata = metadata or [None] * len(prompts)
         if not len(images) == len(prompts) == len(metadata):
@@ -248,7 +249,7 @@ class GenevalScorer:
         return torch.tensor([pair[MODES.index(self.mode)] for pair in pairs], dtype=torch.float32)
 
     def variants(self) -> list[tuple[str, Scorer]]:
-        """Both modes, whichever is trained on. They share the detector, which looks at each picture once."""
+        """Both modes, whichever one is trained on. They share the detector, which processes each picture once."""
         return [(f"geneval {mode}", GenevalScorer(self.detector, self.classifier, mode)) for mode in MODES]
 
 
@@ -258,14 +259,14 @@ def default_prompts(split: Split) -> PromptList:
 
 
 def load(device: torch.device, path: str | None = None) -> GenevalScorer:
-    """The scorer, strict.
+    """The scorer in strict mode.
 
     Args:
         path: a folder with the folders `detector` (transformers' Mask2Former for COCO) and `classifier` (CLIP
             ViT-L/14), in place of the hub's.
 
     Raises:
-        ConfigError: the weights cannot be had or are others.
+        ConfigError: the weights cannot be found or downloaded, or are not this scorer's.
     """
     if path:
         folders = [existing("geneval", path) / name for name in ("detector", "classifier")]

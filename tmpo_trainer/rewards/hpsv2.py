@@ -18,7 +18,7 @@ SOURCES: tuple[Source, ...] = (("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)), TOKE
 
 
 class HpsScorer:
-    """The cosine of picture and prompt."""
+    """Scores by the cosine between picture and prompt."""
 
     name = "hpsv2"
 
@@ -40,7 +40,7 @@ def load(device: torch.device, path: str | None = None) -> HpsScorer:
         path: the checkpoint, .pt or .safetensors in open_clip's names, in place of the hub's.
 
     Raises:
-        ConfigError: the weights cannot be had or are others.
+        ConfigError: the weights cannot be found or downloaded, or are not this scorer's.
     """
     file = existing("hpsv2", path) if path else hub_folder("hpsv2", SOURCES[0]) / SOURCES[0][1][0]
     return HpsScorer(load_checkpoint("hpsv2", file, device, pad))

@@ -1,7 +1,7 @@
 """ImageReward: human preference, about -2 to 2. Xu et al. 2023, arXiv:2304.05977.
 
-A BLIP whose text encoder looks at the picture; its first token goes through a small head. Built from transformers' parts,
-because the original package does not work with current ones.
+The network is a BLIP whose text encoder attends to the picture. Its first token goes through a small head. The network is
+built from transformers' parts, because the original package does not work with current versions of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ImageReward(torch.nn.Module):
         size = text.hidden_size
         for i, width in enumerate(widths):
             layers.append(torch.nn.Linear(size, width))
-            # Dropout was here in training. There are no activations anywhere.
+            # In training, dropout was here. The head has no activations.
             if i < len(widths) - 2:
                 layers.append(torch.nn.Identity())
             size = width
@@ -70,14 +70,14 @@ class ImageReward(torch.nn.Module):
 
 
 def from_original(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of the original checkpoint to those of `ImageReward`."""
+    """Renames the tensors of the original checkpoint to the names in `ImageReward`."""
     found = {}
     for key, value in tensors.items():
         if key.startswith("blip.visual_encoder."):
             name = key.removeprefix("blip.visual_encoder.")
             for theirs, ours in VISION.items():
                 name = name.replace(theirs, ours)
-            # Only after the loop, because norm1 and norm2 begin with the same word.
+            # This comes after the loop, because norm1 and norm2 begin with the same word.
             name = f"post_layernorm.{name.removeprefix('norm.')}" if name.startswith("norm.") else name
             found[f"vision.{name}"] = value
         elif key.startswith("blip.text_encoder."):
@@ -137,7 +137,7 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
             used in place of the hub's.
 
     Raises:
-        ConfigError: the weights cannot be had or are others.
+        ConfigError: the weights cannot be found or downloaded, or are not this scorer's.
     """
     file = existing("imagereward", path) if path else hub_folder("imagereward", SOURCES[0]) / SOURCES[0][1][0]
     tensors = {key: value.float() for key, value in from_original(state("imagereward", file)).items()}

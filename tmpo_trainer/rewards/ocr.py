@@ -24,9 +24,9 @@ WEIGHTS = "package"
 PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "rapidfuzz": "rapidfuzz"}
 
 QUOTED = re.compile(r'["“]([^"“”]+)["”]')
-#: The longest side for the text detector. Letters of a twentieth of the picture's height are still found.
+#: Longest side of the text detector's input. It still finds letters of a twentieth of the picture's height.
 DETECTION_SIDE = 320
-#: Most engines that read at the same time, one thread each; more gain little.
+#: At most this many engines read at the same time, one thread each. More gain little.
 MOST_ENGINES = 8
 
 
@@ -34,7 +34,7 @@ def target(prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
     """The text that a picture should show: `target` of the metadata, or the first text in double quotes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: neither of them gives a text.
     """
     text = (metadata or {}).get("target")
     if text is None:
@@ -73,7 +73,7 @@ def similarity(wanted: str, read: str) -> float:
 
 
 class OcrScorer:
-    """Reads pictures on the CPU. Nothing read scores 0, which is what it deserves.
+    """Reads pictures on the CPU. A picture in which it reads nothing scores 0, because it shows no text.
 
     Args:
         engines: how many read at the same time; by default one per CPU that this process may use, at most 8.
@@ -94,7 +94,7 @@ class OcrScorer:
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
-        # An engine keeps state while it reads: one per thread.
+        # An engine keeps state while it reads, so each thread needs its own.
         self._engines: list[Any] = [RapidOCR(params=settings) for _ in range(engines or min(available, MOST_ENGINES))]
 
     def read(self, images: np.ndarray) -> list[str]:
@@ -102,13 +102,13 @@ class OcrScorer:
         count = len(self._engines)
 
         def work(first: int) -> list[str]:
-            # The engine expects BGR. Lines upside down are not turned: a picture that needs it is not a good one.
+            # The engine expects BGR. It does not turn lines that are upside down: a good picture has none.
             texts = []
             for i in range(first, len(images), count):
                 try:
                     result = self._engines[first](np.ascontiguousarray(images[i][..., ::-1]), use_cls=False)
                 except Exception as error:
-                    # Its exceptions are not public; it raises them for a picture of two rows, for example.
+                    # The engine's exceptions are not public. It raises one for a picture of two rows, for example.
                     raise ValueError(f"reward ocr cannot read image {i}: {' '.join(str(error).split())}") from None
                 texts.append(" ".join(result.txts or ()))
             return texts

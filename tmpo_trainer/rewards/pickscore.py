@@ -13,7 +13,7 @@ from .parts.weights import Source, existing, hub_folder
 OPTIONS = ("pickscore_scale",)
 SOURCES: tuple[Source, ...] = (("yuvalkirstain/PickScore_v1", ("config.json", "model.safetensors")), TOKENIZER)
 
-#: `raw` is the score as its authors print it; `flow` is a 26th of it, about 1, as in Flow-GRPO.
+#: `raw` is the score as its authors print it. `flow` is that divided by 26, about 1, as in Flow-GRPO.
 Scale = Literal["raw", "flow"]
 DIVISORS: dict[Scale, float] = {"raw": 1, "flow": 26}
 
@@ -26,7 +26,7 @@ def load(device: torch.device, path: str | None = None, pickscore_scale: Scale =
         pickscore_scale: one of DIVISORS.
 
     Raises:
-        ConfigError: the weights cannot be had.
+        ConfigError: the weights cannot be found or downloaded, or are not this scorer's.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
     return ClipScorer("pickscore", load_towers("pickscore", folder, device), DIVISORS[pickscore_scale])

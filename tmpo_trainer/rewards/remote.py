@@ -1,9 +1,9 @@
 """A scorer behind HTTP, such as `python -m tmpo_trainer serve` offers.
 
 `POST {url}/compute` `{"images": [base64 PNG, ...], "prompts": [...], "metadata": [...]}` ->
-`{"rewards": [number, ...]}`, and `GET {url}/health`. JSON both ways; nothing is ever unpickled. The other side may
-hang, lie or be somebody else: only hosts that were allowed are asked, redirects and proxies are not followed, a reply
-has a deadline and a largest size, and whatever is no finite number per picture is an error, never a score of 0.
+`{"rewards": [number, ...]}`, and `GET {url}/health`. Both directions are JSON; nothing is ever unpickled. The server is not
+trusted. Only allowed hosts are asked, and redirects and proxies are not followed. A reply has a deadline and a size limit.
+Anything but one finite number per picture is an error, never a score of 0.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from ..settings.errors import ConfigError
 
 WEIGHTS = "server"
 OPTIONS = ("remote_hosts", "remote_timeout")
-#: What it scores is known where it runs.
+#: Only the server knows which prompts it can score.
 default_prompts = None
 
-#: Seconds to wait before each further try, where the server cannot be reached or says that it is busy.
+#: Seconds to wait before each further try, if the server cannot be reached or reports that it is busy.
 PAUSES = (1.0, 3.0, 10.0, 20.0)
 UNAVAILABLE = (502, 503, 504)
-#: Seconds for connecting.
+#: Seconds allowed for connecting.
 CONNECT_TIMEOUT = 10.0
-#: Most pictures in one request, and their pixels: 128 MiB of base64 if they do not compress at all.
+#: Limits of one request: pictures, and their pixels, which are 128 MiB of base64 if they do not compress at all.
 MOST_PICTURES, MOST_PIXELS = 32, 2**25
-#: Bytes of the largest reply that is read: these, and some for each picture.
+#: Limit of a reply in bytes: a constant, and an amount for each picture.
 REPLY_LIMIT, REPLY_LIMIT_EACH = 2**20, 256
-#: Characters shown of what a server wrote.
+#: Limit of the characters that are shown of a server's text.
 SHOWN = 200
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 class RemoteError(RuntimeError):
-    """No scores from a remote scorer: one line that names it and says why."""
+    """A remote scorer gave no scores. The message is one line that names the scorer and the reason."""
 
 
 class _Unavailable(Exception):
-    """No reply, or one that says to come back: worth another try."""
+    """There was no reply, or one that asks to try again: another try may help."""
 
 
 class Timed(io.RawIOBase):
-    """A connected socket whose reading and writing must be over in some seconds, however slowly the bytes come.
+    """A connected socket whose reads and writes must finish within some seconds, however slowly the bytes arrive.
 
-    Afterwards every call raises TimeoutError. Closing it leaves the socket open.
+    After that time every call raises TimeoutError. Closing this object leaves the socket open.
     """
 
     def __init__(self, connection: socket.socket, seconds: float):
@@ -78,22 +78,22 @@ class Timed(io.RawIOBase):
         return self._use().recv_into(buffer)
 
     def sendall(self, data: bytes) -> None:
-        # With TLS, a timeout is that of one record and not of all the data.
+        # With TLS, a timeout applies to one record, not to all the data.
         for first in range(0, len(data), 2**16):
             self._use().sendall(data[first : first + 2**16])
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """What http.client reads from."""
+        """The file object that http.client reads from."""
         return io.BufferedReader(self)
 
 
 def one_line(text: str) -> str:
-    """What somebody else wrote, fit to be printed: no line breaks, no control characters, at most 200 characters."""
+    """Foreign text, made safe to print: no line breaks, no control characters, at most 200 characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 
 def is_loopback(host: str) -> bool:
-    """Is it this machine, by name or address? Names other than localhost are not looked up."""
+    """Whether a name or address is this machine. Names other than localhost are not looked up."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -105,9 +105,9 @@ class RemoteScorer:
     """Scores by asking a server.
 
     Args:
-        url: of the server, e.g. http://127.0.0.1:18085 or http://127.0.0.1:18085/ocr.
-        hosts: names or addresses that it may have beside those of this machine, as the URL writes them.
-        timeout: seconds from request to the end of a reply. name: of the reward.
+        url: the server's, e.g. http://127.0.0.1:18085 or http://127.0.0.1:18085/ocr.
+        hosts: names or addresses, as a URL writes them, that are allowed besides this machine's.
+        timeout: seconds from the request to the end of the reply. name: the reward's.
 
     Raises:
         ConfigError: the URL is not http(s), its host is not allowed, or it has a part that does not belong there.
@@ -120,39 +120,39 @@ class RemoteScorer:
         self.name, self.url, self._timeout = name, url.rstrip("/"), timeout
         self._what = f"reward {name} at {one_line(self.url)}"
         if "@" in url:
-            # Not shown: a password may be in it.
+            # The URL is not shown, because it may hold a password.
             raise ConfigError(f"reward {name}: its URL has a user name or password, which is not supported")
         try:
             parts = urlsplit(self.url)
             host, port = parts.hostname, parts.port
             (host or "").encode("idna")
         except ValueError as error:
-            raise ConfigError(f"{self._what}: no URL ({error})") from None
+            raise ConfigError(f"{self._what}: not a URL ({error})") from None
         if parts.scheme not in ("http", "https") or not host or not all("!" <= c <= "~" for c in self.url):
             raise ConfigError(f"{self._what}: give a URL such as http://127.0.0.1:18085")
         if "?" in self.url or "#" in self.url:
             raise ConfigError(f"{self._what}: leave out what follows the path")
         if not is_loopback(host) and host not in [allowed.strip("[]").lower() for allowed in hosts]:
             raise ConfigError(
-                f"{self._what}: {host} is not this machine; if it may see the pictures: --remote-hosts {host}"
+                f"{self._what}: {host} is not this machine; if it may see the pictures, give --remote-hosts {host}"
             )
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         default = 443 if self._tls else 80
         self._host, self._port, self._path = host, default if port is None else port, parts.path
 
     def health(self) -> bytes:
-        """What the server says of itself. Raises RemoteError after one try."""
+        """The body of the server's /health. Raises RemoteError after one failed try."""
         return self._ask("GET", "/health", None, REPLY_LIMIT, ())
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
-        """Scores of pictures uint8 RGB `[N, H, W, 3]` for N prompts, float32 `[N]` on the CPU; at most 32 in a request.
+        """Scores pictures, uint8 RGB `[N, H, W, 3]`, for N prompts: float32 `[N]` on the CPU. A request has at most 32.
 
         Args:
-            metadata: N values of JSON.
+            metadata: N values that JSON can hold.
 
         Raises:
             ValueError: the arguments do not fit together.
-            RemoteError: there is not a finite number for every picture.
+            RemoteError: the server did not give a finite number for every picture.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"expected uint8 RGB images [N, H, W, 3], got {images.dtype} {list(images.shape)}")
@@ -199,11 +199,11 @@ class RemoteScorer:
             except TimeoutError:
                 raise _Unavailable(f"cannot connect within {CONNECT_TIMEOUT:g} s") from None
             with connection:
-                # Where http.client wants a socket, these methods are all that it calls.
+                # These methods are all that http.client calls of a socket.
                 timed = cast(Any, Timed(connection, self._timeout))
                 request = http.client.HTTPConnection(self._host, self._port)
                 request.sock = timed
-                # Who will not have the request may reply and close before all is sent: that reply says why.
+                # A server that refuses a request may reply and close before all of it is sent. The reply gives the reason.
                 with contextlib.suppress(ConnectionError):
                     request.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
                 response = http.client.HTTPResponse(timed, method=method)
@@ -212,13 +212,13 @@ class RemoteScorer:
                     self._refused(response)
                 data = response.read(limit + 1)
                 if len(data) > limit:
-                    raise RemoteError(f"{self._what}: a reply of more than {limit} bytes")
-                # http.client takes a head that breaks off for a whole one, and reads a body that does without a word.
+                    raise RemoteError(f"{self._what}: the reply has more than {limit} bytes")
+                # http.client raises no error for a truncated head, nor for a truncated body.
                 if response.length or (response.length is None and not data):
                     raise _Unavailable("the connection closed before the reply's end")
                 return data
         except TimeoutError:
-            raise RemoteError(f"{self._what}: no whole reply within {self._timeout:g} s") from None
+            raise RemoteError(f"{self._what}: no complete reply within {self._timeout:g} s") from None
         except ssl.SSLError as error:
             raise RemoteError(f"{self._what}: {one_line(str(error))}") from None
         except http.client.IncompleteRead:
@@ -233,7 +233,7 @@ class RemoteScorer:
         return plain if self._tls is None else self._tls.wrap_socket(plain, server_hostname=self._host)
 
     def _refused(self, response: http.client.HTTPResponse) -> NoReturn:
-        """Raises what another status than 200 means, with the text of its `{"error": ...}`."""
+        """Raises the error that a status other than 200 stands for, with the text of its `{"error": ...}`."""
         text = "redirects are not followed" if 300 <= response.status < 400 else ""
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError):
             reply = json.loads(response.read(REPLY_LIMIT))
@@ -247,13 +247,13 @@ class RemoteScorer:
 
 def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    # On this way size matters less than time.
+    # Between server and client, time matters more than size.
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _rewards(reply: bytes, count: int, first: int) -> list[float]:
-    """The numbers in a reply for `count` pictures, of which the first is number `first`. Raises ValueError."""
+    """The numbers in a reply for `count` pictures. `first` is the number of the first one. Raises ValueError."""
     try:
         content = json.loads(reply)
     except (ValueError, RecursionError):
@@ -264,7 +264,7 @@ def _rewards(reply: bytes, count: int, first: int) -> list[float]:
     if len(rewards) != count:
         raise ValueError(f"{len(rewards)} rewards for {count} images")
     for i, value in enumerate(rewards):
-        # False for NaN as well; what is finite but no float32 would become infinite.
+        # The comparison is False for NaN as well. A finite number beyond float32's range would become infinite.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
             raise ValueError(f"the reward of image {first + i} is {one_line(json.dumps(value))}, not a finite number")
     return [float(value) for value in rewards]
@@ -273,10 +273,10 @@ def _rewards(reply: bytes, count: int, first: int) -> list[float]:
 def check_path(
     path: str | None, remote_hosts: Sequence[str] = (), remote_timeout: float = 120.0, name: str = "remote"
 ) -> RemoteScorer:
-    """The scorer, without asking its server. `path` is the URL; the other arguments are those of `RemoteScorer`.
+    """The scorer. Its server is not asked. `path` is the URL; the other arguments are those of `RemoteScorer`.
 
     Raises:
-        ConfigError: as `RemoteScorer`, or there is no URL.
+        ConfigError: there is no URL, or `RemoteScorer` refuses it.
     """
     if path is None:
         raise ConfigError(f"reward {name} needs its address: --reward-models {name}=http://127.0.0.1:18085")
@@ -290,10 +290,10 @@ def load(
     remote_timeout: float = 120.0,
     name: str = "remote",
 ) -> RemoteScorer:
-    """The scorer, if its server is there; arguments as in `check_path`.
+    """The scorer, once its server has answered. The arguments are those of `check_path`.
 
     Raises:
-        ConfigError: as `check_path`; the server does not answer, or hosts several rewards and the URL names none.
+        ConfigError: `check_path` fails, the server does not answer, or it hosts several rewards and the URL names none.
     """
     scorer = check_path(path, remote_hosts, remote_timeout, name)
     try:
@@ -305,11 +305,11 @@ def load(
     try:
         about = json.loads(reply)
     except (ValueError, RecursionError):
-        # Other people's servers may say anything here.
+        # Another kind of server may answer anything here.
         about = None
     hosted = about.get("rewards") if isinstance(about, dict) else None
     if isinstance(hosted, list) and len(hosted) > 1:
         names = [one_line(str(each)) for each in hosted]
         what = f"reward {name} at {scorer.url}"
-        raise ConfigError(f"{what}: it has {', '.join(names)}; add one to the URL: {scorer.url}/{names[0]}")
+        raise ConfigError(f"{what} hosts {', '.join(names)}: add one of them to the URL, as in {scorer.url}/{names[0]}")
     return scorer

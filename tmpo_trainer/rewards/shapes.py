@@ -1,8 +1,8 @@
 """The rule-based scorer of the demo domain: a GenEval for coloured shapes.
 
 `detect` lists the coloured shapes in a picture, `judge` compares the list with what a prompt asks for, and
-`ShapesScorer` does both for a batch. Nothing is learned: colours are told apart by distance in CIE Lab, shapes by how
-well the smallest enclosing circle, rectangle and triangle fit them.
+`ShapesScorer` does both for a batch. There is no learned model. Colours are distinguished by distance in CIE Lab, shapes by
+how well the smallest enclosing circle, rectangle and triangle fit them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKAGES = {"cv2": "opencv-python-headless"}
 MIN_AREA = 20
 #: Largest CIE76 distance to a palette colour; the palette's nearest two are 37 apart.
 MAX_DELTA_E = 28.0
-#: Area over area of the convex hull from which a component is one shape.
+#: Least area, as a share of the convex hull's, for a component to be a single shape.
 MIN_SOLIDITY = 0.8
 #: log of area over the area of the smallest enclosing (circle, rectangle, triangle), as measured on 64x64 renders.
 PROTOTYPES = {
@@ -49,14 +49,14 @@ PROTOTYPES = {
 #: A component less solid or less uniform in colour than this may be several objects that touch.
 WHOLE_SOLIDITY = 0.9
 WHOLE_UNIFORMITY = 0.95
-#: What each part of a split component must have to be believed: solidity, area of part and of its core in pixels.
+#: What each part of a split component needs to count as an object: solidity, and area of part and core in pixels.
 PART_SOLIDITY = 0.85
 PART_AREA = 60
 PART_CORE = 6
-#: Erosions tried in a split; the last one parts necks of up to ten pixels.
+#: Erosions tried in a split. The last one cuts necks of up to ten pixels.
 SPLIT_EROSIONS = 5
 
-#: GenEval's position rule: share of the sizes taken off the offset, and the cosine that makes it a relation.
+#: GenEval's position rule: share of the sizes that is subtracted from the offset, and the cosine that makes it a relation.
 POSITION_SLACK = 0.1
 POSITION_COSINE = 0.5
 
@@ -80,7 +80,7 @@ class Found:
 
 @dataclass(frozen=True)
 class _Blob:
-    """A detected object and how far it can be believed to be one."""
+    """A detected object, and how likely it is a single one."""
 
     found: Found
     solidity: float
@@ -91,9 +91,9 @@ class _Blob:
 def detect(image: np.ndarray) -> list[Found]:
     """The coloured shapes in a picture, in no meaningful order.
 
-    The background is the median colour of the border; foreground is what is nearer to a palette colour than to it, with
-    holes filled, in 8-connected components. Components that are not convex or not of one colour are split if every part
-    is then a clean object; otherwise they stay one.
+    The background is the median colour of the border. Pixels that are nearer to a palette colour than to it are foreground.
+    Holes are filled, and 8-connected components are formed. A component that is not convex or not of one colour is split if
+    every part is then a clean object; otherwise it stays whole.
 
     Args:
         image: uint8 RGB `[H, W, 3]`.
@@ -138,7 +138,7 @@ def judge(scene: domain.Scene, found: Sequence[Found]) -> tuple[float, float]:
 
     strict is 1 if the objects are exactly those asked for, with nothing else and nothing unknown, and the relation
     holds; else 0. partial is the mean of its clauses: `max(0, 1 - |n - found| / n)` for each kind asked for, 1 or 0 for
-    the relation, if any, and 1 or 0 for "nothing else", which only objects of kinds not asked for break. Clauses of the
+    the relation, if any, and 1 or 0 for "nothing else", which fails if there are objects of other kinds. Clauses of the
     same kind count as one. The relation holds if it does for any pair of the kinds it names.
     """
     asked: Counter[tuple[str | None, str | None]] = Counter()
@@ -188,10 +188,10 @@ class ShapesScorer:
         Args:
             images: N PIL images, or uint8 RGB `[N, H, W, 3]`.
             prompts: N prompts of the demo domain.
-            metadata: not used: the prompt says it all.
+            metadata: not used; the prompt says everything.
 
         Raises:
-            ValueError: if a prompt is none of the domain (it is named), or images and prompts differ in number.
+            ValueError: a prompt is outside the domain (the error names it), or images and prompts differ in number.
         """
         strict, partial = self.score_both(images, prompts)
         return strict if self.mode == "strict" else partial
@@ -201,7 +201,7 @@ class ShapesScorer:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         scenes = [domain.parse(prompt) for prompt in prompts]
-        # OpenCV and numpy let go of the interpreter for most of a picture's time.
+        # OpenCV and numpy release the interpreter lock for most of the time that a picture takes.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             found = list(pool.map(detect, map(_to_array, images)))
         scores = [judge(scene, shapes) for scene, shapes in zip(scenes, found, strict=True)]
@@ -209,7 +209,7 @@ class ShapesScorer:
         return table[:, 0].contiguous(), table[:, 1].contiguous()
 
     def variants(self) -> list[tuple[str, Scorer]]:
-        """Both modes, whichever is trained on."""
+        """Both modes, whichever one is trained on."""
         return [(f"shapes {mode}", ShapesScorer(mode)) for mode in MODES]
 
 
@@ -218,7 +218,7 @@ def _holds(relation: str, a: Found, b: Found) -> bool:
     offset = np.array([a.x - b.x, a.y - b.y])
     slack = POSITION_SLACK * np.array([a.width + b.width, a.height + b.height])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - slack, 0.0)
-    # The norm is that of the offset before it shrank, so that objects too close to call are in no relation.
+    # The norm is that of the unshrunk offset, so that objects too close to call are in no relation.
     return bool(shrunk @ np.array(domain.DIRECTIONS[relation]) > POSITION_COSINE * np.hypot(*offset))
 
 
@@ -235,7 +235,7 @@ def _describe(mask: np.ndarray, lab: np.ndarray, left: int, top: int) -> _Blob:
     uniformity = float((_squared_distances(colors, median[None]) < MAX_DELTA_E**2).mean())
 
     ys, xs = np.nonzero(mask)
-    # The hull goes round the corners of pixels: through their centres it would lose half a pixel all round.
+    # The hull goes round the corners of pixels. Through their centres it would be half a pixel too small on all sides.
     corners = np.concatenate([np.stack([xs + dx, ys + dy], 1) for dx in (0, 1) for dy in (0, 1)])
     hull = cv2.convexHull(corners.astype(np.float32))
     area = len(xs)
@@ -254,9 +254,9 @@ def _describe(mask: np.ndarray, lab: np.ndarray, left: int, top: int) -> _Blob:
 
 
 def _split(mask: np.ndarray, nearest: np.ndarray, lab: np.ndarray, left: int, top: int) -> list[_Blob]:
-    """The objects of a component in which several touch; empty if it does not come apart into clean ones.
+    """The objects of a component in which several touch; empty if it does not split into clean ones.
 
-    Each palette colour is eroded on its own until the component has several cores; a pixel then goes to the nearest.
+    Each palette colour is eroded on its own until the component has several cores. A pixel then goes to the nearest core.
 
     Args:
         mask: uint8 0/1 `[h, w]`, the component in a box at `(left, top)`.
@@ -285,7 +285,7 @@ def _split(mask: np.ndarray, nearest: np.ndarray, lab: np.ndarray, left: int, to
 
 
 def _erode(mask: np.ndarray, times: int) -> np.ndarray:
-    """A uint8 mask less `times` pixels all round; outside the array counts as empty."""
+    """A uint8 mask with `times` pixels removed on all sides. The area outside the array counts as empty."""
     import cv2
 
     kernel = np.ones((3, 3), np.uint8)
@@ -293,10 +293,10 @@ def _erode(mask: np.ndarray, times: int) -> np.ndarray:
 
 
 def _fill_holes(mask: np.ndarray) -> np.ndarray:
-    """A uint8 0/1 mask with all that the (4-connected) outside does not reach set to 1."""
+    """A uint8 0/1 mask in which everything that the (4-connected) outside does not reach is set to 1."""
     import cv2
 
-    # The margin joins all of the outside, so that one fill from a corner reaches it.
+    # The margin joins all parts of the outside, so that one fill from a corner reaches them.
     outside = np.pad(mask, 1)
     cv2.floodFill(outside, None, (0, 0), (2,), flags=4)
     return (outside[1:-1, 1:-1] != 2).astype(np.uint8)
@@ -336,5 +336,5 @@ def default_prompts(split: Split) -> PromptList:
 
 
 def load(device: torch.device, path: str | None = None) -> ShapesScorer:
-    """The scorer, strict, which runs on the CPU."""
+    """The scorer in strict mode, which runs on the CPU."""
     return ShapesScorer()

@@ -1,4 +1,4 @@
-"""The share of what a prompt of the demo domain asks for that holds, 0 to 1: what `shapes` demands in full."""
+"""The share of a demo prompt's clauses that hold, 0 to 1. The reward `shapes` requires all of them."""
 
 from __future__ import annotations
 

@@ -74,15 +74,18 @@ def test_a_file_scores_as_the_folder_does(folder: Path) -> None:
         assert expected.std() > 2e-2 * expected.abs().max()
 
 
-def test_what_is_no_whole_model_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_whole_model_is_one_line(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "whole" / "model.safetensors")
     vision = {k: v for k, v in tensors.items() if k.startswith("vis")}
     cases = {
         "vision": (vision, "holds only the vision tower: give the whole model"),
         "text": ({k: v for k, v in tensors.items() if k.startswith("text")}, "holds only the text tower"),
-        "other": ({"conv1.weight": torch.ones(2)}, "no CLIP model in transformers' names"),
+        "other": ({"conv1.weight": torch.ones(2)}, "not a CLIP model in transformers' names"),
         "open-clip": ({"visual.conv1.weight": torch.ones(2)}, "needs the open_clip_config.json of its hub repository"),
-        "cut": (vision | {"text_model.final_layer_norm.weight": torch.ones(2)}, "no CLIP model in transformers' names"),
+        "cut": (
+            vision | {"text_model.final_layer_norm.weight": torch.ones(2)},
+            "not a CLIP model in transformers' names",
+        ),
         "more": (tensors | {"head": torch.ones(2)}, r"not its checkpoint \(at head\)"),
     }
     for name, (content, said) in cases.items():

@@ -1,4 +1,4 @@
-"""The eyes of the geneval reward, detector and colour classifier, on tiny random weights and planted outputs."""
+"""The geneval reward's detector and colour classifier, on tiny random weights and planted outputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_labels=80,
     )
     with pytest.MonkeyPatch.context() as patch:
-        # Its loss, which is not used, wants scipy.
+        # Its loss, which is not used, needs scipy.
         patch.setattr(modeling_mask2former, "requires_backends", lambda *_: None)
         model = modeling_mask2former.Mask2FormerForUniversalSegmentation(config)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_thresholds_and_what_is_nothing() -> None:
     assert names(20, dog=0.301) == ["dog"] and names(20, dog=0.299) == []
     # One outline can be two things.
     assert names(20, cat=0.35, dog=0.5) == ["dog", "cat"]
-    # No class is none, and no pixel is no object.
+    # A query of no class gives no object, nor does one without a pixel.
     assert names(20) == [] and names(-1, dog=0.9) == []
 
 
@@ -250,7 +250,7 @@ class Planted(nn.Module):
 
 
 class Known:
-    """A classifier that says what it is told and keeps what it is shown."""
+    """A classifier that gives the colours it was made with and keeps the pictures it gets."""
 
     def __init__(self, *colors: str):
         self.answers, self.cuts, self.names = list(colors), [], []
@@ -327,7 +327,7 @@ def test_colours_go_to_their_objects() -> None:
         assert [cut.shape for cut in classifier.cuts] == [(8, 8, 3), (8, 8, 3), (4, 4, 3)]
 
 
-def test_an_output_that_is_no_number_is_told() -> None:
+def test_an_output_that_is_not_finite_is_an_error() -> None:
     images = np.zeros((3, 32, 32, 3), np.uint8)
     for blamed in ("classes", "masks"):
         classes, masks = logits(dog=0.9).repeat(3, 1, 1), planted([(0, 0, 8, 8)] * 3, (32, 32))[:, None]
@@ -392,7 +392,7 @@ def test_pictures_are_of_any_number_and_size() -> None:
     assert detect.ColorClassifier(towers).colors(cuts, ["dog", "cat"]) == ["pink", "black"]  # type: ignore[arg-type]
 
 
-def test_features_that_are_no_numbers_are_told() -> None:
+def test_features_that_are_not_finite_are_an_error() -> None:
     towers = features(red=[[float("nan"), 0, 0]] * 3)
     with pytest.raises(ValueError, match="colour classifier of geneval"):
         colors_of(towers, (1, 0, 0))
@@ -510,14 +510,14 @@ def test_a_detector_that_is_another(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     # What is not in the file would be random.
     save_file({k: v for k, v in tensors.items() if k != "class_predictor.bias"}, file, {"format": "pt"})
-    refused(copy, "detector is no whole Mask2Former (class_predictor.bias is missing)")
+    refused(copy, "detector is not a complete Mask2Former (class_predictor.bias is missing)")
     save_file({**tensors, "class_predictor.bias": torch.zeros(5)}, file, {"format": "pt"})
     refused(copy, "detector cannot be loaded")
     file.write_bytes(file.read_bytes()[:-10])
     refused(copy, "detector cannot be loaded")
     shutil.rmtree(copy / "detector")
     shutil.copytree(folder / "classifier", copy / "detector")
-    refused(copy, "detector tells 2 classes apart, not COCO's 80")
+    refused(copy, "detector has 2 classes, not COCO's 80")
 
 
 def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

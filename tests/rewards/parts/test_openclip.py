@@ -142,7 +142,7 @@ def test_scores_are_the_same_both_ways(theirs: dict, without_open_clip: None, ki
 def test_activation_and_normalisation_come_from_the_file_beside(
     theirs: dict, tmp_path: Path, without_open_clip: None
 ) -> None:
-    """The scores with OpenAI's activation differ. A config that is missing or none is one line."""
+    """The scores with OpenAI's activation differ. A missing or broken config is an error of one line."""
     plain, quick = theirs["scores"]["gelu", "clipscore"], theirs["scores"]["quick", "clipscore"]
     assert (plain - quick).abs().max() > 1e-4
     file, beside = tmp_path / "model.safetensors", tmp_path / "open_clip_config.json"

@@ -1,4 +1,4 @@
-"""Weights that cannot be had."""
+"""Weights that are not available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reward server, asked over real sockets by the remote reward and by others that mean less well."""
+"""The reward server, asked over real sockets by the remote reward and by faulty or hostile clients."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def header_only(width: int, height: int, repeat: int = 1) -> str:
 
 
 def ask(server: RewardServer, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-    """Status and content of a reply. What is no bytes goes as JSON."""
+    """Status and content of a reply. A body that is not bytes is sent as JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
     with contextlib.closing(connection):
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -125,10 +125,6 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
-
-
-def waiting(server: RewardServer) -> int:
-    return len(server._http.queue._waiting)
 
 
 # The remote reward and the server together
@@ -170,12 +166,12 @@ def test_several_rewards_have_a_path_each(mean):
     with RewardServer({"mean": mean, "other": other}) as server:
         assert load_scorer("remote", path=f"{server.url}/mean").score(pictures(3), ["a"]).tolist() == [3]
         assert load_scorer("remote", path=f"{server.url}/other").score(pictures(3), ["a"]).tolist() == [-1]
-        with pytest.raises(ConfigError, match="it has mean, other; add one to the URL"):
+        with pytest.raises(ConfigError, match="hosts mean, other: add one of them to the URL"):
             load_scorer("remote", path=server.url)
         with pytest.raises(ConfigError, match="replied 404: no /mena/health here: there are /health, /mean/compute, "):
             load_scorer("remote", path=f"{server.url}/mena")
         status, reply = compute(server, pictures(3), ["a"])
-        assert (status, reply) == (400, {"error": "several rewards are here: use /mean/compute, /other/compute"})
+        assert (status, reply) == (400, {"error": "the server has several rewards: use /mean/compute, /other/compute"})
         assert ask(server, "GET", "/health")[1] == {
             "status": "ok",
             "rewards": ["mean", "other"],
@@ -201,7 +197,7 @@ def test_requests_that_wait_share_a_call(mean, server):
         assert mean.begun.wait(5)
         futures = [pool.submit(compute, server, pictures(2 * i, 2 * i + 1), [f"{i}", f"{i}"]) for i in range(6)]
         futures.append(pool.submit(compute, server, pictures(77, size=(2, 2)), ["small"], metadata=[{"k": 1}]))
-        until(lambda: waiting(server) == 7)
+        until(lambda: server.waiting == 7)
         # Health does not wait in the queue.
         assert ask(server, "GET", "/health")[0] == 200
         mean.free.set()
@@ -216,9 +212,9 @@ def test_requests_with_and_without_metadata_share_a_call(mean, server):
         pool.submit(compute, server, pictures(100), ["first"])
         assert mean.begun.wait(5)
         pool.submit(compute, server, pictures(1), ["without"])
-        until(lambda: waiting(server) == 1)
+        until(lambda: server.waiting == 1)
         pool.submit(compute, server, pictures(2), ["with"], metadata=[{"k": 1}])
-        until(lambda: waiting(server) == 2)
+        until(lambda: server.waiting == 2)
         mean.free.set()
     assert mean.calls[1] == ((2, 6, 4, 3), ["without", "with"], [None, {"k": 1}])
 
@@ -232,7 +228,7 @@ def test_a_call_has_a_largest_size_and_nobody_starves(mean, server, monkeypatch)
         # 3 + 1, then 2 + 1, then 5, which is more than are merged.
         for waits, (prompt, count) in enumerate((("a", 3), ("b", 2), ("c", 5), ("d", 1), ("e", 1)), 1):
             pool.submit(compute, server, pictures(*range(count)), [prompt] * count)
-            until(lambda waits=waits: waiting(server) == waits)
+            until(lambda waits=waits: server.waiting == waits)
         mean.free.set()
     assert [prompts for _, prompts, _ in mean.calls] == [["first"], [*"aaad"], [*"bbe"], [*"ccccc"]]
 
@@ -245,7 +241,7 @@ def test_rewards_do_not_share_calls(mean):
         futures = [pool.submit(ask, server, "POST", "/mean/compute", body)]
         assert mean.begun.wait(5)
         futures += [pool.submit(ask, server, "POST", f"/{name}/compute", body) for name in ("mean", "other")]
-        until(lambda: waiting(server) == 2)
+        until(lambda: server.waiting == 2)
         assert other.calls == []
         mean.free.set()
         assert [future.result()[0] for future in futures] == [200] * 3
@@ -261,7 +257,7 @@ def test_rewards_do_not_share_calls(mean):
         ("short", 500, "mean: [0] scores for 1 images"),
     ],
 )
-def test_an_error_is_told_to_the_request_that_caused_it_alone(mean, server, prompt, status, text):
+def test_only_the_request_that_caused_an_error_gets_it(mean, server, prompt, status, text):
     mean.free.clear()
     with ThreadPoolExecutor(4) as pool:
         pool.submit(compute, server, pictures(100), ["first"])
@@ -269,7 +265,7 @@ def test_an_error_is_told_to_the_request_that_caused_it_alone(mean, server, prom
         futures = []
         for red, text_of_it in ((1, "fine"), (2, prompt), (3, "fine")):
             futures.append(pool.submit(compute, server, pictures(red), [text_of_it]))
-            until(lambda: waiting(server) == len(futures))
+            until(lambda: server.waiting == len(futures))
         mean.free.set()
         assert futures[0].result() == (200, {"rewards": [1]})
         assert futures[1].result() == (status, {"error": text})
@@ -295,8 +291,8 @@ def good() -> dict[str, Any]:
         ("POST", "/mean", 404, "no /mean here"),
         ("POST", "/\x7f\x9b31m/compute", 404, "here"),
         ("GET", "/favicon.ico", 404, "no /favicon.ico here"),
-        ("GET", "/compute", 405, "/compute wants POST"),
-        ("POST", "/health", 405, "/health wants GET"),
+        ("GET", "/compute", 405, "/compute needs POST"),
+        ("POST", "/health", 405, "/health needs GET"),
         ("PUT", "/compute", 405, "PUT"),
         ("DELETE", "/health", 405, "DELETE"),
     ],
@@ -330,7 +326,11 @@ def test_other_paths_and_methods(mean, server, capfd, method, path, status, text
         ({"metadata": [None]}, 400, "must be lists of the same length"),
         ({"metadata": {"0": 1, "1": 2}}, 400, "must be lists of the same length"),
         ({"images": [], "prompts": [], "metadata": []}, 400, "and not empty"),
-        ({"images": ["a"] * 6, "prompts": ["a"] * 6, "metadata": None}, 413, "6 images: at most 5"),
+        (
+            {"images": ["a"] * 6, "prompts": ["a"] * 6, "metadata": None},
+            413,
+            "the request has 6 images, at most 5 are allowed",
+        ),
     ],
 )
 def test_bodies_that_are_no_request(mean, server, change, status, text):
@@ -349,13 +349,13 @@ def test_bodies_that_are_no_request(mean, server, change, status, text):
         (base64.b64encode(b"\x89PNG\r\n\x1a\n").decode(), 400, "image 1: not a PNG"),
         (png(Image.new("P", (4, 6)), "GIF"), 400, "image 1: not a PNG"),
         (png(pictures(1)[0], "JPEG"), 400, "image 1: not a PNG"),
-        (png(pictures(1)[0])[:64], 400, "image 1: no readable PNG"),
-        (header_only(4, 6, repeat=2), 400, "image 1: no readable PNG: two sizes"),
-        (header_only(0, 6), 400, "image 1: no readable PNG"),
-        (header_only(4, 600), 400, "image 1: no readable PNG"),
+        (png(pictures(1)[0])[:64], 400, "image 1: not a readable PNG"),
+        (header_only(4, 6, repeat=2), 400, "image 1: not a readable PNG: two sizes"),
+        (header_only(0, 6), 400, "image 1: not a readable PNG"),
+        (header_only(4, 600), 400, "image 1: not a readable PNG"),
         (header_only(2**16, 2**16), 413, "65536 x 65536 pixels"),
         (header_only(2**13, 2**13), 413, "8192 x 8192 pixels"),
-        (png(Image.fromarray(np.full((6, 4), 300, np.uint16))), 400, "image 1: no readable PNG: mode I;16"),
+        (png(Image.fromarray(np.full((6, 4), 300, np.uint16))), 400, "image 1: not a readable PNG: mode I;16"),
     ],
 )
 def test_images_that_are_refused(mean, server, image, status, text):
@@ -383,10 +383,13 @@ def test_pictures_become_rgb(mean, server, mode):
 def test_a_body_that_is_too_large_is_not_read_and_the_client_hears_why(mean, server):
     assert ask(server, "POST", "/compute", b" " * 20_000)[0] == 400
     status, reply = ask(server, "POST", "/compute", b" " * 20_001)
-    assert (status, reply["error"]) == (413, "a body of 20001 bytes: at most 20000, send fewer images at a time")
-    # So much that it does not fit into the buffers between the two; the second sends all before it listens.
+    assert (status, reply["error"]) == (
+        413,
+        "the body has 20001 bytes, at most 20000 are allowed: send fewer images at a time",
+    )
+    # These bodies do not fit into the sockets' buffers. The second client sends everything before it reads.
     noise = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3), dtype=np.uint8)
-    with pytest.raises(RemoteError, match=r"replied 413: a body of \d+ bytes: at most 20000"):
+    with pytest.raises(RemoteError, match=r"replied 413: the body has \d+ bytes, at most 20000"):
         RemoteScorer(server.url).score(noise, ["a"] * 4)
     with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), 5)) as connection:
         connection.sendall(b"POST /compute HTTP/1.1\r\nContent-Length: 16777216\r\n\r\n" + b" " * 2**24)
@@ -510,7 +513,7 @@ def test_a_stop_finishes_what_is_scored_and_refuses_what_waits(mean):
         first = pool.submit(compute, server, pictures(1), ["first"])
         assert mean.begun.wait(5)
         second = pool.submit(compute, server, pictures(2), ["second"])
-        until(lambda: waiting(server) == 1)
+        until(lambda: server.waiting == 1)
         began = time.monotonic()
         stopped = pool.submit(server.stop)
         assert second.result(5) == (503, {"error": "the server is stopping"})
@@ -520,7 +523,7 @@ def test_a_stop_finishes_what_is_scored_and_refuses_what_waits(mean):
         mean.free.set()
         assert first.result(5) == (200, {"rewards": [1]})
         stopped.result(5)
-        # The connection that says nothing does not hold it up.
+        # The connection that sends nothing does not delay it.
         assert time.monotonic() - began < 2
     assert [prompts for _, prompts, _ in mean.calls] == [["first"]]
     RewardServer({}, port=server.port).stop()
@@ -529,21 +532,28 @@ def test_a_stop_finishes_what_is_scored_and_refuses_what_waits(mean):
 def test_a_request_that_is_still_arriving_at_the_stop_is_refused(mean):
     server = RewardServer({"mean": mean})
     server.start()
+    mean.free.clear()
     body = json.dumps(good()).encode()
     with (
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(3) as pool,
         contextlib.closing(socket.create_connection(("127.0.0.1", server.port))) as late,
     ):
         late.sendall(b"POST /compute HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body[:-1])
-        until(lambda: server._http.open == 1)
+        # Connections are accepted in order, so the late one is open once the next request is being scored.
+        first = pool.submit(compute, server, pictures(1), ["first"])
+        assert mean.begun.wait(5)
+        second = pool.submit(compute, server, pictures(2), ["second"])
+        until(lambda: server.waiting == 1)
         stopped = pool.submit(server.stop)
-        until(lambda: server._http.queue._stopping)
+        assert second.result(5)[0] == 503
         late.sendall(body[-1:])
         response = http.client.HTTPResponse(late)
         response.begin()
         assert response.status == 503
+        mean.free.set()
+        assert first.result(5)[0] == 200
         stopped.result(5)
-    assert mean.calls == []
+    assert [prompts for _, prompts, _ in mean.calls] == [["first"]]
 
 
 def test_a_port_in_use(mean, server):

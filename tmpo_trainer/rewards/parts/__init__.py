@@ -1,1 +1,1 @@
-"""What several scorers share."""
+"""Code that several scorers share."""

@@ -1,4 +1,4 @@
-"""What the scorers over CLIP share: two towers, with the text features of a prompt computed once."""
+"""What the CLIP scorers share: two towers. The text features of a prompt are computed once."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ...hub import readable_errors
 from . import clip_file
 from .weights import Source, hub_folder
 
-#: The tokenizer of OpenAI's CLIP, which all of them use.
+#: The tokenizer of OpenAI's CLIP, which all CLIP scorers use.
 TOKENIZER: Source = (
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ("tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"),
 )
 
-#: Words of CLIP's tokenizer.
+#: Number of words in CLIP's tokenizer.
 VOCABULARY = 49408
 
 #: Images in one call of the vision tower.
@@ -49,7 +49,7 @@ def crop(size: int, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[floa
 
 
 def pad(size: int) -> Prepare:
-    """HPS's: longest side to `size` (bicubic), black bars to a square, CLIP's mean and std. `[N, 3, size, size]`."""
+    """HPS's own: longest side to `size` (bicubic), black bars to a square, CLIP's mean and std. `[N, 3, size, size]`."""
     processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
 
     def square(image: Image.Image) -> Image.Image:
@@ -64,7 +64,7 @@ def pad(size: int) -> Prepare:
 
 
 def open_clip_tokenizer() -> CLIPTokenizer | None:
-    """CLIP's tokenizer from the vocabulary in open_clip's package, if that is installed: no hub is needed then.
+    """CLIP's tokenizer from the vocabulary in open_clip's package, which needs no hub. None if that is not installed.
 
     The package itself is not imported: it needs torchvision.
     """
@@ -73,7 +73,7 @@ def open_clip_tokenizer() -> CLIPTokenizer | None:
     if file is None or not file.is_file():
         return None
     lines = gzip.decompress(file.read_bytes()).decode().split("\n")
-    # The first line is a title; of what follows CLIP took as many merges as its vocabulary of 49,408 has room for.
+    # The first line is a title. CLIP uses as many of the merges after it as its vocabulary of 49,408 has room for.
     letters = list(bytes_to_unicode().values())
     merges: list[Any] = [tuple(line.split()) for line in lines[1 : VOCABULARY - 2 * len(letters) - 2 + 1]]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges)]
@@ -97,8 +97,8 @@ class ClipTowers:
 
     Args:
         model: a transformers CLIPModel; subclasses take others.
-        prepare: images -> pixel values `[N, 3, H, W]`. clean: what is done to a prompt before the tokenizer.
-        device: where it runs, in float16 on a GPU.
+        prepare: images -> pixel values `[N, 3, H, W]`. clean: applied to a prompt before the tokenizer.
+        device: where the towers run, in float16 on a GPU.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ClipTowers:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """`[N, D]`, on the CPU. A prompt that was seen before costs nothing."""
+        """`[N, D]`, on the CPU. The features of earlier prompts are reused."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         for first in range(0, len(missing), self.batch):
             chosen = missing[first : first + self.batch]
@@ -166,7 +166,7 @@ class ClipScorer:
     """exp(logit_scale) * cos of a CLIP model, divided by a constant.
 
     Args:
-        name: of the scorer. towers: of the model. divisor: see `pickscore` and `clipscore`.
+        name: the scorer's. towers: the model's. divisor: see `pickscore` and `clipscore`.
     """
 
     def __init__(self, name: str, towers: ClipTowers, divisor: float = 1.0):
@@ -181,9 +181,9 @@ class ClipScorer:
 
 
 def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
-    """The towers of a folder, or one .safetensors file, with a transformers CLIPModel, preprocessed as CLIP does.
+    """The towers of a transformers CLIPModel in a folder or one .safetensors file, with CLIP's own preprocessing.
 
-    Raises ConfigError if it is none.
+    Raises ConfigError if there is no such model.
     """
     if folder.is_file():
         model: Any = clip_file.build(scorer, folder)

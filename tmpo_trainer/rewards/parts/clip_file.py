@@ -13,10 +13,10 @@ from transformers import CLIPConfig, CLIPModel
 from ...settings.errors import ConfigError
 from .weights import fill, state
 
-#: Of one tower and the other, in transformers' names.
+#: How the names of the text tower's and the vision tower's tensors begin in transformers.
 TEXT, VISION = "text_model.", "vision_model."
 
-#: Width of a head where it is not 64: of ViT-H/14 and of ViT-bigG/14.
+#: Width of a tower -> width of its heads, for the towers whose heads are not 64 wide: ViT-H/14 and ViT-bigG/14.
 HEAD = {1280: 80, 1664: 104}
 
 
@@ -24,7 +24,7 @@ def build(scorer: str, file: Path) -> CLIPModel:
     """The model with its weights, float32.
 
     Raises:
-        ConfigError: it cannot be read, holds one tower only, as most clip_vision files do, or is no CLIPModel.
+        ConfigError: the file cannot be read, is not a CLIPModel, or holds only one tower, as most clip_vision files do.
     """
     names = header(scorer, file)
     for start, tower, other in ((TEXT, "vision", "text"), (VISION, "text", "vision")):
@@ -33,20 +33,20 @@ def build(scorer: str, file: Path) -> CLIPModel:
                 raise ConfigError(
                     f"reward {scorer}: {file} holds only the {tower} tower: give the whole model, which has a {other} tower too"
                 )
-            raise ConfigError(f"reward {scorer}: {file} is no CLIP model in transformers' names")
-    # Positions are counted, not learned; some files have them.
+            raise ConfigError(f"reward {scorer}: {file} is not a CLIP model in transformers' names")
+    # Positions are counted, not learned, but some files store them.
     tensors = {k: v.float() for k, v in state(scorer, file).items() if not k.endswith("position_ids")}
     try:
         model = CLIPModel(config_of(tensors))
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"reward {scorer}: {file} is no CLIP model in transformers' names (at {error})") from None
+        raise ConfigError(f"reward {scorer}: {file} is not a CLIP model in transformers' names (at {error})") from None
     own = {k: v for k, v in model.state_dict().items() if k.endswith("position_ids")}
     fill(scorer, file, model, tensors | own)
     return model
 
 
 def header(scorer: str, file: Path) -> list[str]:
-    """Names of a file's tensors, without reading them. Raises ConfigError if it is no safetensors file."""
+    """Names of a file's tensors, without reading them. Raises ConfigError if it is not a safetensors file."""
     try:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
@@ -60,8 +60,8 @@ def header(scorer: str, file: Path) -> list[str]:
 def config_of(tensors: Mapping[str, Tensor]) -> CLIPConfig:
     """The sizes of a CLIPModel, from its weights.
 
-    The activation cannot be seen in them: as in ComfyUI it is GELU for ViT-H and ViT-bigG, which are LAION's, and OpenAI's
-    quick GELU for smaller ones.
+    The weights do not show the activation. As in ComfyUI, it is GELU for ViT-H and ViT-bigG, which are LAION's, and
+    OpenAI's quick GELU for smaller models.
     """
     positions, words = (tensors[f"{TEXT}embeddings.{name}_embedding.weight"].shape[0] for name in ("position", "token"))
     patches = tensors[f"{VISION}embeddings.position_embedding.weight"].shape[0] - 1
@@ -92,7 +92,7 @@ def _tower(tensors: Mapping[str, Tensor], start: str) -> dict[str, int]:
         int(name.split("layers.")[1].split(".")[0]) for name in tensors if name.startswith(f"{start}encoder.layers.")
     ]
     inner, width = tensors[f"{start}encoder.layers.0.mlp.fc1.weight"].shape
-    # In the text tower heads are 64 wide whatever its width.
+    # The text tower's heads are 64 wide, whatever the tower's width.
     head = HEAD.get(width, 64) if start == VISION else 64
     return {
         "hidden_size": width,

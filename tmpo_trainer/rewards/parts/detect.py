@@ -1,7 +1,7 @@
-"""What the geneval reward sees in a picture: objects with their outlines (Mask2Former), and their colours (CLIP).
+"""What the geneval reward finds in a picture: objects with their outlines (Mask2Former), and their colours (CLIP).
 
-GenEval's own detector is mmdet's Mask2Former with Swin-S; this is the one of the network's authors, as transformers has
-it: same architecture and data, other weights, so scores differ slightly from published ones.
+GenEval's own detector is mmdet's Mask2Former with Swin-S. Here the detector is the version of the network's authors in
+transformers. It has the same architecture and data but other weights, so scores differ slightly from published ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...prompts.compositional import CLASSES, COLORS
 from ...settings.errors import ConfigError
 from .clip import ClipTowers
 
-#: GenEval's own, with their "a orange": other words would give other features.
+#: GenEval's own templates, including their "a orange": other words would give other features.
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 #: The grey, #999, that hides everything but the object in the picture whose colour is named.
@@ -34,13 +34,13 @@ GREY = 0x99
 #: Score above which an object counts at all.
 THRESHOLD = 0.3
 
-#: Pairs of query and class that are looked at in a picture.
+#: At most this many pairs of query and class are considered in a picture.
 MOST = 100
 
-#: Shortest and longest side of what the detector gets, as it was trained.
+#: Shortest and longest side of the detector's input, as in its training.
 SIDES = (800, 1333)
 
-#: Pictures in one call of the detector; each takes some .8 GB.
+#: Pictures in one call of the detector. Each takes about .8 GB.
 BATCH = 4
 
 Box = tuple[float, float, float, float]
@@ -57,13 +57,13 @@ class Detection:
     box: Box
     """Left, top, right, bottom in pixels, y downwards; right and bottom are just outside."""
     color: str | None = None
-    """One of COLORS; None if nobody has asked."""
+    """One of COLORS; None if the colour was not determined."""
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Bool `[h, w]`: which pixels of the box are the object."""
 
 
 class Mask2Former(Mask2FormerPreTrainedModel):
-    """transformers' Mask2FormerForUniversalSegmentation without its loss, which wants scipy. The weights fit."""
+    """transformers' Mask2FormerForUniversalSegmentation without its loss, which needs scipy. The weights fit."""
 
     _keys_to_ignore_on_load_unexpected = ["criterion.empty_weight"]  # noqa: RUF012
 
@@ -75,9 +75,9 @@ class Mask2Former(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """`[N, 3, H, W]` -> logits of the classes, the last for none, `[N, Q, C + 1]`, and of masks `[N, Q, h, w]`."""
+        """`[N, 3, H, W]` -> logits of classes `[N, Q, C + 1]`, the last one for no object, and of masks `[N, Q, h, w]`."""
         output: Any = self.model(pixel_values, output_hidden_states=True)
-        # The last hidden state proper has not been through the last norm.
+        # The model's own last hidden state lacks the final norm.
         queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
         return self.class_predictor(queries), output.masks_queries_logits[-1]
 
@@ -85,16 +85,16 @@ class Mask2Former(Mask2FormerPreTrainedModel):
 def instances(classes: Tensor, masks: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> list[Detection]:
     """The objects of one picture above THRESHOLD, most likely class first.
 
-    As mmdet has it: of all pairs of query and class the MOST likeliest; score = probability of the class times the mean
-    probability of the pixels that are more likely in than out. Outlines of objects may overlap. (The library's own
-    post-processing goes through masks of 384 x 384, which makes boxes coarse.)
+    As in mmdet, only the MOST likeliest pairs of query and class are considered. A pair's score is the probability of the
+    class times the mean probability of the pixels that are more likely inside than outside. Outlines of objects may
+    overlap. (The library's own post-processing goes through masks of 384 x 384, which makes boxes coarse.)
 
     Args:
         classes: logits `[Q, 81]`. masks: logits `[Q, h, w]` of the whole picture.
-        seen: height and width that the detector got. size: of the picture, in which boxes are.
+        seen: height and width of the detector's input. size: height and width of the picture, which boxes refer to.
     """
     chances, order = classes.softmax(-1)[:, :-1].flatten().sort(descending=True, stable=True)
-    # The pixels can only lower a score, so nothing is lost here.
+    # The pixels can only lower a score, so no object is lost here.
     order = order[:MOST][chances[:MOST] > THRESHOLD]
     found = []
     for chance, index in zip(chances.tolist(), order.tolist(), strict=False):
@@ -118,16 +118,16 @@ def instances(classes: Tensor, masks: Tensor, seen: tuple[int, int], size: tuple
 
 
 class Detector:
-    """Finds objects; float32 on any device. Keeps what it found in the last pictures, for those who ask again.
+    """Finds objects, in float32 on any device. Keeps the result of the last call and reuses it for the same pictures.
 
     Args:
-        sides: shortest and longest side, in pixels, to which pictures are resized. batch: pictures in a call.
+        sides: shortest and longest side, in pixels, to which pictures are resized. batch: pictures per call.
     """
 
     def __init__(self, network: Mask2Former, device: torch.device, sides: tuple[int, int] = SIDES, batch: int = BATCH):
         self.network: Any = network.eval().requires_grad_(False)
         self.batch = batch
-        # Sides become multiples of 32, so that nothing need be padded.
+        # Sides become multiples of 32, so no padding is needed.
         self._processor = Mask2FormerImageProcessorPil(size={"shortest_edge": sides[0], "longest_edge": sides[1]})
         self._last: tuple[bytes, list[list[Detection]]] | None = None
         self.to(device)
@@ -161,7 +161,7 @@ class Detector:
 
 
 def cut(image: np.ndarray, item: Detection) -> np.ndarray:
-    """The object's box of a picture `[H, W, 3]`, grey where it is not the object. uint8 `[h, w, 3]`."""
+    """The box of an object in a picture `[H, W, 3]`: uint8 `[h, w, 3]`, grey outside the object's outline."""
     assert item.mask is not None
     left, top, right, bottom = (int(edge) for edge in item.box)
     return np.where(item.mask[..., None], image[top:bottom, left:right], np.uint8(GREY))
@@ -171,7 +171,7 @@ class ColorClassifier:
     """Names the colour of objects, zero-shot: the nearest of COLORS, each the mean of its TEMPLATES' features.
 
     Args:
-        towers: of CLIP, GenEval's is OpenAI's ViT-L/14.
+        towers: CLIP's. GenEval uses OpenAI's ViT-L/14.
     """
 
     def __init__(self, towers: ClipTowers):
@@ -184,7 +184,7 @@ class ColorClassifier:
         """One of COLORS for every cut-out, uint8 RGB `[h, w, 3]` of any size, of an object of the class in `names`.
 
         Raises:
-            ValueError: CLIP's features are no numbers.
+            ValueError: CLIP's features are not finite.
         """
         if not cuts:
             return []
@@ -203,7 +203,7 @@ class ColorClassifier:
 
 
 def load_detector(folder: Path, device: torch.device) -> Detector:
-    """The detector of a folder with transformers' Mask2Former for COCO. Raises ConfigError if it is none."""
+    """The detector in a folder with transformers' Mask2Former for COCO. Raises ConfigError if the folder has none."""
     with readable_errors("reward geneval", folder):
         loaded: Any = Mask2Former.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -211,11 +211,11 @@ def load_detector(folder: Path, device: torch.device) -> Detector:
     network, report = loaded
     if network.config.num_labels != len(CLASSES):
         raise ConfigError(
-            f"reward geneval: {folder} tells {network.config.num_labels} classes apart, not COCO's {len(CLASSES)}: "
-            "take facebook/mask2former-swin-small-coco-instance"
+            f"reward geneval: {folder} has {network.config.num_labels} classes, not COCO's {len(CLASSES)}: "
+            "use facebook/mask2former-swin-small-coco-instance"
         )
-    # Weights that are not in the file would be random.
+    # Weights that are missing in the file would be random.
     missing = sorted(report["missing_keys"] & dict(network.named_parameters()).keys())
     if missing:
-        raise ConfigError(f"reward geneval: {folder} is no whole Mask2Former ({missing[0]} is missing)")
+        raise ConfigError(f"reward geneval: {folder} is not a complete Mask2Former ({missing[0]} is missing)")
     return Detector(network, device)

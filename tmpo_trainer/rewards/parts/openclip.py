@@ -1,6 +1,7 @@
-"""CLIP checkpoints in open_clip's names, as HPS's and LAION's: run by open_clip where it works, else by transformers.
+"""CLIP checkpoints in open_clip's names, such as HPS's and LAION's. open_clip runs them if it works, else transformers.
 
-open_clip needs a torchvision that works, so it is never required. Both ways agree: tests/tiny/test_open_clip.py.
+open_clip needs a working torchvision, so it is never required. Both give the same scores, see
+tests/rewards/parts/test_openclip.py.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .clip import VOCABULARY, ClipTowers, Prepare, crop, load_clip, load_tokeniz
 from .clip_file import header
 from .weights import fill, state
 
-#: Names inside a block, from open_clip's to transformers'. Queries, keys and values are one tensor in open_clip.
+#: Names inside a block: open_clip's -> transformers'. Queries, keys and values are one tensor in open_clip.
 BLOCK = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -54,7 +55,7 @@ TRANSPOSED = {"text_projection": "text_projection.weight", "visual.proj": "visua
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's names of a CLIP model to transformers'. Unknown keys stay as they are."""
+    """Renames a CLIP model's tensors from open_clip's names to transformers'. Unknown keys stay as they are."""
     found: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if key in OUTSIDE:
@@ -77,10 +78,10 @@ def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_of(tensors: Mapping[str, Tensor], quick_gelu: bool = False) -> CLIPConfig:
-    """The sizes of a checkpoint in open_clip's names. Heads are 64 wide, in the vision tower of ViT-H 80.
+    """The sizes of a checkpoint in open_clip's names. Heads are 64 wide, but 80 in the vision tower of ViT-H.
 
     Raises:
-        KeyError, ValueError, IndexError: it is no CLIP of two transformers.
+        KeyError, ValueError, IndexError: it is not a CLIP of two transformers.
     """
     layers = [
         1 + max(int(k.split("resblocks.")[1].split(".")[0]) for k in tensors if k.startswith(start))
@@ -108,7 +109,7 @@ def config_of(tensors: Mapping[str, Tensor], quick_gelu: bool = False) -> CLIPCo
             intermediate_size=4 * vision,
             num_hidden_layers=layers[1],
             num_attention_heads=vision // (80 if vision == 1280 else 64),
-            # A position for each patch and one for the class.
+            # There is a position for each patch and one for the class.
             image_size=patch * math.isqrt(tensors["visual.positional_embedding"].shape[0] - 1),
             patch_size=patch,
             hidden_act=activation,
@@ -138,7 +139,7 @@ def package() -> Any | None:
     """open_clip, if it is installed and can be imported."""
     try:
         return importlib.import_module("open_clip")
-    # A torchvision that is built for another torch, or for CUDA where there is none, fails in any of these ways.
+    # A torchvision that was built for another torch, or for CUDA on a machine without it, fails in any of these ways.
     except (ImportError, RuntimeError, OSError, AttributeError):
         return None
 
@@ -155,7 +156,7 @@ def build_transformers(scorer: str, file: Path, tensors: Mapping[str, Tensor], c
 def build_open_clip(
     open_clip: Any, scorer: str, file: Path, tensors: Mapping[str, Tensor], config: CLIPConfig
 ) -> torch.nn.Module:
-    """An `open_clip.CLIP` with them. Raises ConfigError if they do not fit."""
+    """An `open_clip.CLIP` with the checkpoint's weights. Raises ConfigError if they do not fit."""
     text: Any = config.text_config
     vision: Any = config.vision_config
     model = open_clip.CLIP(
@@ -186,23 +187,24 @@ def load_checkpoint(
     """The towers of a checkpoint's file (.pt, .bin or .safetensors).
 
     Args:
-        prepare: size -> preprocessing, as `clip.crop` and `clip.pad`. quick_gelu: as OpenAI's weights need it.
+        prepare: size -> preprocessing, such as `clip.crop` and `clip.pad`. quick_gelu: whether the activation is the
+            approximation that OpenAI's weights need.
 
     Raises:
-        ConfigError: it cannot be read, or is no CLIP in open_clip's names.
+        ConfigError: the file cannot be read, or is not a CLIP in open_clip's names.
     """
-    # Some checkpoints hold the causal mask as well.
+    # Some checkpoints also store the causal mask.
     tensors = {key: value.float() for key, value in state(scorer, file, "state_dict").items() if key != "attn_mask"}
     try:
         config = config_of(tensors, quick_gelu)
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(
-            f"reward {scorer}: {file} is not its checkpoint (no CLIP in open_clip's names: at {error})"
+            f"reward {scorer}: {file} is not its checkpoint (not a CLIP in open_clip's names: at {error})"
         ) from None
     text: Any = config.text_config
     vision: Any = config.vision_config
     pixels = prepare(vision.image_size)
-    # open_clip's tokenizer knows this vocabulary alone; a model of another brings its tokenizer along.
+    # open_clip's tokenizer has only this vocabulary. A model with another one comes with its own tokenizer.
     open_clip = package() if text.vocab_size == VOCABULARY else None
     if open_clip is None:
         model = build_transformers(scorer, file, tensors, config)
@@ -212,21 +214,22 @@ def load_checkpoint(
 
 
 def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
-    """What the weights do not say, from the hub's `open_clip_config.json` beside them.
+    """What the weights do not show, read from the hub's `open_clip_config.json` beside them.
 
-    OpenAI's need another activation, LAION's ViT-L/14 another mean and std: a guess would give plausible, wrong scores.
+    OpenAI's weights need another activation, LAION's ViT-L/14 another mean and std. A guess would give plausible but wrong
+    scores.
 
     Returns:
-        whether the activation is OpenAI's approximation of gelu; the preprocessing.
+        whether the activation is OpenAI's approximation of GELU; the preprocessing.
 
     Raises:
-        ConfigError: it is not there, cannot be read, or wants pictures prepared in a way that we have not.
+        ConfigError: the file is missing, cannot be read, or asks for a preprocessing that is not supported.
     """
     beside = file.with_name("open_clip_config.json")
     if not beside.is_file():
         raise ConfigError(
-            f"reward {scorer}: {file} needs the {beside.name} of its hub repository beside it (of a transformers model give "
-            "the folder)"
+            f"reward {scorer}: {file} needs the {beside.name} of its hub repository beside it (for a transformers model, "
+            "give the folder)"
         )
     with readable_errors(f"reward {scorer}", beside):
         found = json.loads(beside.read_text(encoding="utf-8"))
@@ -240,8 +243,11 @@ def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
 
 
 def load_towers(scorer: str, path: Path, device: torch.device) -> ClipTowers:
-    """The towers of a transformers CLIPModel in a folder or one .safetensors file, or of a checkpoint in open_clip's names with
-    its `open_clip_config.json` beside it.
+    """The towers of a CLIP model.
+
+    Args:
+        path: a transformers CLIPModel in a folder or one .safetensors file, or a checkpoint in open_clip's names with its
+            `open_clip_config.json` beside it.
 
     Raises:
         ConfigError: it is neither.

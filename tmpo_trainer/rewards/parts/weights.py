@@ -1,4 +1,4 @@
-"""Where a scorer's weights are: a path that the user gives, or the hub's cache, filled when there is a network."""
+"""Where a scorer's weights are: a path that the user gives, or the hub's cache, which is filled if there is a network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Source = tuple[str, tuple[str, ...]]
 
 
 def hub_folder(scorer: str, source: Source) -> Path:
-    """The folder of a scorer's files of a hub repository. Raises ConfigError for the first that cannot be had."""
+    """The folder of a scorer's files from a hub repository. Raises ConfigError for the first that is not available."""
     repository, names = source
     files = [hub_file(f"reward {scorer}", repository, name, f"--reward-models {scorer}=PATH") for name in names]
     return files[0].parent
 
 
 def existing(scorer: str, path: str) -> Path:
-    """A path given by the user. Raises ConfigError if nothing is there."""
+    """A path given by the user. Raises ConfigError if it does not exist."""
     found = Path(path).expanduser()
     if not found.exists():
         raise ConfigError(f"--reward-models {scorer}={path}: {found} does not exist")
@@ -35,10 +35,10 @@ def existing(scorer: str, path: str) -> Path:
 
 
 def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors or torch file; of the latter only tensors are ever unpickled.
+    """The tensors of a safetensors or torch file. Nothing but tensors is ever unpickled from a torch file.
 
     Args:
-        key: the entry that holds them, where a dictionary is around them.
+        key: the entry that holds the tensors, if they are inside another dictionary.
     """
     if file.is_dir():
         raise ConfigError(f"reward {scorer}: {file} is a folder: give the checkpoint's file")
@@ -63,7 +63,7 @@ def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
 
 
 def fill(scorer: str, file: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Loads tensors into a module. Raises ConfigError for a key that is missing, left over or of another shape."""
+    """Loads tensors into a module. Raises ConfigError if a key is missing or unknown, or a tensor has another shape."""
     own = module.state_dict()
     wrong = sorted(own.keys() ^ tensors.keys()) or [k for k, v in own.items() if v.shape != tensors[k].shape]
     if wrong:

@@ -1,1 +1,1 @@
-"""Scorers behind HTTP: the server."""
+"""The server that offers scorers over HTTP."""

@@ -1,7 +1,7 @@
-"""What waits to be scored in the reward server.
+"""The reward server's queue.
 
-One thread scores, so that scorers need not be thread-safe, and takes what waits for the same scorer together: eight
-training processes ask at about the same time.
+One thread scores, so that scorers need not be thread-safe. It scores waiting jobs for the same scorer in one call, because
+the processes of a training run ask at about the same time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 
 from .. import Scorer
 
-#: Most pictures in one call that several requests share. A request alone may have more.
+#: At most this many pictures in a call that several requests share. A single request may have more.
 MOST_MERGED = 64
 
 
 class Refused(Exception):
-    """What a request is answered with that gets no scores."""
+    """A request gets no scores: the status and text of the reply."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -42,7 +42,7 @@ class Job:
 
 
 class Queue:
-    """Jobs in the order they came, and the thread that does them once it is started."""
+    """Jobs in the order in which they arrived, and the thread that scores them once it is started."""
 
     def __init__(self, scorers: Mapping[str, Scorer]):
         self._scorers = scorers
@@ -50,6 +50,11 @@ class Queue:
         self._changed = threading.Condition()
         self._stopping = False
         self.thread = threading.Thread(target=self._work, daemon=True)
+
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait, without those that are being scored."""
+        return len(self._waiting)
 
     def add(self, job: Job) -> None:
         """Raises Refused after `stop`."""
@@ -60,7 +65,7 @@ class Queue:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Finishes what is being scored and refuses what waits."""
+        """Finishes the call in progress and refuses the jobs that wait."""
         with self._changed:
             self._stopping = True
             for job in self._waiting:
@@ -78,7 +83,7 @@ class Queue:
             self._do(jobs)
 
     def _take(self) -> list[Job]:
-        """The first that waits and what can share a call with it."""
+        """Removes the first job that waits and those that can share a call with it."""
         first = self._waiting.popleft()
         jobs, count = [first], len(first.prompts)
         for job in list(self._waiting):
@@ -96,7 +101,7 @@ class Queue:
             if len(jobs) == 1:
                 jobs[0].scores.set_exception(error)
                 return
-            # One of them is to blame. The others get their scores.
+            # One of the jobs caused the error. Scored one by one, the others get their scores.
             for job in jobs:
                 self._do([job])
             return
@@ -105,7 +110,7 @@ class Queue:
             scores = scores[len(job.prompts) :]
 
     def _score(self, jobs: list[Job]) -> list[float]:
-        """Raises Refused: 400 for what the scorer says of its input (ValueError), 500 for all else."""
+        """Raises Refused: 400 if the scorer rejects its input (ValueError), 500 for any other failure."""
         name = jobs[0].name
         images = np.concatenate([job.images for job in jobs])
         prompts = [prompt for job in jobs for prompt in job.prompts]

@@ -1,6 +1,6 @@
 """The other end of `remote`: a small HTTP server for any of the scorers. The protocol is in `remote`'s docstring.
 
-Every request has a thread that reads, checks and replies, and waits in between for `queue`'s, which scores.
+Every request has a thread that reads, checks and replies. In between, it waits for the thread of `queue`, which scores.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from .. import Scorer, check_reward, load_scorer
 from ..remote import Timed, is_loopback, one_line
 from .queue import Job, Queue, Refused
 
-#: Pixels in all pictures of a request: 192 MiB as RGB. PNG packs a thousandfold, so bytes say little.
+#: Limit of the pixels in a request: 192 MiB as RGB. PNG can compress a thousandfold, so a limit in bytes is not enough.
 MOST_PIXELS = 2**26
 
-#: Seconds for a request to arrive in full, and for its reply to be taken.
+#: Seconds for a request to arrive in full, and for its reply to be sent.
 READ_TIMEOUT, WRITE_TIMEOUT = 60.0, 30.0
 
-#: Seconds to go on reading a refused request: closing earlier could reset the connection before the reply is read.
+#: Seconds to go on reading a refused request. Closing earlier could reset the connection before the reply is read.
 LINGER = 2.0
 
-#: Seconds for the last replies when the server stops.
+#: Seconds allowed for the last replies when the server stops.
 FAREWELL = 5.0
 
-#: Pillow's modes that become RGB as they look. Grey with 16 bits would be clipped to white.
+#: Pillow's modes that can become RGB without changing the picture. Grey with 16 bits would be clipped to white.
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
 
 def decode(text: str, most_pixels: int) -> np.ndarray:
-    """A base64 PNG as uint8 RGB `[H, W, 3]`; transparency is dropped.
+    """Decodes a base64 PNG to uint8 RGB `[H, W, 3]`; transparency is dropped.
 
     Raises:
-        ValueError: it is none. Refused: it has more pixels.
+        ValueError: the text is not a readable PNG. Refused: it has more pixels than `most_pixels`.
     """
     try:
         data = base64.b64decode(text, validate=True)
@@ -66,17 +66,17 @@ def decode(text: str, most_pixels: int) -> np.ndarray:
         raise Refused(413, f"{width} x {height} pixels: more than {MOST_PIXELS} in a request")
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            # Pillow would obey a second header.
+            # Pillow would follow a second header.
             if image.size != (width, height):
                 raise ValueError("two sizes")
             if image.mode not in MODES:
                 raise ValueError(f"mode {image.mode}, not one of {', '.join(MODES)}")
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
-        raise ValueError("no readable PNG") from None
+        raise ValueError("not a readable PNG") from None
     except Exception as error:
         # Pillow raises OSError, SyntaxError, struct.error and others for a damaged file.
-        raise ValueError(f"no readable PNG: {error}") from None
+        raise ValueError(f"not a readable PNG: {error}") from None
 
 
 class _Http(ThreadingHTTPServer):
@@ -91,7 +91,7 @@ class _Http(ThreadingHTTPServer):
         super().__init__((host, port), _Handler, bind_and_activate=False)
 
     def server_bind(self) -> None:
-        # That of HTTPServer looks the host's name up, which can take long.
+        # HTTPServer's own method looks up the host's name, which can take long.
         socketserver.TCPServer.server_bind(self)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -99,12 +99,12 @@ class _Http(ThreadingHTTPServer):
 
 
 def log(text: str) -> None:
-    """A line on stderr with the time."""
+    """Writes a line with the time to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request; the connection closes after it."""
+    """Answers one request, after which the connection closes."""
 
     server: _Http
     protocol_version = "HTTP/1.1"
@@ -138,7 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses: malformed requests, and methods without a `do_`."""
+        """Replies to what http.server itself refuses: malformed requests, and methods without a `do_`."""
         self.reply(405 if code == 501 else code, {"error": one_line(message or self.responses[code][0])})
         self.linger()
 
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         log(f"{what} {status}, {self.images} images, {time.monotonic() - self.started:.2f} s{why}")
 
     def linger(self) -> None:
-        """Swallows what is still coming of a request that was refused before it was read."""
+        """Reads and drops the rest of a request that was refused before it was read in full."""
         if self.all_read:
             return
         with contextlib.suppress(OSError):
@@ -182,12 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, f"no {path} here: there are /health, {', '.join(computes)}")
         method = "GET" if what == "health" else "POST"
         if self.command != method:
-            raise Refused(405, f"{path} wants {method}")
+            raise Refused(405, f"{path} needs {method}")
         if what == "health":
             self.all_read = True
             return {"status": "ok", "rewards": name or known, "version": __version__}
         if not name and len(known) > 1:
-            raise Refused(400, f"several rewards are here: use {', '.join(computes)}")
+            raise Refused(400, f"the server has several rewards: use {', '.join(computes)}")
         return {"rewards": self.compute((name or known)[0], self.body())}
 
     def body(self) -> Any:
@@ -196,11 +196,12 @@ class _Handler(BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers or not length:
             raise Refused(411, "give the body's size as Content-Length; it may not be chunked")
         if not (length.isascii() and length.isdigit()):
-            raise Refused(400, "Content-Length is no number")
-        # int() has a limit of its own on digits.
+            raise Refused(400, "Content-Length is not a number")
+        # int() itself limits the number of digits.
         if len(length) > 18 or int(length) > self.server.max_bytes:
             raise Refused(
-                413, f"a body of {length} bytes: at most {self.server.max_bytes}, send fewer images at a time"
+                413,
+                f"the body has {length} bytes, at most {self.server.max_bytes} are allowed: send fewer images at a time",
             )
         data = self.rfile.read(int(length))
         self.all_read = True
@@ -212,9 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(400, f"the body is not JSON: {error}") from None
 
     def compute(self, name: str, content: Any) -> list[float]:
-        """Scores of a request's images, in its order."""
+        """The scores of a request's images, in their order."""
         if not isinstance(content, dict) or content.keys() - {"images", "prompts", "metadata"}:
-            raise Refused(400, "the body must be an object with images, prompts and, if need be, metadata")
+            raise Refused(400, "the body must be an object with images, prompts and optionally metadata")
         texts, prompts = content.get("images"), content.get("prompts")
         for key, value in (("images", texts), ("prompts", prompts)):
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
@@ -226,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not texts or not isinstance(metadata, list) or not len(texts) == len(prompts) == len(metadata):
             raise Refused(400, "images, prompts and metadata must be lists of the same length, and not empty")
         if len(texts) > self.server.max_images:
-            raise Refused(413, f"{len(texts)} images: at most {self.server.max_images} in a request")
+            raise Refused(413, f"the request has {len(texts)} images, at most {self.server.max_images} are allowed")
         self.images = len(texts)
         left, images = MOST_PIXELS, []
         for i, text in enumerate(texts):
@@ -255,14 +256,14 @@ class _Handler(BaseHTTPRequestHandler):
 class RewardServer:
     """Serves scorers until `stop`; `with` starts and stops it.
 
-    The address is taken at once, so that one in use is reported before scorers are loaded; clients wait for `start`.
+    The address is bound at once, so that one in use is reported before scorers are loaded. Clients wait until `start`.
 
     Args:
-        scorers: by name. With one, /compute is its path; with any number, /NAME/compute is. Read at `start` and later.
-        port: 0 picks a free one, see `port`. max_images, max_bytes: of a request, as its Content-Length says.
+        scorers: by name. /NAME/compute is the path of each; a single one also has /compute. Read from `start` on.
+        port: 0 picks a free one, which the attribute `port` gives. max_images, max_bytes: limits of a request.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address cannot be bound.
     """
 
     def __init__(
@@ -288,19 +289,24 @@ class RewardServer:
         self.port: int = self._http.server_address[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    @property
+    def waiting(self) -> int:
+        """The number of jobs that wait to be scored: pictures of one size from one request."""
+        return self._http.queue.waiting
+
     def start(self) -> None:
-        """Begins to answer, in threads."""
+        """Begins to answer requests, in threads."""
         self._http.queue.thread.start()
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Takes no more requests, finishes what is being scored, answers 503 to what waits, and gives the port back."""
+        """Stops taking requests, finishes the call in progress, answers 503 to waiting requests and frees the port."""
         if self._thread is not None:
             self._http.shutdown()
             self._thread.join()
             self._thread = None
-            # At once, so that nobody waits for a connection that will not be answered.
+            # The socket closes at once, so that no client waits for a connection that will not be answered.
             self._http.server_close()
             self._http.queue.stop()
             with self._http.changed:
@@ -316,13 +322,13 @@ class RewardServer:
 
 
 def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, paths: Mapping[str, str]) -> int:
-    """Serves rewards by name until SIGTERM or Ctrl-C; a second one ends it at once. From the main thread. Returns 0.
+    """Serves rewards by name until SIGTERM or Ctrl-C; a second one ends it at once. Call it in the main thread. Returns 0.
 
     Args:
-        device, paths: of the scorers, see `rewards.load_scorer`.
+        device, paths: the scorers', see `rewards.load_scorer`.
 
     Raises:
-        ConfigError: a reward is not known or cannot be loaded, or the address cannot be had.
+        ConfigError: a reward is unknown or cannot be loaded, or the address cannot be bound.
     """
     for name in paths:
         if name not in rewards:
@@ -347,7 +353,7 @@ def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, pa
         try:
             server.start()
             print(f"serving {', '.join(scorers)} at {server.url} (health: /health)", file=sys.stderr, flush=True)
-            # On Windows, Ctrl-C is heard only between waits.
+            # On Windows, Ctrl-C is handled only between waits.
             while not ended.wait(0.5):
                 pass
         finally:
