@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones import DEMO_MODEL
-from tmpo_trainer.prompts.lists import DEMO_LISTS, read_prompts
+from tmpo_trainer.demo.split import FOLDER
+from tmpo_trainer.prompts.lists import read_prompts
 from tmpo_trainer.rewards.shapes import ShapesScorer
 
 #: Pixels of the finished picture, which GitHub shows at about half its size.
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the run's")
     arguments = parser.parse_args()
 
-    prompts = read_prompts(DEMO_LISTS / "heldout.txt").texts
+    prompts = read_prompts(FOLDER / "heldout.txt").texts
     pipe = StableDiffusion3Pipeline.from_pretrained(
         DEMO_MODEL, dtype=torch.float32, text_encoder_3=None, tokenizer_3=None
     )

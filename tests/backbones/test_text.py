@@ -102,7 +102,7 @@ def test_a_run_from_cached_features_is_the_same_run(
 ) -> None:
     plain = make_trainer(folder=folder, max_sequence_length=TOKENS, guidance=3.5, prompts=PROMPTS)
     from_disk = Trainer(
-        plain.config, tmp_path, cached(folder, tmp_path / "text", PROMPTS), plain.scorers, plain.prompts
+        plain.config, tmp_path, cached(folder, tmp_path / "text", PROMPTS), plain.judges.rewards, plain.prompts
     )
     expected, got = plain.update(), from_disk.update()
     for name in ("reward/red", "lgmd", "loss", "grad_norm"):

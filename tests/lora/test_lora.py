@@ -141,8 +141,8 @@ BREAKS: dict[str, tuple[Callable[[dict[str, Tensor]], object], dict[str, str]]] 
         lambda state: None,
         {"lora_adapter_metadata": '{"transformer.lora_alpha": 8, "transformer.r": 4}'},
     ),
-    "module names are diffusers'": (
-        lambda state: [state.update({k.replace("transformer", "unet"): state.pop(k)}) for k in list(state)],
+    "module names are those of a transformer's blocks": (
+        lambda state: [state.update({k.replace("_blocks.", "_parts."): state.pop(k)}) for k in list(state)],
         {},
     ),
 }
@@ -177,7 +177,8 @@ def test_the_change_of_a_module_is_measured() -> None:
 
 
 def test_the_architecture_is_the_metadatas(tmp_path: Path) -> None:
-    state = {"transformer.a.lora_A.weight": torch.ones(1, 2), "transformer.a.lora_B.weight": torch.ones(2, 1)}
+    name = "transformer.blocks.0.a"
+    state = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}
     for metadata, told in (({}, "not stated"), ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev/lora")):
         save_file(state, tmp_path / "lora.safetensors", metadata)
         text, sound = lora_file.describe(tmp_path / "lora.safetensors")
