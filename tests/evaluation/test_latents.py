@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from tmpo_trainer import diversity
 from tmpo_trainer.backbones import DEMO_MODEL
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.evaluation.held_out import Sampling, sample
 from tmpo_trainer.evaluation.latents import LatentEncoder
@@ -26,7 +27,7 @@ def test_decoded_latents_come_back() -> None:
 
     On another scale LGMD would be off by the log of it, .43.
     """
-    backbone = SD3Backbone.load(DEMO_MODEL, torch.float32, CPU, 0)
+    backbone = SD3Backbone.load(DEMO_MODEL, LoadOptions(torch.float32, CPU, 0))
     how = Sampling(12, 0, 1.0, (64, 64))
     ((latents, pictures),) = sample(backbone, ["two red circles"], 6, how)
     found = LatentEncoder("demo", CPU)(pictures[0])
