@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tmpo_trainer import processes
 from tmpo_trainer.commands import launch, loading, main, train
 from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.settings.errors import ConfigError
@@ -241,19 +242,19 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_a_process_that_cannot_load_tells_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others have loaded; all end with its line, and the first prints it."""
     told = ["process 1: reward ocr needs rapidocr"]
-    monkeypatch.setattr(loading, "gather_object", lambda own: [*own, *told])
+    monkeypatch.setattr(processes, "gather_object", lambda own: [*own, *told])
     accelerator: Any = SimpleNamespace(num_processes=2, process_index=0)
     with pytest.raises(ConfigError, match="process 1: reward ocr needs rapidocr"):
-        loading.together(accelerator, lambda: ([], None, "backbone"))  # type: ignore[arg-type,return-value]
+        processes.together(accelerator, lambda: ([], None, "backbone"))  # type: ignore[arg-type,return-value]
     told.clear()
     told.append(None)  # type: ignore[arg-type]
-    assert loading.together(accelerator, lambda: ([], None, "backbone"))[2] == "backbone"  # type: ignore[arg-type,return-value]
+    assert processes.together(accelerator, lambda: ([], None, "backbone"))[2] == "backbone"  # type: ignore[arg-type,return-value]
 
     def fail() -> Any:
         raise ConfigError("no weights")
 
     with pytest.raises(ConfigError, match="process 0: no weights"):
-        loading.together(accelerator, fail)
+        processes.together(accelerator, fail)
 
 
 def test_nf4_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
