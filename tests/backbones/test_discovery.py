@@ -146,3 +146,8 @@ def test_a_model_that_no_file_declares(
     (line,) = capsys.readouterr().err.splitlines()
     kinds = "OtherPipeline, FluxPipeline and StableDiffusion3Pipeline"
     assert line == f"tmpo_trainer: model model is a DummyPipeline: this version trains {kinds} models"
+    index = json.loads(Path("model/model_index.json").read_text())
+    Path("model/model_index.json").write_text(json.dumps({**index, "_class_name": ["FluxPipeline"]}))
+    assert main.main(FLAGS.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("model_index.json has no _class_name: give a diffusers pipeline folder")

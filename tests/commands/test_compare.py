@@ -164,6 +164,9 @@ def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.Capt
     assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
     assert "holds a run with other settings: move it away" in capsys.readouterr().err
     assert (other / "config.yaml").exists()
+    (other / "config.yaml").write_text("method: tmpo\nfuture: 1\n")
+    assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
+    assert "config.yaml: unknown key future" in capsys.readouterr().err
     (other / "config.yaml").unlink()
     with Path("out/settings/tmpo-seed0.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

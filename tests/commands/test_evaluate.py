@@ -157,6 +157,16 @@ def test_what_is_measured_unless_told(place: Path, monkeypatch: pytest.MonkeyPat
     assert seen == [("shapes", *preference), ("hpsv2",), ("shapes",), ("shapes",), preference]
 
 
+def test_scorers_of_training_alone_are_no_part_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GARDO's auxiliary scorers are not evaluated, so where their weights are does not matter."""
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(evaluation, "run", lambda config, *more: seen.append(config.reward_models) or 0)
+    settings = json.loads(Path("run/config.yaml").read_text())
+    Path("run/config.yaml").write_text(json.dumps({**settings, "reward_models": ["pickscore=a", "ocr=b"]}))
+    assert main.main(["evaluate", "run"]) == 0
+    assert seen == [("pickscore=a",)]
+
+
 BAD: list[tuple[str, list[str]]] = [
     ("nowhere", ["nowhere does not exist"]),
     ("list.txt", ["list.txt cannot be read as safetensors"]),

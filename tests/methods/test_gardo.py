@@ -118,8 +118,13 @@ def test_it_resumes_to_the_bit(make: Make) -> None:
         assert torch.equal(value, second.weights.lora[name])
         assert torch.equal(whole.method.copy[name], second.method.copy[name])
     assert whole.method.state() == second.method.state() and same(got, expected)
+    (path / checkpoint.TENSORS).unlink()
+    with pytest.raises(ConfigError, match="lacks the copy of the adapter"):
+        make("gardo").resume(path)
     with pytest.raises(ConfigError, match="of another method"):
         second.resume(make("flow-grpo").save())
+    with pytest.raises(ConfigError, match="of another method"):
+        make("mix-grpo").resume(make("flow-grpo").save())
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(make: Make, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tmpo_trainer import methods
 from tmpo_trainer.methods import tmpo
 from tmpo_trainer.settings import presets
 from tmpo_trainer.settings.config import TrainConfig
@@ -65,6 +66,35 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
     assert own <= found.keys() and not own & TrainConfig.model_fields.keys()
     assert all(field.description for field in found.values())
     assert found.keys() == OLD.keys() | {"schedule", "tree", "balance"}
+
+
+def test_a_copied_method_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings may be described in the same words as those that it was copied from."""
+    text = """
+from tmpo_trainer.methods import mix_grpo
+
+
+class Settings(mix_grpo.flow_grpo.Settings):
+    \"\"\"Settings of mix-grpo.\"\"\"
+
+    stride: int = 1
+    \"\"\"How far the window moves.\"\"\"
+
+
+class Method(mix_grpo.Method):
+    pass
+"""
+    (tmp_path / "stride_grpo.py").write_text(text)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    assert {"window", "window_every", "stride"} <= presets.all_settings().keys()
+
+
+def test_a_flag_that_contradicts_a_variant_is_refused() -> None:
+    said = complaint(("flags", {"method": "tmpo-beta-1", "beta_end": "3"}))
+    assert said.startswith("flags: beta_end 3 with --method tmpo-beta-1, which fixes it at 1.0")
+    # The same value is fine, and a file or preset may say what it likes: it is laid below.
+    assert vars(make_config([("flags", {"method": "tmpo-beta-1", "beta_end": "1"})]))["beta_end"] == 1
+    assert vars(make_config([("run.yaml", {"beta_end": 3}), ("flags", {"method": "tmpo-beta-1"})]))["beta_end"] == 1
 
 
 def test_settings_are_read_without_torch() -> None:
@@ -167,11 +197,11 @@ def test_other_settings_of_other_methods_are_left_out() -> None:
 def test_a_variant_forces_its_settings(name: str, key: str, value: Any) -> None:
     default = getattr(make_config([]), key)
     assert default != value
-    made = make_config([("file", {"method": name}), ("flags", {key: default})])
+    made = make_config([("file", {"method": name}), ("run.yaml", {key: default})])
     assert getattr(made, key) == value and made.method == name
     # The same settings by hand are the same run under the plain name.
     fixed = tmpo.Settings.variants[name]
-    plain = make_config([("flags", fixed)])
+    plain = make_config([("run.yaml", fixed)])
     assert made.model_dump() == plain.model_dump() | {"method": name}
 
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..settings import discovery
 from ..settings.errors import ConfigError
@@ -88,9 +88,11 @@ def _backbone(model: str, folder: Path) -> type[Backbone]:
     """The class that trains a pipeline folder. Raises ConfigError if there is none."""
     index = folder / "model_index.json"
     try:
-        pipeline: str = json.loads(index.read_text())["_class_name"]
+        pipeline: Any = json.loads(index.read_text())["_class_name"]
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{index} has no _class_name: give a diffusers pipeline folder") from None
+        pipeline = None
+    if not isinstance(pipeline, str):
+        raise ConfigError(f"{index} has no _class_name: give a diffusers pipeline folder")
     for name in discovery.names("backbones"):
         spec = importlib.util.find_spec(f"{__name__}.{name.replace('-', '_')}")
         # A file that never mentions the pipeline does not train it and is not imported.

@@ -17,6 +17,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ..lora import export
+from ..settings.errors import ConfigError
 from ..settings.presets import current, read_yaml
 from ..training.checkpoint import checkpoints
 
@@ -65,7 +66,12 @@ class Training:
                 bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
                 return False
             known = folder / "config.yaml"
-            if known.exists() and _comparable(known) != _comparable(settings):
+            try:
+                other = known.exists() and _comparable(known) != _comparable(settings)
+            except ConfigError as error:
+                bar.write(f"tmpo_trainer: {error}", file=sys.stderr)
+                return False
+            if other:
                 bar.write(f"tmpo_trainer: {folder} holds a run with other settings: move it away", file=sys.stderr)
                 return False
             if (folder / export.FILE_NAME).exists():

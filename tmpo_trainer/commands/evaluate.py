@@ -72,4 +72,8 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
     if "reward" not in flags and kept.get("model", "demo") != "demo":
         own = [name for name in kept.get("reward", ()) if name not in PREFERENCE]
         kept["reward"] = [*own, *PREFERENCE]
+    # Training may have used scorers that are not evaluated.
+    names = flags.get("reward", kept.get("reward", ()))
+    models = [entry for entry in kept.get("reward_models", ()) if entry.partition("=")[0] in names]
+    kept["reward_models"] = models
     return [defaults, (str(saved), kept)]

@@ -87,9 +87,9 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
         loading.check_rewards(config)
         shown = [picture.prompt for picture in pictures]
         loading.check_prompts(namespace.reward, PromptList(str(namespace.prompts or "prompts"), shown, metadata))
-    scorers = loading.evaluation_scorers(loading.scorers(config, device)) if namespace.reward else []
     if namespace.diversity and not scoring.by_prompt(pictures):
         raise ConfigError("--diversity: no two pictures have the same prompt, so there is nothing to compare")
+    scorers = loading.evaluation_scorers(loading.scorers(config, device)) if namespace.reward else []
     features = loading.features(config, device) if namespace.diversity else None
     encoder = LatentEncoder(namespace.vae, device) if namespace.vae else None
     if encoder is not None:

@@ -34,7 +34,7 @@ class Course:
 
     @property
     def calls(self) -> np.ndarray:
-        """Network evaluations after each update, see `methods.base.cost`: `[updates]`."""
+        """Network evaluations after each update, see `methods.cost`: `[updates]`."""
         per_prompt = [cost({phase: line.get(f"evaluations/{phase}", 0.0) for phase in PHASES}) for line in self.metrics]
         return np.cumsum(per_prompt) * self.prompts_per_update
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import model_validator
 
+from ..settings.errors import ConfigError
 from . import flow_grpo
 
 if TYPE_CHECKING:
@@ -184,5 +185,7 @@ class Method(flow_grpo.Method):
         return self.copy
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if state["age"] and not tensors:
+            raise ConfigError("the checkpoint lacks the copy of the adapter that gardo keeps (method.safetensors)")
         self.gate.load(state)
         self.copy = dict(tensors)

@@ -79,6 +79,7 @@ class Parked:
 
     def __init__(self, scorer: Any, device: torch.device):
         self.name, self.scorer, self.device = scorer.name, scorer, device
+        self.waits: bool = getattr(scorer, "waits", False)
         scorer.to(torch.device("cpu"))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:

@@ -19,7 +19,8 @@ LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 class TrainConfig(BaseModel):
     """Settings that all training methods share."""
 
-    #: Names under which `--method` also knows a method, and the settings that such a name fixes: its ablations.
+    #: Further names for `--method`, and the settings that each of them fixes: ablations. Each begins with the name of the
+    #: method's file and a dash.
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     #: Settings that mean something for this method alone: with another one, a value other than the default is an error.
     #: Any other setting of another method is ignored, so that a protocol's preset goes with every method.

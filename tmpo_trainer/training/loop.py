@@ -152,9 +152,9 @@ class Trainer:
                 f"checkpoint {path} is of {state.get('processes', 1)} processes, here are {count}: the prompts would "
                 "come in another order; start as many, or begin a new run with --init-lora"
             )
-        # Earlier versions kept the state of GARDO's gate alone.
-        kept = state.get("method_state", state.get("gate", {}))
-        if kept.keys() != self.method.state().keys():
+        # Earlier versions kept the state of GARDO's gate alone, and no method's name.
+        method, kept = state.get("method", self.config.method), state.get("method_state", state.get("gate", {}))
+        if method != self.config.method or kept.keys() != self.method.state().keys():
             raise ConfigError(f"checkpoint {path} is of another method than {self.config.method}")
         self.weights.read(self.weights.share(saved.lora))
         self.weights.ema = self.weights.share(saved.ema)
@@ -276,15 +276,17 @@ class Trainer:
         while True:
             self.optimizer.zero_grad()
             figures: defaultdict[str, list[float]] = defaultdict(list)
-            full = False
+            full, error = False, None
             try:
                 for batch, network in rolled:
                     network.max_batch = self.replay_batch
                     _extend(figures, self.method.backward(batch, network, inner))
-            except torch.OutOfMemoryError:
+            except Exception as caught:
                 if self.weights.sharded:
                     raise
-                full = True
+                full = isinstance(caught, torch.OutOfMemoryError)
+                error = None if full else caught
+            self.processes.agree(error)
             if not any(self.processes.gather(full)):
                 return figures
             self._halve([batch for batch, _ in rolled])

@@ -85,7 +85,8 @@ def grouped_settings() -> dict[str, dict[str, FieldInfo]]:
                 continue
             own = {n: f for n, f in owner.model_fields.items() if n in owner.__annotations__ and n not in seen}
             if own:
-                groups[(owner.__doc__ or owner.__module__).splitlines()[0]] = own
+                # Two files may describe theirs in the same words.
+                groups.setdefault((owner.__doc__ or owner.__module__).splitlines()[0], {}).update(own)
                 seen |= own.keys()
     return groups
 
@@ -103,7 +104,9 @@ def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
         merged.update(settings)
         blame = where if settings else blame
         try:
-            _validated(merged, where)
+            made = _validated(merged, where)
+            if where == "flags":
+                _check_fixed(settings, made)
         except ValidationError as error:
             # A combination may become valid with a later layer; a bad key or value of this one never does.
             if error.errors()[0]["loc"]:
@@ -122,6 +125,17 @@ def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
 def current(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings from a file that an earlier version may have written, with all keys of this one. Raises ConfigError."""
     return yaml.safe_load(to_yaml(make_config([(where, settings)])))
+
+
+def _check_fixed(flags: Mapping[str, Any], made: TrainConfig) -> None:
+    """Raises ConfigError for a flag that asks for another value than the one that the method's name fixes."""
+    for key in made.variants.get(made.method, {}).keys() & flags.keys():
+        given = TypeAdapter(type(made).model_fields[key].rebuild_annotation()).validate_python(flags[key])
+        if given != getattr(made, key):
+            raise ConfigError(
+                f"flags: {key} {flags[key]} with --method {made.method}, which fixes it at {getattr(made, key)}: give "
+                f"--method {method_file(made.method)} and the settings you want"
+            )
 
 
 class _OtherMethods(ValueError):
