@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from .flags import configure, hush, parse
 
 #: The commands other than training, one file each.
 COMMANDS = ("evaluate", "compare", "score", "serve", "fetch", "prompts", "inspect", "toy", "launch")
+
+#: Seconds that a process waits with its error, so that the machine's first process can print it.
+PATIENCE = 30
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -65,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:
-        # One line per machine, not one per process.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"tmpo_trainer: {error}", file=sys.stderr)
+        # One line per machine, not one per process. A launcher ends all processes when the first of them exits, so the others
+        # wait until the one that prints has done so. A process that is still there afterwards is alone with its error.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)
+        print(f"tmpo_trainer: {error}", file=sys.stderr)
         return 2
     except (ImportError, RuntimeError) as error:
         if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):
