@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .settings.errors import ConfigError
+from .settings.errors import ConfigError, one_line
 
 
 def git_blob(content: bytes) -> str:
@@ -81,4 +81,4 @@ def readable_errors(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{what}: {path} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{what}: {path} cannot be loaded: {one_line(error)}") from None

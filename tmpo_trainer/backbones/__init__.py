@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..settings import discovery
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -128,4 +128,4 @@ def load_backbone(model: str, options: LoadOptions) -> Backbone:
     try:
         return type(skeleton).load(folder, options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"model {model} cannot be loaded: {one_line(error)}") from None

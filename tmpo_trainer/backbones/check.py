@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from .base import Backbone
 
 
@@ -44,7 +44,7 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
         built = kind.skeleton(folder, dtype, max_sequence_length)
         built.blank_conditioning(folder)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ConfigError(f"model {model} cannot be loaded: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"model {model} cannot be loaded: {one_line(error)}") from None
     built.check_vae(model)
     return built
 
@@ -80,7 +80,7 @@ def check_file(file: Path, where: str = "") -> None:
         with safe_open(file, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"{where}{file} is damaged or cut short ({reason}): download it again") from None
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..settings.config import TrainConfig
-from ..settings.errors import ConfigError, suggest
+from ..settings.errors import ConfigError, one_line, suggest
 from ..settings.presets import (
     all_settings,
     grouped_settings,
@@ -202,5 +202,5 @@ def exit_code(work: Callable[[], int]) -> int:
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"tmpo_trainer: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tmpo_trainer: {one_line(error)}", file=sys.stderr)
         return 1

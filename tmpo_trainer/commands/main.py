@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..settings.config import to_yaml
-from ..settings.errors import ConfigError, suggest
+from ..settings.errors import ConfigError, one_line, suggest
 from .flags import configure, hush, parse
 
 #: The commands other than training, one file each.
 COMMANDS = ("evaluate", "compare", "score", "serve", "fetch", "prompts", "inspect", "toy", "launch")
+
+#: Characters of an error's line. What ours quote is cut much shorter; this is for what slips through.
+LONGEST = 1000
 
 #: Seconds that a process waits with its error, so that the machine's first process can print it.
 PATIENCE = 30
@@ -60,7 +63,7 @@ def broken_torchvision() -> str | None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # wait until the one that prints has done so. A process that is still there afterwards is alone with its error.
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(PATIENCE)
-        print(f"tmpo_trainer: {error}", file=sys.stderr)
+        print(f"tmpo_trainer: {one_line(error, LONGEST)}", file=sys.stderr)
         return 2
     except (ImportError, RuntimeError) as error:
         if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):

@@ -23,7 +23,7 @@ from ..lora import export
 from ..processes import OtherProcessFailed, together
 from ..rewards import Scorer
 from ..settings.config import TrainConfig, to_yaml
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from ..training import progress, trackers
 from ..training.checkpoint import checkpoints, drop_later
 from ..training.loop import Interrupted, Trainer
@@ -124,7 +124,7 @@ def _run(trainer: Trainer, held_out: HeldOut | None, heldout: list[str]) -> int:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         whole = checkpoints(folder)
         kept = f"kept {whole[-1].name}, continue with --resume {folder}" if whole else "nothing saved yet"
-        text = " ".join(str(error).split())
+        text = one_line(error)
         reporter.close()
         if main or not isinstance(error, OtherProcessFailed):
             print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)

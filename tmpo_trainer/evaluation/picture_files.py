@@ -19,7 +19,7 @@ from .. import diversity
 from ..files import write_text
 from ..prompts.lists import PromptList, about
 from ..rewards import Scorer, score_all
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from .features import Features
 from .latents import LatentEncoder
 
@@ -149,7 +149,7 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
                     raise ValueError(f"mode {image.mode} would be clipped: save it with 8 bits")
                 size, own = ImageOps.exif_transpose(image).size, embedded_prompt(image)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{path} cannot be read as a picture: {one_line(error)}") from None
         beside = path.with_suffix(".txt")
         if prompt is not None:
             own = prompt

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from ..backbones.base import Backbone
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from . import file as lora_file
 
 
@@ -36,7 +36,7 @@ def attach(backbone: Backbone, path: Path) -> None:
         backbone.pipeline.load_lora_weights(file.parent, weight_name=file.name)
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         # diffusers' converters raise these for names that they do not know.
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"{file} cannot be loaded by diffusers ({reason}): rename its keys as diffusers does"
         ) from None

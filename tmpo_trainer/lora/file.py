@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -82,7 +82,7 @@ def read(path: Path) -> LoraFile:
             state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             found = split(state, opened.metadata())
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file} cannot be read as safetensors: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} cannot be read as safetensors: {one_line(error)}") from None
     if not found.layers:
         raise ConfigError(f"{file} holds no LoRA: no pairs of lora_A and lora_B among its {len(state)} keys")
     return found

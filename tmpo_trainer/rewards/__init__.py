@@ -30,7 +30,7 @@ from .. import objectives
 from ..prompts.lists import PromptList, preference
 from ..prompts.split import Split
 from ..settings import discovery
-from ..settings.errors import ConfigError, suggest
+from ..settings.errors import ConfigError, one_line, suggest
 
 #: Files that are not scorers, see `settings.discovery`.
 SHARED: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def _from_class(name: str) -> Reward:
     try:
         module = importlib.import_module(path)
     except ImportError as error:
-        raise ConfigError(f"reward {name} cannot be imported: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"reward {name} cannot be imported: {one_line(error)}") from None
     if attribute not in vars(module):
         raise ConfigError(f"reward {name}: {path} has no {attribute}{suggest(attribute, vars(module))}")
     made = vars(module)[attribute]

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..prompts.lists import GENERATED, PromptList, from_entries
 from ..prompts.rendering import generate
 from ..prompts.split import Split
+from ..settings.errors import one_line
 
 WEIGHTS = "package"
 PACKAGES = {"rapidocr": "rapidocr", "onnxruntime": "onnxruntime", "rapidfuzz": "rapidfuzz"}
@@ -109,7 +110,7 @@ class OcrScorer:
                     result = self._engines[first](np.ascontiguousarray(images[i][..., ::-1]), use_cls=False)
                 except Exception as error:
                     # The engine's exceptions are not public. It raises one for a picture of two rows, for example.
-                    raise ValueError(f"reward ocr cannot read image {i}: {' '.join(str(error).split())}") from None
+                    raise ValueError(f"reward ocr cannot read image {i}: {one_line(error)}") from None
                 texts.append(" ".join(result.txts or ()))
             return texts
 

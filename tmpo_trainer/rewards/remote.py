@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 
 WEIGHTS = "server"
 OPTIONS = ("remote_hosts", "remote_timeout")
@@ -42,8 +42,6 @@ CONNECT_TIMEOUT = 10.0
 MOST_PICTURES, MOST_PIXELS = 32, 2**25
 #: Limit of a reply in bytes: a constant, and an amount for each picture.
 REPLY_LIMIT, REPLY_LIMIT_EACH = 2**20, 256
-#: Limit of the characters that are shown of a server's text.
-SHOWN = 200
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -85,11 +83,6 @@ class Timed(io.RawIOBase):
     def makefile(self, mode: str) -> io.BufferedReader:
         """The file object that http.client reads from."""
         return io.BufferedReader(self)
-
-
-def one_line(text: str) -> str:
-    """Foreign text, made safe to print: no line breaks, no control characters, at most 200 characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:SHOWN]
 
 
 def is_loopback(host: str) -> bool:
@@ -220,7 +213,7 @@ class RemoteScorer:
         except TimeoutError:
             raise RemoteError(f"{self._what}: no complete reply within {self._timeout:g} s") from None
         except ssl.SSLError as error:
-            raise RemoteError(f"{self._what}: {one_line(str(error))}") from None
+            raise RemoteError(f"{self._what}: {one_line(error)}") from None
         except http.client.IncompleteRead:
             raise _Unavailable("the connection closed before the reply's end") from None
         except OSError as error:
@@ -309,7 +302,7 @@ def load(
         about = None
     hosted = about.get("rewards") if isinstance(about, dict) else None
     if isinstance(hosted, list) and len(hosted) > 1:
-        names = [one_line(str(each)) for each in hosted]
+        names = [one_line(each) for each in hosted]
         what = f"reward {name} at {scorer.url}"
         raise ConfigError(f"{what} hosts {', '.join(names)}: add one of them to the URL, as in {scorer.url}/{names[0]}")
     return scorer

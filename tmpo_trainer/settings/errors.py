@@ -14,3 +14,13 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """`, did you mean X?` for the nearest known word, or nothing."""
     near = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f", did you mean {near[0]}?" if near else ""
+
+
+#: Characters of a foreign text, such as a library's error, that one of our lines quotes.
+SHOWN = 300
+
+
+def one_line(text: object, shown: int = SHOWN) -> str:
+    """A foreign text or error as a part of one line: at most `shown` characters, and none that a terminal would obey."""
+    whole = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return whole if len(whole) <= shown else f"{whole[: shown - 3]}..."

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import flush
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 
 FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
 
@@ -102,7 +102,7 @@ def load(path: Path) -> Checkpoint:
         try:
             return reader(path / name)
         except Exception as error:
-            raise ConfigError(f"checkpoint file {path / name} cannot be read: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"checkpoint file {path / name} cannot be read: {one_line(error)}") from None
 
     lora, ema = read(FILES[0], load_file), read(FILES[1], load_file)
     tensors = next((read(name, load_file) for name in (TENSORS, OLD_TENSORS) if (path / name).is_file()), {})

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from ...settings.errors import ConfigError
+from ...settings.errors import ConfigError, one_line
 from .weights import fill, state
 
 #: How the names of the text tower's and the vision tower's tensors begin in transformers.
@@ -51,7 +51,7 @@ def header(scorer: str, file: Path) -> list[str]:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(
             f"reward {scorer}: {file} cannot be read ({reason}): give a folder with the model, or its model.safetensors"
         ) from None

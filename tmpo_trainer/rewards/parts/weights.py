@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...hub import hub_file
-from ...settings.errors import ConfigError
+from ...settings.errors import ConfigError, one_line
 
 #: A hub repository and the names of the files that are needed from it.
 Source = tuple[str, tuple[str, ...]]
@@ -51,7 +51,7 @@ def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
             raise ValueError("it holds more than named tensors")
         return found
     except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, EOFError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"reward {scorer}: {file} cannot be read ({reason}): download it again") from None
     except Exception as error:
         # torch's own unpickler error is not public.

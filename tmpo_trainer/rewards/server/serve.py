@@ -27,9 +27,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ... import __version__
-from ...settings.errors import ConfigError
+from ...settings.errors import ConfigError, one_line
 from .. import Scorer, check_reward, load_scorer
-from ..remote import Timed, is_loopback, one_line
+from ..remote import Timed, is_loopback
 from .queue import Job, Queue, Refused
 
 #: Limit of the pixels in a request: 192 MiB as RGB. PNG can compress a thousandfold, so a limit in bytes is not enough.
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status, reply = 200, self.answer()
         except Refused as error:
-            status, reply = error.status, {"error": one_line(str(error))}
+            status, reply = error.status, {"error": one_line(error)}
         except TimeoutError:
             status, reply = 408, {"error": f"the request took more than {READ_TIMEOUT:g} s to arrive"}
         except Exception as error:

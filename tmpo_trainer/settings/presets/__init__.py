@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from .. import discovery
 from ..config import TrainConfig, to_yaml
-from ..errors import ConfigError, suggest
+from ..errors import ConfigError, one_line, suggest
 
 PRESETS = Path(__file__).parent
 
@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} is not a mapping of settings, e.g. 'learning_rate: 3e-5'")
     return loaded
