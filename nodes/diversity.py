@@ -13,6 +13,7 @@ from torch import Tensor
 from ..tmpo_trainer import diversity, selection
 from ..tmpo_trainer.pictures import grids
 from .images import pixels, to_image
+from .inputs import one_of
 from .scoring import groups
 from .types import CATEGORY, ScoresSocket
 
@@ -80,7 +81,7 @@ class DiversityNode(io.ComfyNode):
             if clip_vision is not None:
                 vectors = clip_vision.encode_image(images)["image_embeds"].float().cpu()
             else:
-                vectors = feature_vectors(features, images)
+                vectors = feature_vectors(one_of(features, FEATURES, "features"), images)
             found = diversity.measure(features=vectors)
             lines.append(f"{listed(found)} ({len(images)} images)")
             values |= found
@@ -154,6 +155,7 @@ class SelectBranches(io.ComfyNode):
             raise ValueError(
                 f"{len(latent['samples'])} latents for {total} images: connect the latents of these images"
             )
+        one_of(mode, MODES, "mode")
         if scores is None and mode != MODES[3]:
             raise ValueError(f"mode {mode} needs scores: connect a Score Images")
         if mode == MODES[0]:

@@ -20,7 +20,8 @@ from ..tmpo_trainer.pictures import grids
 from .demo_model import FOLDER
 from .diversity import feature_vectors
 from .images import pixels, to_image
-from .types import CATEGORY, ScoresSocket, inside
+from .inputs import inside
+from .types import CATEGORY, ScoresSocket
 
 NONE = "(none)"
 #: The LoRA that comes with the demo model.

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tmpo_trainer import flow, tree
+from .inputs import one_of
 from .tree_sampler import TreeSampler, sample_tree
 from .types import CATEGORY, TreeSocket
 
@@ -63,6 +64,7 @@ def _tree_inputs() -> list[Any]:
 
 
 def _sampler(branch_steps: str, branching: int, kernel: str, eta: float, max_batch: int) -> TreeSampler:
+    one_of(kernel, KERNELS, "kernel")
     if kernel == "cps" and eta > 1:
         raise ValueError(f"eta {eta} is too large for kernel cps: at most 1")
     return TreeSampler(parse_steps(branch_steps), branching, kernel, eta, max_batch)  # type: ignore[arg-type]

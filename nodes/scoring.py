@@ -16,6 +16,7 @@ from torch import Tensor
 from ..tmpo_trainer import objectives, rewards, selection
 from ..tmpo_trainer.settings import discovery
 from .images import pixels, thumbs, unlike
+from .inputs import one_of
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: The folder for scorers' files, besides the hub's cache: models/tmpo_rewards.
@@ -146,15 +147,16 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, prompt, reward, model, metadata="", tree=None) -> io.NodeOutput:
+        one_of(reward, REWARDS, "reward")
+        path = model_path(one_of(model, model_files(), "model"))
         prompts = prompts_of(prompt, len(images), tree)
         about = None
         if metadata.strip():
             try:
                 about = [json.loads(metadata)] * len(images)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"metadata is not JSON: {error}") from None
         device = comfy.model_management.get_torch_device()
-        path = model_path(model)
         rewards.check_reward(reward, path)
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
+import yaml
 from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
@@ -23,13 +24,15 @@ from torch import Tensor
 from ..tmpo_trainer.files import read_metrics
 from ..tmpo_trainer.lora.file import FILE_NAME
 from .images import to_image
-from .types import CATEGORY, inside
+from .inputs import inside
+from .train_settings import AS_PRESET, NO_LAYER, NO_LORA, OWN, asked, choices
+from .types import CATEGORY
 
 PACK = Path(__file__).parents[1]
 INSTALL = f'pip install -c constraints.txt -e ".[train]" in {PACK}, or set TMPO_PYTHON to an interpreter that has it'
 RUN_TIP = "A run's folder in ComfyUI's output folder."
-#: Flags that use other folders or start other programs.
-REFUSED = ("launch", "--output-dir", "--config", "--resume")
+#: The settings that a run was started with, in its folder.
+ASKED = "asked.yaml"
 #: Seconds that a cancelled run gets for saving.
 SAVING = 120
 #: Seconds between two looks at a run.
@@ -54,6 +57,7 @@ def missing_packages(python: str) -> str | None:
 class Train(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        lists = choices()
         return io.Schema(
             node_id="TMPO_Train",
             display_name="Train TMPO LoRA",
@@ -62,10 +66,58 @@ class Train(io.ComfyNode):
             "checkpoint; queueing again continues from it.",
             inputs=[
                 io.String.Input("output_dir", default="tmpo_run", tooltip=RUN_TIP),
+                io.Combo.Input(
+                    "preset", options=lists["preset"], default="demo",
+                    tooltip="Where all settings start from. demo trains the bundled model in minutes; the others are the "
+                    "paper's protocols for FLUX.1-dev.",
+                ),
+                io.Combo.Input(
+                    "layer", options=lists["layer"], default=NO_LAYER,
+                    tooltip="A second preset over the first: for a GPU's memory, or the recommended objective.",
+                ),
+                io.Combo.Input(
+                    "model", options=lists["model"], default=AS_PRESET,
+                    tooltip="A diffusers folder in models/diffusers, or one that this machine's owner has named.",
+                ),
+                io.Combo.Input(
+                    "transformer", options=lists["transformer"], default=OWN,
+                    tooltip="A file of models/diffusion_models in place of the model's own transformer.",
+                ),
                 io.String.Input(
-                    "flags", multiline=True, default="--preset demo",
-                    tooltip="The flags of the command line, e.g. --model FOLDER --reward pickscore --updates 300. "
-                    "`python -m tmpo_trainer --help` lists them.",
+                    "reward", default="",
+                    tooltip="What to train for, separated by commas: pickscore, hpsv2, imagereward, clipscore, ocr, geneval, "
+                    "shapes, sharpness. Empty: the preset's.",
+                ),
+                io.Combo.Input(
+                    "method", options=lists["method"], default=AS_PRESET,
+                    tooltip="tmpo or one of its rivals.",
+                ),
+                io.String.Input(
+                    "prompts", multiline=True, default="",
+                    tooltip="Training prompts, one per line. Empty: the list that comes with the reward.",
+                ),
+                io.String.Input(
+                    "eval_prompts", multiline=True, default="",
+                    tooltip="Held-out prompts for the report, one per line. Empty: the list that comes with the reward.",
+                ),
+                io.Int.Input("updates", default=0, min=0, max=100_000, tooltip="Number of updates; 0: the preset's."),
+                io.Float.Input(
+                    "learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6,
+                    tooltip="The peak learning rate; 0: the preset's.",
+                ),
+                io.Int.Input("lora_rank", default=0, min=0, max=1024, tooltip="Rank of the LoRA; 0: the preset's."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**63 - 1, control_after_generate=False,
+                    tooltip="The seed of all randomness.",
+                ),
+                io.Combo.Input(
+                    "init_lora", options=lists["init_lora"], default=NO_LORA,
+                    tooltip="A LoRA to start from.",
+                ),
+                io.String.Input(
+                    "settings", multiline=True, default="",
+                    tooltip="Further settings, one `name: value` per line, e.g. `resolution: 512 512` or `report: false`. The "
+                    "help page lists them.",
                 ),
             ],
             outputs=[
@@ -76,36 +128,33 @@ class Train(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, output_dir, flags) -> Any:
+    def fingerprint_inputs(cls, output_dir, **inputs) -> Any:
         # The node runs again if its LoRA was deleted, or another run has written one.
         file = inside(output_dir, "output_dir") / FILE_NAME
         return file.stat().st_mtime_ns if file.exists() else float("nan")
 
     @classmethod
-    def execute(cls, output_dir, flags) -> io.NodeOutput:
+    def execute(cls, output_dir, **inputs) -> io.NodeOutput:
         # The interpreter is not an input of the node: a workflow from elsewhere must not choose a program.
         python = os.environ.get("TMPO_PYTHON", sys.executable)
+        folder = inside(output_dir, "output_dir")
+        settings, names, files = asked(inputs, folder)
         missing = missing_packages(python)
         if missing is not None:
             raise ValueError(f"the trainer cannot run with {Path(python).name}: {missing}. To install it: {INSTALL}")
-        try:
-            words = shlex.split(flags)
-        except ValueError as error:
-            raise ValueError(f"flags: {error}") from None
-        refused = [word for word in words if word.split("=")[0] in REFUSED]
-        if refused:
-            raise ValueError(f"flags: {refused[0]} cannot be used in this node: leave it out and set output_dir")
-        folder = inside(output_dir, "output_dir")
-        asked = folder / "flags.txt"
+        # Also what the settings do not say, so that the file shows whether a run is asked for that the folder does not hold.
+        more = {"presets": " ".join(names)} | {n: hashlib.sha256(t.encode()).hexdigest() for n, t in files.items()}
+        text = "".join(f"# {name}: {value}\n" for name, value in more.items())
+        text += yaml.safe_dump(settings, allow_unicode=True)
         if any(folder.glob("checkpoint-*")):
-            before = asked.read_text(encoding="utf-8") if asked.exists() else ""
-            if before != shlex.join(words):
-                raise ValueError(f"{folder} holds a run with other flags ({before}): choose another output_dir")
+            if not (folder / ASKED).exists() or (folder / ASKED).read_text(encoding="utf-8") != text:
+                raise ValueError(f"{folder} holds a run with other settings: choose another output_dir")
             words = ["--resume", str(folder)]
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            asked.write_text(shlex.join(words), encoding="utf-8")
-            words += ["--output-dir", str(folder)]
+            for name, lines in {**files, ASKED: text}.items():
+                (folder / name).write_text(lines, encoding="utf-8")
+            words = ["--config", str(folder / ASKED), "--output-dir", str(folder), "--preset", *names]
         run(python, words, folder)
         report = folder / "report.md"
         text = report.read_text(encoding="utf-8") if report.exists() else "no report"

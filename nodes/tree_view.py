@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..tmpo_trainer.pictures import tree as tree_picture
 from .images import thumbs, to_image, unlike
+from .inputs import one_of
 from .tree_sampler import MOST_LEAVES
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
@@ -207,7 +208,7 @@ class TreeView(io.ComfyNode):
             previews = {step: to_pil(colours) for step, colours in tree.colours.items()}
         picture = tree_picture.draw(
             tree.plan, pictures, tree.sigmas, first, weights, previews, name, f"seed {tree.seed}",
-            selected if selected >= 0 else None, theme,
+            selected if selected >= 0 else None, one_of(theme, list(tree_picture.RAMPS), "theme"),
         )  # fmt: skip
         chosen = selected if selected >= 0 else best or 0
         return io.NodeOutput(

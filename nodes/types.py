@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -15,21 +12,6 @@ from ..tmpo_trainer import tree
 from .images import thumbs, unlike
 
 CATEGORY = "TMPO"
-
-
-def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
-    """Resolves a path against ComfyUI's output folder. It must be inside that folder or one of the other folders.
-
-    A workflow from elsewhere must not read or write anywhere else.
-
-    Raises:
-        ValueError: the path is outside of these folders.
-    """
-    output = Path(folder_paths.get_output_directory()).resolve()
-    path = (output / Path(given).expanduser()).resolve()
-    if not any(path.is_relative_to(Path(folder).resolve()) for folder in (output, *more)):
-        raise ValueError(f"{what} {given} is outside of {output}: choose a path inside it")
-    return path
 
 
 TreeSocket = io.Custom("TMPO_TREE")

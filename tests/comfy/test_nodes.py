@@ -20,6 +20,12 @@ TREE = {
     "seed": 5, "steps": 10, "cfg": 1.0, "scheduler": "normal", "branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps",
     "eta": 0.7, "max_batch": 0,
 }  # fmt: skip
+#: The Train node as it is placed in a graph.
+TRAINING = {
+    "output_dir": "run", "preset": "demo", "layer": "(none)", "model": "(preset)", "transformer": "(model's own)", "reward": "",
+    "method": "(preset)", "prompts": "", "eval_prompts": "", "updates": 0, "learning_rate": 0.0, "lora_rank": 0, "seed": 0,
+    "init_lora": "(none)", "settings": "",
+}  # fmt: skip
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -325,6 +331,21 @@ def test_a_lora_of_other_sizes_is_refused_and_none_is_none(comfy: Any) -> None:
             comfy.run({**loading, "2": node("TMPO_LoadLora", model=["1", 0], lora="(none)", strength=1.0, path=path)})
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward": "os:system"}, "reward: os:system is not in the list"),
+        ({"reward": "remote"}, "reward: remote is not in the list"),
+        ({"model": "../../../etc"}, "model: .* is not in the list"),
+    ],
+)
+def test_a_workflow_cannot_have_other_scorers_or_files_loaded(comfy: Any, changes: dict[str, str], said: str) -> None:
+    """ComfyUI does not check the options of these inputs."""
+    scoring = {"images": ["5", 0], "prompt": "two red circles", "reward": "shapes", "model": "(hub)"} | changes
+    with pytest.raises(Exception, match=said):
+        comfy.run({**graph(), "6": node("TMPO_ScoreImages", **scoring), "7": node("PreviewAny", source=["6", 1])})
+
+
 def test_combined_scores_can_be_combined(comfy: Any) -> None:
     """The sum of a sum counts once, and a weight belongs to a socket."""
     more = {
@@ -342,10 +363,16 @@ def test_combined_scores_can_be_combined(comfy: Any) -> None:
 
 def test_training_from_a_graph(comfy: Any) -> None:
     """Two updates of the demo model in a process of its own; the LoRA loads, the monitor shows the run."""
-    flags = "--updates 2 --prompts-per-update 1 --prompts-per-batch 1 --no-report --threads 1 --sample-every 1 --ema-every 1"
+    more = "prompts_per_update: 1\nprompts_per_batch: 1\nreport: false\nthreads: 1\nsample_every: 1\nema_every: 1"
+    asked = TRAINING | {
+        "output_dir": "run one",
+        "updates": 2,
+        "settings": more,
+        "prompts": "a red circle\ntwo blue squares",
+    }
     found = comfy.run({
         "1": node("TMPO_DemoModelLoader"),
-        "2": node("TMPO_Train", output_dir="run one", flags=flags),
+        "2": node("TMPO_Train", **asked),
         "3": node("TMPO_LoadLora", model=["1", 0], lora="(demo)", strength=1.0, path=["2", 0]),
     })  # fmt: skip
     assert "by tmpo_trainer" in found["3"]["text"][0] and found["2"]["text"][0] == "no report"
@@ -361,15 +388,17 @@ def test_training_from_a_graph(comfy: Any) -> None:
     Image.new("RGB", (96, 80), "red").save(comfy.base / "output" / "run one" / "samples" / "update-000003.png")
     shown = comfy.run({"1": node("TMPO_TrainingMonitor", run="run one"), "3": node("PreviewImage", images=["1", 1])})
     assert comfy.image(shown["3"]["images"][0]).shape == (80, 96, 3)
-    for folder, flags, said in (
-        ("run one", "--updates 9", "holds a run with other flags"),
-        ("/tmp/elsewhere", "", "is outside of"),
-        ("run two", "--output-dir x", "--output-dir cannot be used in this node"),
-        ("run two", "launch ddp", "launch cannot be used in this node"),
+    config = (comfy.base / "output" / "run one" / "config.yaml").read_text()
+    assert "run one/prompts.txt" in config and "report: false" in config
+    for change, said in (
+        ({"prompts": "a red circle"}, "holds a run with other settings"),
+        ({"output_dir": "/tmp/elsewhere"}, "is outside of"),
+        ({"output_dir": "run two", "settings": "output_dir: x"}, "settings: output_dir: x is not a line"),
+        ({"output_dir": "run two", "settings": "branching: 1"}, "exit code 2: .*branching 1"),
+        ({"output_dir": "run two", "reward": "remote"}, "reward: remote is not known"),
+        ({"output_dir": "run two", "model": "/etc"}, "model: /etc is not in the list"),
     ):
         with pytest.raises(Exception, match=said):
-            comfy.run({"2": node("TMPO_Train", output_dir=folder, flags=flags)})
-    with pytest.raises(Exception, match="exit code 2: unknown flag --updatez, did you mean --updates"):
-        comfy.run({"2": node("TMPO_Train", output_dir="run two", flags="--updatez 3")})
+            comfy.run({"2": node("TMPO_Train", **asked | change)})
     with pytest.raises(Exception, match=r"has no metrics\.jsonl, or an empty one"):
         comfy.run({"1": node("TMPO_TrainingMonitor", run="nowhere")})

@@ -337,15 +337,16 @@ def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Pat
     from tmpo_pack.nodes import training  # type: ignore[import-not-found]
 
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
+    inputs = {each.id: each.default for each in training.Train.define_schema().inputs if each.id != "output_dir"}
     python = str(tmp_path / "bare" / "bin" / "python")
     assert "No module named 'accelerate'" in training.missing_packages(python)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPO_PYTHON", python)
         with pytest.raises(ValueError, match=r"No module named 'accelerate'. To install it: pip install"):
-            training.Train.execute("run", "--preset demo")
+            training.Train.execute("run", **inputs)
         patch.setenv("TMPO_PYTHON", str(tmp_path / "nowhere"))
         with pytest.raises(ValueError, match="cannot be run"):
-            training.Train.execute("run", "--preset demo")
+            training.Train.execute("run", **inputs)
 
 
 def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
