@@ -27,7 +27,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             copy = folder / "source" / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((REPOSITORY / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "wheel", "--no-deps", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "-q",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     subprocess.run([*pip, "-w", str(folder), str(folder / "source")], check=True, timeout=300)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as opened:
@@ -37,7 +46,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_data_and_licences(installed: Path) -> None:
     package = REPOSITORY / "tmpo_trainer"
-    wanted = {p.relative_to(REPOSITORY) for ending in DATA for p in package.rglob(ending) if "__pycache__" not in p.parts}
+    wanted = {
+        p.relative_to(REPOSITORY) for ending in DATA for p in package.rglob(ending) if "__pycache__" not in p.parts
+    }
     found = {path.relative_to(installed) for path in installed.rglob("*")}
     assert not wanted - found and len(wanted) > 30
     assert {"LICENSE", "NOTICE"} <= {path.name for path in found if "dist-info" in str(path)}
@@ -60,7 +71,9 @@ def test_the_installed_package_runs_from_another_folder(installed: Path, tmp_pat
     assert Path(where.strip()).is_relative_to(installed)
     assert "reward:" in run(installed, tmp_path, "--preset", "joint", "flux-80gb", "--print-config")
     assert "demo" in run(installed, tmp_path, "--dry-run", "--threads", "1")
-    about = run(installed, tmp_path, "inspect", str(installed / "tmpo_trainer/demo/lora/pytorch_lora_weights.safetensors"))
+    about = run(
+        installed, tmp_path, "inspect", str(installed / "tmpo_trainer/demo/lora/pytorch_lora_weights.safetensors")
+    )
     assert "by tmpo_trainer" in about
 
 
