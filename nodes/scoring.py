@@ -181,9 +181,11 @@ class CombineScores(io.ComfyNode):
                 ScoresSocket.Input("third", optional=True, tooltip="Other scores of the same batch."),
                 ScoresSocket.Input("fourth", optional=True, tooltip="Other scores of the same batch."),
                 io.String.Input(
-                    "weights", default="", tooltip="One number per score, e.g. 1, 0.5. If empty, all weights are 1."
+                    "weights",
+                    default="",
+                    tooltip="One number per score, e.g. 1, 0.5. If empty, the scores are averaged.",
                 ),
-                io.Boolean.Input("zscore", default=True, tooltip="If this is off, the raw scores are added."),
+                io.Boolean.Input("zscore", default=True, tooltip="If this is off, the raw scores are combined."),
             ],
             outputs=[
                 ScoresSocket.Output(display_name="scores", tooltip="The sum, followed by its parts."),
@@ -204,10 +206,10 @@ class CombineScores(io.ComfyNode):
             taken = [known for known, _ in values]
             values.append((name if name not in taken else f"{name} {len(values) + 1}", scores.first()))
         try:
-            factors = [float(word) for word in weights.replace(",", " ").split()] or [1.0] * len(values)
+            factors = [float(word) for word in weights.replace(",", " ").split()]
         except ValueError:
             raise ValueError(f"weights {weights!r}: write numbers, e.g. 1, 0.5") from None
-        if len(factors) != len(values):
+        if factors and len(factors) != len(values):
             raise ValueError(
                 f"{len(factors)} weights for {len(values)} scores ({', '.join(name for name, _ in values)})"
             )

@@ -221,6 +221,58 @@ def tiny_sd35(tmp_path_factory: pytest.TempPathFactory, clip_config: Callable[[i
     return folder
 
 
+@pytest.fixture(scope="session")
+def written_out_loss() -> Callable[..., torch.Tensor]:
+    """`written_out_loss(paths, log_pi, log_w, delta, rewards, ...)`: Softmax-TB in loops over the nodes, for autograd.
+
+    paths: the nodes of each stochastic step in row order; those of the last one are the leaves. log_pi, log_w, delta: a
+    scalar per node, its log-probability, its log ratio with the shift, its log ratio to the reference. rewards: `[K]`.
+    """
+
+    def written_out_loss(
+        paths: Sequence[Sequence[tuple[int, ...]]],
+        log_pi: dict[tuple[int, ...], torch.Tensor],
+        log_w: dict[tuple[int, ...], torch.Tensor],
+        delta: dict[tuple[int, ...], torch.Tensor],
+        rewards: torch.Tensor,
+        beta: float,
+        clip: float,
+        baseline: str,
+        anchor_weight: float | None,
+    ) -> torch.Tensor:
+        leaves = paths[-1]
+
+        def along(values: dict[tuple[int, ...], torch.Tensor], leaf: tuple[int, ...]) -> torch.Tensor:
+            return torch.stack([values[leaf[:depth]] for depth in range(2, len(leaf) + 1)]).sum()
+
+        def surrogate(log_ratio: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+            rho = log_ratio.exp()
+            return torch.min(rho * advantage, rho.clamp(1 - clip, 1 + clip) * advantage)
+
+        log_q = (beta * rewards).log_softmax(0)
+        source, weight = (log_pi, 1.0) if anchor_weight is None else (delta, anchor_weight)
+        log_p = (weight * torch.stack([along(source, leaf) for leaf in leaves])).detach().log_softmax(0)
+        advantage = log_q - log_p
+        if baseline != "siblings":
+            if baseline == "group":
+                advantage = advantage - advantage.mean()
+            return -torch.stack([surrogate(along(log_w, x), a) for x, a in zip(leaves, advantage, strict=True)]).mean()
+        loss = torch.zeros((), dtype=rewards.dtype)
+        for step in paths:
+            below = {
+                path: torch.stack([a for leaf, a in zip(leaves, advantage, strict=True) if leaf[: len(path)] == path])
+                for path in step
+            }
+            terms = []
+            for path in step:
+                siblings = [below[other].mean() for other in step if other[:-1] == path[:-1]]
+                terms.append(surrogate(log_w[path], below[path].mean() - torch.stack(siblings).mean()))
+            loss = loss - torch.stack(terms).mean()
+        return loss
+
+    return written_out_loss
+
+
 class RedScorer:
     """Mean red less mean blue of a picture, about -0.1..0.1. Deterministic and blind to the prompt."""
 

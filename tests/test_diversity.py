@@ -99,6 +99,30 @@ def test_cosine_distances_are_those_of_every_pair():
     assert found.tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
 
 
+def test_latents_of_any_size_have_a_finite_lgmd():
+    """Squares of float32 overflow at 1.8e19."""
+    x = normal(5, 30)
+    for scale in (1e19, 1e30, 1e37):
+        assert lgmd(scale * x).item() == pytest.approx(lgmd(x).item() + math.log(scale), abs=1e-4)
+        assert lgmd(scale * x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("function", [lgmd, cosine_diversity, vendi_score, cosine_distances])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_samples_that_are_not_finite_are_an_error(function, value):
+    x = normal(4, 3)
+    x[2, 1] = value
+    with pytest.raises(ValueError, match="the diversity of 4 samples cannot be measured: sample 2 is not finite"):
+        function(x)
+
+
+def test_a_vector_of_zeros_is_as_far_from_all_others_as_an_orthogonal_one():
+    zero, orthogonal = torch.eye(3), torch.eye(3)
+    zero[2] = 0
+    for function in (cosine_diversity, vendi_score, cosine_distances):
+        torch.testing.assert_close(function(zero), function(orthogonal))
+
+
 def test_measures_of_a_group_are_those_whose_samples_are_given(monkeypatch: pytest.MonkeyPatch):
     latents, features = normal(5, 4, 2, 2), normal(5, 7, seed=1)
     monkeypatch.setitem(MEASURES, "largest", Measure(lambda x: x.max(), "latents"))

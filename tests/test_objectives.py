@@ -256,78 +256,45 @@ def test_path_ratio_is_the_product_of_all_its_transitions():
 # The whole loss
 
 
+def nodes(plan: TreePlan) -> list[list[tuple[int, ...]]]:
+    """The nodes of every stochastic step by their paths, in the order of the layout: children, parents."""
+    levels: list[list[tuple[int, ...]]] = [[(root,) for root in range(plan.roots)]]
+    for children in plan.fanout.values():
+        levels.append([(*path, child) for child in range(children) for path in levels[-1]])
+    return levels[1:]
+
+
 def trees() -> list[tuple[int, int, int]]:
     return [(1, 3, 1), (3, 3, 2), (1, 2, 3), (2, 2, 3), (1, 4, 2), (5, 2, 1), (1, 3, 3)]
-
-
-def brute_loss(
-    plan: TreePlan, current: Tensor, old: Tensor, shift: Tensor, rewards: Tensor, delta: Tensor | None, s: dict
-) -> tuple[float, list[float]]:
-    """Loss and its slope per edge, in plain Python; edges in the order of the layout: step, children, parents."""
-    depth = len(plan.fanout)
-    paths = [[(root,) for root in range(plan.roots)]]
-    for children in plan.fanout.values():
-        paths.append([(*path, child) for child in range(children) for path in paths[-1]])
-    number = {path: i for i, path in enumerate(itertools.chain(*paths[1:]))}
-    leaves = paths[-1]
-    on_path = [[number[leaf[:level]] for level in range(2, depth + 2)] for leaf in leaves]
-    log_w = [(current[e] - old[e] + shift[e]).item() for e in range(len(number))]
-
-    def log_softmax(values: list[float]) -> list[float]:
-        total = math.log(sum(math.exp(value) for value in values))
-        return [value - total for value in values]
-
-    log_q = log_softmax([s["beta"] * r for r in rewards.tolist()])
-    source = current if delta is None else s["anchor_weight"] * delta
-    log_p = log_softmax([sum(source[e].item() for e in edges) for edges in on_path])
-    advantage = [a - b for a, b in zip(log_q, log_p, strict=True)]
-    loss, slope = 0.0, [0.0] * len(number)
-
-    def add(weight: float, log_ratio: float, a: float, edges: list[int]) -> None:
-        nonlocal loss
-        rho = math.exp(log_ratio)
-        clipped = min(max(rho, 1 - s["clip"]), 1 + s["clip"])
-        loss -= weight * min(rho * a, clipped * a)
-        if rho * a <= clipped * a:
-            for edge in edges:
-                slope[edge] -= weight * rho * a
-
-    if s["baseline"] == "siblings":
-        for level in range(1, depth + 1):
-            below = {
-                path: [a for leaf, a in zip(leaves, advantage, strict=True) if leaf[: level + 1] == path]
-                for path in paths[level]
-            }
-            mean = {path: sum(values) / len(values) for path, values in below.items()}
-            for path in paths[level]:
-                siblings = [mean[other] for other in paths[level] if other[:-1] == path[:-1]]
-                a = mean[path] - sum(siblings) / len(siblings)
-                add(1 / len(paths[level]), log_w[number[path]], a, [number[path]])
-        return loss, slope
-    centre = sum(advantage) / len(advantage) if s["baseline"] == "group" else 0.0
-    for a, edges in zip(advantage, on_path, strict=True):
-        add(1 / len(leaves), sum(log_w[e] for e in edges), a - centre, edges)
-    return loss, slope
 
 
 @pytest.mark.parametrize(("roots", "branching", "levels"), trees())
 @pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
 @pytest.mark.parametrize("anchored", [False, True])
 @pytest.mark.parametrize("spread", [0.0, 0.25])
-def test_loss_and_coefficients_equal_plain_loops(roots, branching, levels, baseline, anchored, spread):
+def test_loss_and_coefficients_equal_plain_loops(
+    written_out_loss, roots, branching, levels, baseline, anchored, spread
+):
     plan = TreePlan(levels + 2, roots, {step + 2: branching for step in range(levels)})
-    edges = len(plan.index().edge_parent)
-    old, move, delta = normal(3, edges)
-    current, shift, rewards = old + spread * move, spread * normal(edges, seed=6) ** 2 / 8, normal(plan.leaves, seed=7)
-    s = {"beta": 1.7, "clip": 0.2, "baseline": baseline, "anchor_weight": 0.3}
-    loss, slope = brute_loss(plan, current, old, shift, rewards, delta if anchored else None, s)
+    paths = nodes(plan)
+    old, move, delta = normal(3, sum(map(len, paths)))
+    current, shift, rewards = (
+        old + spread * move,
+        spread * normal(len(old), seed=6) ** 2 / 8,
+        normal(plan.leaves, seed=7),
+    )
+    anchor = 0.3 if anchored else None
+    plain = current.clone().requires_grad_()
+    by_node = [
+        dict(zip(itertools.chain(*paths), values, strict=True)) for values in (plain, plain - old + shift, delta)
+    ]
+    expected = written_out_loss(paths, *by_node, rewards, 1.7, 0.2, baseline, anchor)
     log_probs = current.clone().requires_grad_()
     transitions = of(plan, log_probs, old, shift, delta if anchored else None)
-    anchor = s["anchor_weight"] if anchored else None
-    found, _ = softmax_tb_loss(transitions, rewards, s["beta"], s["clip"], baseline, anchor)
-    assert found.item() == pytest.approx(loss, rel=1e-11, abs=1e-12)
+    found, _ = softmax_tb_loss(transitions, rewards, 1.7, 0.2, baseline, anchor)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-11, abs=1e-12)
     coefficients = objectives.edge_coefficients(found, log_probs)
-    torch.testing.assert_close(coefficients, torch.tensor(slope, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(coefficients, torch.autograd.grad(expected, plain)[0], rtol=1e-10, atol=1e-12)
     assert log_probs.grad is None
 
 
@@ -403,6 +370,7 @@ def test_effective_number_by_hand():
     assert objectives.effective_number(log_q) == pytest.approx(2**1.5)
     assert objectives.effective_number(torch.full((8,), 1 / 8).log()) == pytest.approx(8)
     assert objectives.effective_number(torch.tensor([0.0, -500.0, -900.0]).log_softmax(0)) == pytest.approx(1)
+    assert objectives.effective_number(torch.tensor([0.5, 0.5, 0.0]).log()) == pytest.approx(2)
 
 
 def test_only_the_current_log_probs_carry_gradient():
@@ -447,6 +415,8 @@ def test_diverse_advantage_rewards_rare_winners_only():
     # No standard deviation: ten times the reward is ten times the advantage; pictures that are equal count as they are.
     close(objectives.diverse_advantage(exactly([0, 0, 0.3]), features[:1].repeat(3, 1)), [-0.1, -0.1, 0.2])
     assert objectives.diverse_advantage(exactly([0, 0, 90]), features)[2] == 5
+    with pytest.raises(ValueError, match="features of the pictures are not finite"):
+        objectives.diverse_advantage(exactly([0, 0, 1]), features * math.nan)
 
 
 def test_tree_advantage_weights_children_by_their_probability():
@@ -511,11 +481,8 @@ def test_advantages_of_random_trees_against_plain_python(plan: TreePlan):
     torch.manual_seed(0)
     edges = len(plan.index().edge_parent)
     log_probs, rewards = torch.randn(edges, dtype=torch.float64), torch.randn(plan.leaves, dtype=torch.float64)
-    # Nodes by their paths, in the order of the layout: step, child, parent.
-    levels = [[(root,) for root in range(plan.roots)]]
-    for children in plan.fanout.values():
-        levels.append([(*path, child) for child in range(children) for path in levels[-1]])
-    number = {path: i for i, path in enumerate(itertools.chain(*levels[1:]))}
+    levels = nodes(plan)
+    number = {path: i for i, path in enumerate(itertools.chain(*levels))}
     reward = dict(zip(levels[-1], rewards.tolist(), strict=True))
 
     def children_of(path: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -573,59 +573,38 @@ class Settings:
     clip: float = 0.2
 
 
-def naive_loss(
-    model: nn.Module,
-    old: nn.Module,
-    reference: nn.Module,
-    run: tree.Rollout,
-    paths: list[list[tree.NodePath]],
-    s: Settings,
-) -> Tensor:
-    """The whole loss with one graph through every edge; `paths` lists the nodes of each stochastic step in row order."""
-    names = [path for step in paths for path in step]
-    leaves = paths[-1]
-    with torch.no_grad():
-        at_rollout, at_reference = edge_normals(old, run), edge_normals(reference, run)
-    log_pi, log_w, delta, kl = {}, {}, {}, []
-    for path, (mu, x), (mu_old, _), (mu_ref, _) in zip(
-        names, edge_normals(model, run), at_rollout, at_reference, strict=True
-    ):
-        log_pi[path] = mu.log_prob(x).mean()
-        shift = ((mu.mean - mu_old.mean) ** 2 / (2 * mu.stddev**2)).mean().detach()
-        log_w[path] = log_pi[path] - mu_old.log_prob(x).mean() + shift
-        delta[path] = (mu.log_prob(x) - mu_ref.log_prob(x)).sum().detach()
-        kl.append(((mu.mean - mu_ref.mean) ** 2 / (2 * mu.stddev**2)).mean())
+@pytest.fixture
+def naive_loss(written_out_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`naive_loss(model, old, reference, run, paths, settings)`: the whole loss with one graph through every edge.
 
-    def along(values: dict[tree.NodePath, Tensor], leaf: tree.NodePath) -> Tensor:
-        return torch.stack([values[leaf[:depth]] for depth in range(2, len(leaf) + 1)]).sum()
+    `paths` lists the nodes of each stochastic step in row order.
+    """
 
-    def surrogate(log_ratio: Tensor, advantage: Tensor) -> Tensor:
-        rho = log_ratio.exp()
-        return torch.min(rho * advantage, rho.clamp(1 - s.clip, 1 + s.clip) * advantage)
+    def naive_loss(
+        model: nn.Module,
+        old: nn.Module,
+        reference: nn.Module,
+        run: tree.Rollout,
+        paths: list[list[tree.NodePath]],
+        s: Settings,
+    ) -> Tensor:
+        names = [path for step in paths for path in step]
+        with torch.no_grad():
+            at_rollout, at_reference = edge_normals(old, run), edge_normals(reference, run)
+        log_pi, log_w, delta, kl = {}, {}, {}, []
+        for path, (mu, x), (mu_old, _), (mu_ref, _) in zip(
+            names, edge_normals(model, run), at_rollout, at_reference, strict=True
+        ):
+            log_pi[path] = mu.log_prob(x).mean()
+            shift = ((mu.mean - mu_old.mean) ** 2 / (2 * mu.stddev**2)).mean().detach()
+            log_w[path] = log_pi[path] - mu_old.log_prob(x).mean() + shift
+            delta[path] = (mu.log_prob(x) - mu_ref.log_prob(x)).sum().detach()
+            kl.append(((mu.mean - mu_ref.mean) ** 2 / (2 * mu.stddev**2)).mean())
+        rewards = run.leaves.sum((1, 2))
+        loss = written_out_loss(paths, log_pi, log_w, delta, rewards, s.beta, s.clip, s.baseline, s.anchor_weight)
+        return loss + s.kl_weight * torch.stack(kl).mean()
 
-    log_q = (s.beta * run.leaves.sum((1, 2))).log_softmax(0)
-    if s.anchor_weight is None:
-        log_p = torch.stack([along(log_pi, leaf) for leaf in leaves]).detach().log_softmax(0)
-    else:
-        log_p = (s.anchor_weight * torch.stack([along(delta, leaf) for leaf in leaves])).log_softmax(0)
-    advantage = log_q - log_p
-    loss = s.kl_weight * torch.stack(kl).mean()
-    if s.baseline == "siblings":
-        for step in paths:
-            below = {
-                path: torch.stack([a for leaf, a in zip(leaves, advantage, strict=True) if leaf[: len(path)] == path])
-                for path in step
-            }
-            terms = []
-            for path in step:
-                siblings = [below[other].mean() for other in step if other[:-1] == path[:-1]]
-                terms.append(surrogate(log_w[path], below[path].mean() - torch.stack(siblings).mean()))
-            loss = loss - torch.stack(terms).mean()
-        return loss
-    if s.baseline == "group":
-        advantage = advantage - advantage.mean()
-    terms = [surrogate(along(log_w, leaf), a) for leaf, a in zip(leaves, advantage, strict=True)]
-    return loss - torch.stack(terms).mean()
+    return naive_loss
 
 
 def replayed_gradient(
@@ -662,7 +641,7 @@ def replayed_gradient(
 @pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
 @pytest.mark.parametrize("anchor_weight", [None, 0.3])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
-def test_replay_has_the_gradient_of_the_naive_loss(baseline, anchor_weight, kl_weight):
+def test_replay_has_the_gradient_of_the_naive_loss(naive_loss, baseline, anchor_weight, kl_weight):
     s = Settings(baseline, anchor_weight, kl_weight)
     old, reference = Mlp(), Mlp().moved(9, 0.1)
     noise = Recorded(noise64(1))
@@ -686,7 +665,7 @@ def test_replay_has_the_gradient_of_the_naive_loss(baseline, anchor_weight, kl_w
 
 @pytest.mark.parametrize("plan", [PLANS["tmpo-without-step-1"], PLANS["uneven"], PLANS["tree-grpo"]])
 @pytest.mark.parametrize("baseline", ["none", "siblings"])
-def test_replay_has_the_gradient_of_the_naive_loss_on_other_trees(plan, baseline):
+def test_replay_has_the_gradient_of_the_naive_loss_on_other_trees(naive_loss, plan, baseline):
     s = Settings(baseline, 0.3, 0.5)
     old, model, reference = Mlp(), Mlp().moved(20, 0.1), Mlp().moved(9, 0.1)
     noise = Recorded(noise64(1))
@@ -698,7 +677,7 @@ def test_replay_has_the_gradient_of_the_naive_loss_on_other_trees(plan, baseline
 
 
 @pytest.mark.parametrize("baseline", ["none", "group", "siblings"])
-def test_replay_in_float32_is_close_to_the_naive_loss(baseline):
+def test_replay_in_float32_is_close_to_the_naive_loss(naive_loss, baseline):
     s = Settings(baseline, None, 0.5)
     old = Mlp(dtype=torch.float32)
     model, reference = old.moved(20, 0.1), old.moved(9, 0.1)

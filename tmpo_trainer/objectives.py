@@ -24,6 +24,11 @@ ZSCORE_FLOOR = 1e-4
 STD_FLOOR = 1e-4
 #: The GRPO family clips advantages to +- this.
 ADVANTAGE_LIMIT = 5.0
+#: Rewards beyond +- this are normalised in float64. In float32 the mean of larger ones is off by more than a tenth of the
+#: floors above, so that equal rewards would get an advantage, and squares overflow at 1.8e19.
+FLOAT32_REWARDS = 64.0
+#: A log ratio counts as at most this where only its size matters: exp overflows float32 at 88.7.
+LOG_RATIO_LIMIT = 80.0
 
 
 @dataclass
@@ -44,11 +49,32 @@ class Transitions:
     reference_log_ratio: Tensor | None = None
 
 
+def widened(rewards: Tensor) -> Tensor:
+    """The rewards in float64 if float32 does not do for their mean and their squares, else as they are."""
+    return rewards.double() if rewards.abs().max() > FLOAT32_REWARDS else rewards
+
+
 def zscore(rewards: Tensor) -> Tensor:
-    """(R - mean) / max(std, ZSCORE_FLOOR) over the last dimension, population std. Same shape."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    """(R - mean) / max(std, ZSCORE_FLOOR) over the last dimension, population std. Same shape and dtype."""
+    wide = widened(rewards)
+    centred = wide - wide.mean(-1, keepdim=True)
     std = centred.square().mean(-1, keepdim=True).sqrt()
-    return centred / std.clamp_min(ZSCORE_FLOOR)
+    return (centred / std.clamp_min(ZSCORE_FLOOR)).to(rewards.dtype)
+
+
+def log_target(rewards: Tensor, beta: float) -> Tensor:
+    """log q of the Boltzmann target q = softmax(beta R) (paper eq. 4). `[K]` -> `[K]`.
+
+    Raises:
+        ValueError: beta R overflows.
+    """
+    log_q = (beta * rewards).log_softmax(-1)
+    if not torch.isfinite(log_q).all():
+        raise ValueError(
+            f"beta {beta:g} times rewards from {rewards.min():g} to {rewards.max():g} overflows: choose a smaller beta or "
+            "smaller reward weights"
+        )
+    return log_q
 
 
 def softmax_tb_advantage(
@@ -71,9 +97,12 @@ def softmax_tb_advantage(
 
     Returns:
         `[K]`. With q = softmax(beta R): sum(q A) = KL(q || p).
+
+    Raises:
+        ValueError: beta R overflows.
     """
     policy = log_probs if anchor_log_ratio is None else anchor_weight * anchor_log_ratio
-    return ((beta * rewards).log_softmax(-1) - policy.log_softmax(-1)).detach()
+    return (log_target(rewards, beta) - policy.log_softmax(-1)).detach()
 
 
 def path_sum(edge_values: Tensor, leaf_edges: Tensor) -> Tensor:
@@ -106,7 +135,8 @@ def subtract_sibling_mean(edge_values: Tensor, edge_parent: Tensor) -> Tensor:
 
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """PPO's min(rho A, clip(rho, 1 - eps, 1 + eps) A), elementwise (paper eq. 6 without the mean and the sign)."""
-    ratio = log_ratio.exp()
+    # Where A is not negative the clip decides and the gradient is 0. An infinite rho would make that 0 times infinity.
+    ratio = torch.where(advantage < 0, log_ratio, log_ratio.clamp_max(LOG_RATIO_LIMIT)).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
@@ -130,7 +160,7 @@ def softmax_tb_loss(
         the loss (a scalar) and the figures every run logs.
 
     Raises:
-        ValueError: an unknown baseline, or an anchor without a reference.
+        ValueError: an unknown baseline, an anchor without a reference, or beta R overflows.
     """
     leaf_edges, parent = transitions.leaf_edges, transitions.edge_parent
     path_log_probs = path_sum(transitions.log_probs.detach(), leaf_edges)
@@ -151,7 +181,7 @@ def softmax_tb_loss(
         loss = -clipped_surrogate(log_ratio, weight, clip).mean()
     else:
         raise ValueError(f"unknown baseline {baseline!r}: one of {', '.join(get_args(Baseline))}")
-    log_q = (beta * rewards).log_softmax(-1)
+    log_q = log_target(rewards, beta)
     return loss, {
         **target_figures(rewards, beta, path_log_probs),
         "advantage_mean": advantage.mean().item(),
@@ -175,7 +205,7 @@ def subtree_balance_loss(
         as `softmax_tb_loss`, less the figures of its path advantage.
 
     Raises:
-        ValueError: baseline `group`: there is no advantage of a path.
+        ValueError: baseline `group`: there is no advantage of a path. beta R overflows.
     """
     if baseline == "group":
         raise ValueError(
@@ -200,8 +230,10 @@ def subtree_balance_loss(
 
 def group_advantage(rewards: Tensor) -> Tensor:
     """(R - mean) / (std + STD_FLOOR), population std, clipped to +- ADVANTAGE_LIMIT. `[K]` -> `[K]`."""
-    centred = rewards - rewards.mean()
-    return (centred / (centred.square().mean().sqrt() + STD_FLOOR)).clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    wide = widened(rewards)
+    centred = wide - wide.mean()
+    advantage = centred / (centred.square().mean().sqrt() + STD_FLOOR)
+    return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT).to(rewards.dtype)
 
 
 def diverse_advantage(rewards: Tensor, features: Tensor) -> Tensor:
@@ -212,14 +244,21 @@ def diverse_advantage(rewards: Tensor, features: Tensor) -> Tensor:
 
     Args:
         rewards: `[K]`. features: `[K, D]`, DINOv2 in the paper.
+
+    Raises:
+        ValueError: features that are not finite.
     """
+    if not torch.isfinite(features).all():
+        raise ValueError("the features of the pictures are not finite, so their rarity cannot be measured")
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     distance = 1 - unit @ unit.T
     nearest = distance.fill_diagonal_(torch.inf).min(1).values.clamp_min(0).to(rewards.dtype)
     mean = nearest.mean()
     rarity = nearest / mean if mean > 0 else torch.ones_like(nearest)
-    centred = rewards - rewards.mean()
-    return (centred * torch.where(centred < 0, 1.0, rarity)).clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT)
+    wide = widened(rewards)
+    centred = wide - wide.mean()
+    advantage = centred * torch.where(centred < 0, 1.0, rarity)
+    return advantage.clamp(-ADVANTAGE_LIMIT, ADVANTAGE_LIMIT).to(rewards.dtype)
 
 
 def tree_advantage(leaf_advantage: Tensor, transitions: Transitions) -> Tensor:
@@ -275,23 +314,25 @@ def sibling_log_softmax(edge_values: Tensor, edge_parent: Tensor) -> Tensor:
 
 
 def effective_number(log_q: Tensor) -> float:
-    """exp of the entropy of a distribution `[K]`, given by its finite logs: K if all are alike, 1 if one has it all."""
-    return torch.exp(-(log_q.exp() * log_q).sum()).item()
+    """exp of the entropy of a distribution `[K]`, given by its logs: K if all are alike, 1 if one has it all."""
+    # A probability of 0 adds nothing: 0 times its log, which is -infinity, would be NaN.
+    finite = log_q.clamp_min(torch.finfo(log_q.dtype).min)
+    return torch.exp(-(log_q.exp() * finite).sum()).item()
 
 
 def target_figures(rewards: Tensor, beta: float, path_log_probs: Tensor) -> dict[str, float]:
     """How far rewards and log-probabilities `[K]` spread, and among how many leaves softmax(beta R) does."""
-    log_q = (beta * rewards).log_softmax(-1)
+    log_q = log_target(rewards, beta)
     return {
         "log_prob_std": path_log_probs.std(correction=0).item(),
-        "beta_reward_std": (beta * rewards).std(correction=0).item(),
+        "beta_reward_std": widened(beta * rewards).std(correction=0).item(),
         "effective_leaves": effective_number(log_q),
     }
 
 
 def ratio_figures(log_ratio: Tensor, clip: float) -> dict[str, float]:
     """Mean and maximum of the ratios exp(log_ratio), and the share beyond 1 +- clip."""
-    ratio = log_ratio.detach().exp()
+    ratio = log_ratio.detach().clamp_max(LOG_RATIO_LIMIT).exp()
     return {
         "ratio_mean": ratio.mean().item(),
         "ratio_max": ratio.max().item(),

@@ -35,13 +35,18 @@ def test_network_calls(check_calls: Check, check_evaluations: Check) -> None:
     check_evaluations("mix-grpo", 162, 27 * 4, 27 * 4, kl_weight=0.03)
 
 
-def test_the_window_slides_and_stays_at_the_end(planned: Callable[..., Method]) -> None:
+def test_the_window_slides_and_starts_again(planned: Callable[..., Method]) -> None:
+    """Its place is a function of the update alone, so resuming needs no state."""
     made = planned("mix-grpo")
-    assert [list(made.plan(u).fanout) for u in (0, 24, 25, 49, 50, 10**6)] == [
-        [1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5], [2, 3, 4, 5],
+    first, second = [1, 2, 3, 4], [2, 3, 4, 5]
+    # Steps 1 to 5 of six may carry noise: two places, 25 updates at each.
+    assert [list(made.plan(u).fanout) for u in (0, 24, 25, 49, 50, 74, 75)] == [
+        first, first, second, second, first, first, second,
     ]  # fmt: skip
     quick = planned("mix-grpo", window=2, window_every=1)
-    assert [min(quick.plan(u).fanout) for u in range(6)] == [1, 2, 3, 4, 4, 4]
+    assert [min(quick.plan(u).fanout) for u in (*range(9), 10**6)] == [1, 2, 3, 4, 1, 2, 3, 4, 1, 1]
+    only = planned("mix-grpo", window=5, window_every=1)
+    assert [min(only.plan(u).fanout) for u in range(3)] == [1, 1, 1] and made.state() == {}
 
 
 def test_a_window_that_does_not_fit(make: Callable[..., Any]) -> None:

@@ -169,6 +169,14 @@ def test_every_control_trains(base: toy.Network, arm: toy.Arm) -> None:
     assert torch.isfinite(weights(network)).all() and not torch.equal(weights(network), weights(base))
 
 
+def test_a_gradient_that_is_not_finite_is_an_error(base: toy.Network) -> None:
+    summed = next(arm for arm in toy.CONTROLS if arm.reduce == "sum" and arm.inner_updates > 1)
+    with pytest.raises(
+        ValueError, match=f"{summed.name}, seed 0: the gradient of update 1 is .* smaller --learning-rate"
+    ):
+        toy.train(summed, base, seed=0, updates=1, learning_rate=0.9)
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

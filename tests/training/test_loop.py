@@ -82,6 +82,22 @@ def test_second_inner_update_has_another_ratio(make_trainer: MakeTrainer) -> Non
     assert off(weights(once), weights(twice)) > 1e-4
 
 
+@pytest.mark.parametrize("method", ["tmpo", "flow-grpo"])
+def test_rewards_of_any_size_train(make_trainer: MakeTrainer, red_scorer: Any, method: str) -> None:
+    """Their squares overflow in float32."""
+
+    class Huge:
+        name = "red"
+
+        def score(self, *arguments: Any) -> Tensor:
+            return 1e37 * red_scorer.score(*arguments)
+
+    trainer = make_trainer(scorer=Huge(), method=method)
+    metrics = trainer.update()
+    assert metrics["reward_std/red"] > 1e30 and metrics["grad_norm"] > 0
+    assert all(math.isfinite(value) for value in metrics.values() if isinstance(value, float))
+
+
 # -- settings that must not matter ---------------------------------------------------------------------------------
 
 

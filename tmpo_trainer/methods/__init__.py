@@ -12,7 +12,7 @@
 | tree-grpo | one seed, a tree in a random window | z-score, backed up through the tree | per edge |
 | gardo | as flow-grpo | R - mean, times rarity | per step |
 
-Several rewards are z-scored one by one and then added, with every method.
+Several rewards are z-scored one by one and then averaged, with every method. `reward_weights` gives another weighted sum.
 
 Nothing here imports torch when it is loaded: `--help` reads the settings of every method. What computes is imported where it
 is used.

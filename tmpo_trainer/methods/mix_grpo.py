@@ -1,4 +1,7 @@
-"""MixGRPO (arXiv:2507.21802): Flow-GRPO with noise, and gradient, in a window of steps that slides over the rollout."""
+"""MixGRPO (arXiv:2507.21802): Flow-GRPO with noise, and gradient, in a window of steps that slides over the rollout.
+
+After its last place the window starts again at the first step, as in the published scripts.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ class Settings(flow_grpo.Settings):
     window: int = Field(4, ge=1)
     """How many neighbouring steps carry noise."""
     window_every: int = Field(25, ge=1)
-    """Updates after which the window moves on by one step."""
+    """Updates after which the window moves on by one step. After its last place it starts again at the first step."""
 
 
 class Method(flow_grpo.Method):
@@ -35,5 +38,6 @@ class Method(flow_grpo.Method):
             )
 
     def plan(self, update: int) -> TreePlan:
-        start = min(1 + update // self.config.window_every, self.last - self.config.window + 1)
+        places = self.last - self.config.window + 1
+        start = 1 + update // self.config.window_every % places
         return self.chains(range(start, start + self.config.window))

@@ -230,18 +230,29 @@ def score_all(
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Raises ValueError unless every prompt has a finite score. The error names the scorer and the first such prompt."""
+    """The scores in float32. Raises ValueError, naming the scorer and the first such prompt, unless all are finite there."""
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {name} gave {tuple(scores.shape)} scores for {len(prompts)} images")
-    bad = torch.nonzero(~torch.isfinite(scores)).flatten()
+    found = scores.float()
+    bad = torch.nonzero(~torch.isfinite(found)).flatten()
     if len(bad):
         i = int(bad[0])
         raise ValueError(f"reward {name} gave {scores[i].item()} for image {i} of prompt {prompts[i]!r}")
-    return scores
+    return found
 
 
 def combine(scores: dict[str, Tensor], weights: Sequence[float] | None, norm: str) -> Tensor:
-    """The weighted sum `[K]` of rewards `[K]`. With norm `zscore` each is normalised within the group of K first."""
-    factors = weights or [1.0] * len(scores)
+    """The weighted sum `[K]` of rewards `[K]`, without weights their mean. With norm `zscore` each is normalised within the
+    group of K first.
+
+    Raises:
+        ValueError: the sum is not finite.
+    """
+    # A mean, so that beta asks for the same sharpness whether there is one reward or several.
+    factors = weights or [1 / len(scores)] * len(scores)
     parts = [objectives.zscore(values) if norm == "zscore" else values for values in scores.values()]
-    return torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)
+    total = torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)
+    if not torch.isfinite(total).all():
+        terms = " + ".join(f"{factor:g} {name}" for factor, name in zip(factors, scores, strict=True))
+        raise ValueError(f"the reward {terms} is not finite: choose smaller weights")
+    return total

@@ -35,9 +35,10 @@ class TrainConfig(BaseModel):
     """A single safetensors file (ComfyUI's or the original names) in place of the model's own transformer."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
     """One or more scorers by name, or classes of your own as package.module:Class. Several are z-scored per prompt and
-    added."""
+    averaged."""
     reward_weights: tuple[float, ...] | None = None
-    """One weight per reward; all 1 by default."""
+    """One weight per reward, for a weighted sum. By default each is 1 divided by the number of rewards, which makes the sum
+    a mean."""
     reward_models: tuple[str, ...] = ()
     """NAME=PATH: where a scorer's weights are, in place of its hub repository; for `remote` the server's address."""
     pickscore_scale: Literal["raw", "flow"] = "raw"

@@ -205,6 +205,9 @@ def train(
 
     Args:
         callback: called before every update and after the last with (updates done, network).
+
+    Raises:
+        ValueError: a gradient is not finite.
     """
     network = copy.deepcopy(base)
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=WEIGHT_DECAY)
@@ -229,7 +232,12 @@ def train(
             optimizer.zero_grad()
             weights = arm.kl_weight * tree.parent_shares(run) if arm.kl_weight else None
             tree.replay(network, run, coefficients / groups, kl_weights=weights, reference=reference)
-            nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+            norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+            if not torch.isfinite(norm):
+                raise ValueError(
+                    f"{arm.name}, seed {seed}: the gradient of update {update + 1} is {norm.item()}: choose a smaller "
+                    "--learning-rate"
+                )
             optimizer.step()
         decay.step()
     if callback is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import diversity, tree
+from .. import diversity, objectives, tree
 from ..backbones.base import Backbone
 from ..evaluation.features import Features
 from ..methods.base import Figures, Method
@@ -110,9 +110,10 @@ class Roller:
 def figures(batch: PromptBatch) -> Figures:
     """Rewards and diversity of a rollout, a value per prompt."""
     grouped = batch.rollout.leaves.unflatten(0, (batch.plan.leaves, batch.count))
+    scores = {name: objectives.widened(values) for name, values in batch.scores.items()}
     return {
-        **{f"reward/{name}": s.mean(0).tolist() for name, s in batch.scores.items()},
-        **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in batch.scores.items()},
+        **{f"reward/{name}": s.mean(0).tolist() for name, s in scores.items()},
+        **{f"reward_std/{name}": s.std(0, correction=0).tolist() for name, s in scores.items()},
         "lgmd": [diversity.lgmd(grouped[:, p]).item() for p in range(batch.count)],
         "latent_std": [grouped[:, p].std().item() for p in range(batch.count)],
     }
