@@ -174,7 +174,10 @@ BAD: list[tuple[str, list[str]]] = [
     ("run --learning-rate 1", ["unknown flag --learning-rate"]),
     ("run --imagez 3", ["unknown flag --imagez", "did you mean --images?"]),
     ("run --preference-prompts other.txt --reward shapes", ["--preference-prompts is for the rewards after the first"]),
-    ("run --reward remote", ["reward remote has no prompt list of its own: give --prompts FILE"]),
+    (
+        "run --reward remote --reward-models remote=http://127.0.0.1:1",
+        ["reward remote has no prompt list of its own: give --prompts FILE"],
+    ),
     ("run --features none", ["features none: no such folder"]),
     ("wide", ["transformer.transformer_blocks.0.attn.to_q does not fit SD3Transformer2DModel"]),
     ("--model x/y", ["model x/y needs a CUDA GPU"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from huggingface_hub import constants
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from tmpo_trainer.evaluation.features import MEAN, STD, DinoV2, check_features, load_features
+from tmpo_trainer.evaluation.features import MEAN, STD, DinoV2, check_features, load_features, positions
 from tmpo_trainer.settings.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -40,6 +41,37 @@ def test_class_token_of_a_centre_crop(folder: Path, size: tuple[int, int]) -> No
         expected = Dinov2Model.from_pretrained(folder)(pixels).last_hidden_state[:, 0]
     assert found.shape == (1, 32) and found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
+def test_position_embeddings_are_the_originals() -> None:
+    """Against the original's formula: patch i of 16 is at (i + .5) 37 / 16.1 - .5 in the table of 37, Keys' a is -.75."""
+    table = torch.randn(1, 1 + 37 * 37, 3, generator=torch.Generator().manual_seed(0))
+    found = positions(table, 16)
+    assert found.shape == (1, 1 + 16 * 16, 3) and torch.equal(found[:, 0], table[:, 0])
+    weights = torch.zeros(16, 37, dtype=torch.float64)
+    for i in range(16):
+        place = (i + 0.5) * 37 / 16.1 - 0.5
+        for j in range(int(place) - 1, int(place) + 3):
+            x = abs(place - j)
+            near, far = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[i, min(max(j, 0), 36)] += near if x < 1 else far
+    grid = table[0, 1:].double().reshape(37, 37, 3)
+    expected = torch.einsum("iy,jx,yxd->ijd", weights, weights, grid).reshape(256, 3)
+    torch.testing.assert_close(found[0, 1:].double(), expected, atol=1e-5, rtol=0)
+    assert torch.equal(positions(found, 16), found)
+
+
+@torch.no_grad()
+def test_the_published_checkpoints_size(tmp_path: Path) -> None:
+    """They were trained on 518 x 518 pixels. With `positions`, the library has nothing left to interpolate."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 518, "patch_size": 14}
+    model: Any = Dinov2Model(Dinov2Config(**sizes))
+    model.save_pretrained(tmp_path)
+    dino = DinoV2(tmp_path, CPU)
+    found = dino.model.embeddings.interpolate_pos_encoding(torch.zeros(1, 257, 32), 224, 224)
+    assert torch.equal(found, positions(model.embeddings.position_embeddings, 16))
+    assert dino(np.zeros((1, 256, 256, 3), np.uint8)).shape == (1, 32)
 
 
 def test_many_are_as_one_by_one(folder: Path) -> None:

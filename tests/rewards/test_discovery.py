@@ -47,7 +47,7 @@ def load(device, path, seed=0):
     return Dummy(device, path, seed)
 
 
-def check(prompt, metadata):
+def check(prompt, metadata, path):
     if "blue" in prompt:
         raise ValueError(f"prompt {prompt!r} is blue")
 

@@ -56,8 +56,8 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     """
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
-    parts = read_parts(config, preference)
     loading.check_rewards(config)
+    parts = read_parts(config, preference)
     loading.check_features(config.features)
     skeleton = loading.skeleton(config, chosen)
     if lora is not None:
@@ -94,7 +94,7 @@ def read_parts(config: TrainConfig, preference: Path | None) -> list[Part]:
     if preference is None:
         return [Part("base", loading.heldout_prompts(config, "prompts"), config.reward)]
     others = read_prompts(preference).first(config.eval_limit)
-    loading.check_prompts(config.reward[1:], others)
+    loading.check_prompts(config.reward[1:], others, loading.reward_paths(config))
     task = config.model_copy(update={"reward": config.reward[:1]})
     return [
         Part("base-task", loading.heldout_prompts(task, "prompts"), config.reward[:1]),

@@ -72,9 +72,9 @@ def _prompts(config: TrainConfig, given: Path | None, split: Split, flag: str) -
     found = read_prompts(given) if given else default_prompts(config.reward, split)
     if found is None:
         raise ConfigError(f"reward {' '.join(config.reward)} has no prompt list of its own: give --{flag} FILE")
-    check_prompts(config.reward, found)
+    check_prompts(config.reward, found, reward_paths(config))
     if split == "train":
-        check_prompts(config.extra_rewards, found)
+        check_prompts(config.extra_rewards, found, reward_paths(config))
     return found
 
 

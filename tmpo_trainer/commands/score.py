@@ -86,7 +86,8 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
     if namespace.reward:
         loading.check_rewards(config)
         shown = [picture.prompt for picture in pictures]
-        loading.check_prompts(namespace.reward, PromptList(str(namespace.prompts or "prompts"), shown, metadata))
+        listing = PromptList(str(namespace.prompts or "prompts"), shown, metadata)
+        loading.check_prompts(namespace.reward, listing, loading.reward_paths(config))
     if namespace.diversity and not scoring.by_prompt(pictures):
         raise ConfigError("--diversity: no two pictures have the same prompt, so there is nothing to compare")
     scorers = loading.evaluation_scorers(loading.scorers(config, device)) if namespace.reward else []

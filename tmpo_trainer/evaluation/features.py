@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from ..settings.errors import ConfigError, suggest
 #: ImageNet's channel means and standard deviations.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+#: Width and height of DINOv2's input in pixels.
+SIDE = 224
 #: The paper's extractor.
 DINO, FILES = "facebook/dinov2-large", ("config.json", "model.safetensors")
 
@@ -60,6 +63,19 @@ class EfficientNetLite:
         return torch.cat(parts)
 
 
+def positions(table: Tensor, side: int) -> Tensor:
+    """DINOv2's position embeddings `[1, 1 + n * n, D]`, class first, for `side` x `side` patches instead of n x n.
+
+    As the original, it resizes (bicubic) by the factor (side + .1) / n, not side / n. transformers 5 leaves the .1 out.
+    """
+    n = isqrt(table.shape[1] - 1)
+    if n == side:
+        return table
+    grid = table[:, 1:].float().unflatten(1, (n, n)).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], 1)
+
+
 class DinoV2:
     """The class token of a DINOv2 (Oquab et al. 2023, arXiv:2304.07193), the paper's features.
 
@@ -77,10 +93,13 @@ class DinoV2:
         self.name, self.device = name, device
         self._dtype = torch.float16 if device.type == "cuda" else torch.float32
         model: Any = Dinov2Model.from_pretrained(folder, dtype=self._dtype, local_files_only=True)
+        # With a table of the picture's own size, transformers interpolates nothing.
+        table = positions(model.embeddings.position_embeddings.data, SIDE // model.config.patch_size)
+        model.embeddings.position_embeddings = torch.nn.Parameter(table)
         self.model = model.eval().requires_grad_(False).to(device)
         self.prepare = BitImageProcessorPil(
             size={"shortest_edge": 256},
-            crop_size={"height": 224, "width": 224},
+            crop_size={"height": SIDE, "width": SIDE},
             image_mean=list(MEAN),
             image_std=list(STD),
             do_convert_rgb=True,

@@ -53,9 +53,10 @@ class Reward:
     load: Callable[..., Scorer]
     """`load(device, path, **options)`; `path` is None unless `--reward-models` gives one. Raises ConfigError."""
     WEIGHTS: Literal["file", "none", "package", "server"] = "file"
-    """Where the weights are. With "file", `path` may name a file or folder. With "none" there are no weights, and with
-    "package" they are in the first of PACKAGES. With "server", `path` must be the server's address. A run may use
-    several servers: `remote-a` is one more `remote`, and `load` and `check_path` get the keyword `name`."""
+    """Where the weights are. With "file", `path` may name a file or folder. With "none" there are no weights. With
+    "package" they are in the first of PACKAGES, and `path` is refused unless the file has a `check_path`. With "server",
+    `path` must be the server's address. A run may use several servers: `remote-a` is one more `remote`, and `load` and
+    `check_path` get the keyword `name`."""
     SOURCES: Sequence[tuple[str, Sequence[str]]] = ()
     """Hub repositories, each with the files that the scorer needs. `fetch` downloads them."""
     OPTIONS: Sequence[str] = ()
@@ -64,8 +65,8 @@ class Reward:
     """Modules that the scorer imports and that ComfyUI does not install, each with its name for pip."""
     check_path: Callable[..., None] | None = None
     """`check_path(path, **options)` raises ConfigError for an unusable path. By default, the path must exist."""
-    check: Callable[[str, Any], None] | None = None
-    """`check(prompt, metadata)` raises ValueError for a prompt that cannot be scored. By default, every prompt can."""
+    check: Callable[[str, Any, str | None], None] | None = None
+    """`check(prompt, metadata, path)` raises ValueError for a prompt that cannot be scored. By default, every one can."""
     default_prompts: Callable[[Split], PromptList] | None = preference
     """The prompts of a split if no file is given; None if the package cannot know which prompts suit the scorer."""
 
@@ -160,15 +161,19 @@ def check_reward(name: str, path: str | None = None, settings: Mapping[str, Any]
         raise ConfigError(f"--reward-models {name}={path}: {name} {why}, leave it out")
 
 
-def check_prompts(names: Sequence[str], prompts: PromptList) -> None:
-    """Raises ConfigError for the first prompt that one of the rewards cannot score."""
+def check_prompts(names: Sequence[str], prompts: PromptList, paths: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError for the first prompt that one of the rewards cannot score.
+
+    Args:
+        names: rewards that pass `check_reward`. paths: what `--reward-models` gives, by name.
+    """
     for name in names:
         check = find(name).check
         if check is None:
             continue
         for prompt in prompts.texts:
             try:
-                check(prompt, prompts.metadata.get(prompt))
+                check(prompt, prompts.metadata.get(prompt), (paths or {}).get(name))
             except ValueError as error:
                 raise ConfigError(f"{prompts.where}: {error}") from None
 

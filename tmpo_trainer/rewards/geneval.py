@@ -139,7 +139,7 @@ def judge(metadata: Mapping[str, Any], objects: Objects) -> tuple[float, float]:
     return float(strict), sum(terms) / len(terms)
 
 
-def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
+def check(prompt: str, metadata: Mapping[str, Any] | None, path: str | None = None) -> None:
     """Raises ValueError unless the metadata has GenEval's format. The error names the prompt and the fix in one line."""
     try:
         _check(metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import floor
 from typing import Literal
 
 import torch
@@ -29,4 +30,4 @@ def load(device: torch.device, path: str | None = None, pickscore_scale: Scale =
         ConfigError: the weights cannot be found or downloaded, or are not this scorer's.
     """
     folder = existing("pickscore", path) if path else hub_folder("pickscore", SOURCES[0])
-    return ClipScorer("pickscore", load_towers("pickscore", folder, device), DIVISORS[pickscore_scale])
+    return ClipScorer("pickscore", load_towers("pickscore", folder, device, floor), DIVISORS[pickscore_scale])

@@ -325,7 +325,7 @@ def _to_array(image: Image.Image | np.ndarray) -> np.ndarray:
     return image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
 
 
-def check(prompt: str, metadata: Mapping[str, Any] | None) -> None:
+def check(prompt: str, metadata: Mapping[str, Any] | None, path: str | None = None) -> None:
     """Raises ValueError for a prompt outside the demo domain."""
     domain.parse(prompt)
 

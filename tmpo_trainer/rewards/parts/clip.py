@@ -36,31 +36,47 @@ BATCH = 32
 Prepare = Callable[[Sequence[Image.Image]], Tensor]
 
 
-def crop(size: int, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD) -> Prepare:
-    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, mean and std. `[N, 3, size, size]`."""
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        do_convert_rgb=True,
-        image_mean=list(mean),
-        image_std=list(std),
-    )
-    return lambda images: processor(list(images), return_tensors="pt")["pixel_values"]
+def crop(
+    size: int,
+    mean: Sequence[float] = OPENAI_CLIP_MEAN,
+    std: Sequence[float] = OPENAI_CLIP_STD,
+    offset: Callable[[float], int] = round,
+) -> Prepare:
+    """CLIP's own preprocessing: shortest side to `size` (bicubic), centre crop, mean and std. `[N, 3, size, size]`.
+
+    Args:
+        offset: makes a whole number of half the pixels that are cut off. `round`, half to even, is torchvision's, with
+            which OpenAI's CLIP, ImageReward and GenEval crop. `math.floor` is transformers', with which PickScore crops.
+    """
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=list(mean), image_std=list(std))
+
+    def middle(image: Image.Image) -> Image.Image:
+        # The longer side is rounded down, as in both libraries.
+        width, height = (size * side // min(image.size) for side in image.size)
+        left, top = (offset((side - size) / 2) for side in (width, height))
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + size, top + size))
+
+    return lambda images: processor([middle(image) for image in images], return_tensors="pt")["pixel_values"]
 
 
 def pad(size: int) -> Prepare:
-    """HPS's own: longest side to `size` (bicubic), black bars to a square, CLIP's mean and std. `[N, 3, size, size]`."""
-    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    """HPS's own: longest side to `size` (bicubic), black bars to a square, CLIP's mean and std. `[N, 3, size, size]`.
 
-    def square(image: Image.Image) -> Image.Image:
+    The original resizes floating-point pixels, and neither rounds them nor clips what the bicubic filter overshoots.
+    """
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+
+    def square(image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
         scale = size / max(image.size)
-        width, height = (max(1, round(side * scale)) for side in image.size)
-        whole = Image.new("RGB", (size, size))
-        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        whole.paste(resized, ((size - width) // 2, (size - height) // 2))
-        return whole
+        height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
+        resized = torch.nn.functional.interpolate(pixels[None], (height, width), mode="bicubic", antialias=True)[0]
+        left, top = (size - width) // 2, (size - height) // 2
+        whole = torch.nn.functional.pad(resized, (left, size - width - left, top, size - height - top))
+        return (whole - mean) / std
 
-    return lambda images: processor([square(image) for image in images], return_tensors="pt")["pixel_values"]
+    return lambda images: torch.stack([square(image) for image in images])
 
 
 def open_clip_tokenizer() -> CLIPTokenizer | None:
@@ -180,10 +196,14 @@ class ClipScorer:
         return self.towers.scale * self.towers.cosine(images, prompts) / self.divisor
 
 
-def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
+def load_clip(scorer: str, folder: Path, device: torch.device, offset: Callable[[float], int] = round) -> ClipTowers:
     """The towers of a transformers CLIPModel in a folder or one .safetensors file, with CLIP's own preprocessing.
 
-    Raises ConfigError if there is no such model.
+    Args:
+        offset: see `crop`.
+
+    Raises:
+        ConfigError: there is no such model.
     """
     if folder.is_file():
         model: Any = clip_file.build(scorer, folder)
@@ -191,4 +211,5 @@ def load_clip(scorer: str, folder: Path, device: torch.device) -> ClipTowers:
     else:
         with readable_errors(f"reward {scorer}", folder):
             model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return ClipTowers(model, load_tokenizer(scorer, folder), crop(model.config.vision_config.image_size), device)
+    prepare = crop(model.config.vision_config.image_size, offset=offset)
+    return ClipTowers(model, load_tokenizer(scorer, folder), prepare, device)

@@ -213,7 +213,7 @@ def load_checkpoint(
     return OpenClipTowers(build_open_clip(open_clip, scorer, file, tensors, config), tokenizer, pixels, device)
 
 
-def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
+def described(scorer: str, file: Path) -> tuple[bool, Callable[..., Prepare]]:
     """What the weights do not show, read from the hub's `open_clip_config.json` beside them.
 
     OpenAI's weights need another activation, LAION's ViT-L/14 another mean and std. A guess would give plausible but wrong
@@ -242,17 +242,18 @@ def described(scorer: str, file: Path) -> tuple[bool, Callable[[int], Prepare]]:
     return bool(model.get("quick_gelu", False)), partial(crop, mean=mean, std=std)
 
 
-def load_towers(scorer: str, path: Path, device: torch.device) -> ClipTowers:
+def load_towers(scorer: str, path: Path, device: torch.device, offset: Callable[[float], int] = round) -> ClipTowers:
     """The towers of a CLIP model.
 
     Args:
         path: a transformers CLIPModel in a folder or one .safetensors file, or a checkpoint in open_clip's names with its
             `open_clip_config.json` beside it.
+        offset: see `clip.crop`.
 
     Raises:
         ConfigError: it is neither.
     """
     if path.is_dir() or (path.suffix == ".safetensors" and "visual.conv1.weight" not in header(scorer, path)):
-        return load_clip(scorer, path, device)
+        return load_clip(scorer, path, device, offset)
     quick_gelu, prepare = described(scorer, path)
-    return load_checkpoint(scorer, path, device, prepare, quick_gelu)
+    return load_checkpoint(scorer, path, device, partial(prepare, offset=offset), quick_gelu)
