@@ -142,16 +142,18 @@ def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
     """The settings, and the name of the presets that they start from."""
     if checkpoint is not None:
-        saved = checkpoint.parent / "config.yaml"
-        saved_layer = (str(saved), read_yaml(saved))
+        from . import resuming
+
         if actions.config or actions.preset:
             raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
-        before = saved_layer[1].get("method", "tmpo")
-        if flags.get("method", before) != before:
-            raise ConfigError(
-                f"--resume continues with method {before}: for {flags['method']}, start a new run with --init-lora"
-            )
-        return make_config([saved_layer, ("flags", flags)]), "resume"
+        saved = checkpoint.parent / "config.yaml"
+        layer = (str(saved), read_yaml(saved))
+        before = make_config([layer])
+        # First, because the settings of two methods need not go together.
+        resuming.check_same("method", before.method, flags.get("method", before.method))
+        config = make_config([layer, ("flags", flags)])
+        resuming.check(before, config)
+        return config, "resume"
     found = layers(actions, flags, flags)
     named = [name.removeprefix("preset ") for name, _ in found if name.startswith("preset ")]
     return make_config(found), "-".join(named) or "defaults"
