@@ -168,6 +168,82 @@ def test_lines_end_where_lines_end(tmp_path: Path) -> None:
             read_prompts(tmp_path / "a.jsonl")
 
 
+def read(folder: Path, name: str, content: str | bytes) -> PromptList:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read_prompts(path)
+    assert found.where == str(path)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "metadata"),
+    [
+        ("a.json", '[\n "a red circle, shiny",\n "two dogs"\n]', {}),
+        ("a.json", '[{"prompt": "a red circle, shiny", "tag": [1]}, {"prompt": "two dogs"}]', {"tag": [1]}),
+        ("a.csv", 'prompt,tag\n"a red circle, shiny",shapes\ntwo dogs,\n', {"tag": "shapes"}),
+        ("a.csv", '\ufeffPrompts,Category\r\n"a red circle, shiny",Colors\r\n\r\n two dogs \r\n', {"Category": "Colors"}),
+        ("a.CSV", ',id,PROMPT\n0,,"a red circle, shiny"\n1,,two dogs\n', {}),
+        ("a.tsv", "Prompt\tCategory\na red circle, shiny\tAbstract\ntwo dogs\t\n", {"Category": "Abstract"}),
+        ("prompts", "a red circle, shiny\n# no\ntwo dogs", {}),
+        ("a.txt", "a red circle, shiny\rtwo dogs\r", {}),
+    ],
+)  # fmt: skip
+def test_kinds_of_prompt_files(tmp_path: Path, name: str, content: str, metadata: dict[str, object]) -> None:
+    found = read(tmp_path, name, content)
+    assert found.texts == ["a red circle, shiny", "two dogs"]
+    assert found.metadata == ({found.texts[0]: metadata} if metadata else {})
+
+
+def test_quotes_and_lines_of_a_table_and_what_a_text_may_begin_with(tmp_path: Path) -> None:
+    table = 'prompt,target\n"a sign, ""OPEN""",OPEN\n"two\nlines",\na "b" c,\n'
+    assert read(tmp_path, "a.csv", table).texts == ['a sign, "OPEN"', "two\nlines", 'a "b" c']
+    texts = ["[photo] a dog", "{{dog}}, red", "{a|b} cat", "a prompt, please", "شكرا \u200f", "a\tb"]
+    assert read(tmp_path, "a.txt", "\n".join(texts)).texts == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.yaml", "- a", "a.yaml: .yaml is not read, give a .txt, .jsonl, .json, .csv or .tsv"),
+        ("a.txt", '# list\n[\n "a"]', "line 2: this is JSON: name the file .json"),
+        ("a.txt", '[{"prompt": "a"}]', "line 1: this is JSON"),
+        ("a.txt", '{"prompt": "a"}\n', ".jsonl if every line is an object"),
+        ("a.txt", "Prompts,Category\na,b", "line 1: this is the first line of a table: name the file .csv"),
+        ("a", '"id"\t"prompt"\n1\ta', "name the file .tsv"),
+        ("a.json", '{"prompts": ["a"]}', 'line 1: write a list of prompts or of objects with a "prompt"'),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', "line 2: not JSON (Extra data, is it a .jsonl?)"),
+        ("a.json", '["a", 3]', 'item 2: write an object with a "prompt"'),
+        ("a.json", "[" * 100_000, "line 1: not JSON"),
+        ("a.json", "[]", "is empty"),
+        ("a.jsonl", '{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}', "line 2: 'a' already has other metadata"),
+        ("a.csv", "text,tag\na,b", "line 1: name one column `prompt` and no two alike, not text, tag"),
+        ("a.csv", "prompt,Prompts\na,b", "name one column `prompt`"),
+        ("a.csv", "prompt,tag,tag\na,b,c", "no two alike"),
+        ("a.csv", "prompt,tag\na, b,c", "line 2: 3 cells for 2 columns: put text with a separator in quotes"),
+        ("a.csv", "prompt,tag\n,c", "line 2: the prompt is empty"),
+        ("a.csv", 'prompt\n"a" b\n', "line 2: ',' expected after"),
+        ("a.csv", 'prompt\n"a\n', "unexpected end of data"),
+        ("a.csv", "prompt,tag\n", "is empty"),
+        ("a.txt", "a\nb".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
+        ("a.csv", "prompt\nb".encode("utf-16-le"), "it has NUL characters, so it is UTF-16 or no text at all"),
+        ("a.txt", "a\nein Würfel".encode("latin-1"), "byte 0xfc in line 2 is not UTF-8"),
+        ("a.txt", "a\n\x1b[31mb", "line 2: the character U+001B is not text: remove it"),
+        ("a.json", '["a", "\\ud800"]', "item 2: the character U+D800"),
+        ("a.txt", "a\n" + "b" * 400_000, "line 2: a prompt of 400000 characters: at most 10000"),
+        ("a.csv", "c" * 400_000 + "\nb", "line 1: field larger than field limit"),
+        ("a.csv", "c, " * 40_000 + "\nb", "line 1: name one column"),
+        ("a.jsonl", '{"prompt": "' + "d" * 9000 + '"}\n{"prompt": "' + "d" * 9000 + '", "n": 1}', "has other metadata"),
+    ],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_what_is_no_prompt_file_is_one_short_line(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, name, content)
+    said = str(caught.value).replace(str(tmp_path), "")
+    assert told in said and said.startswith(f"prompt file /{name}") and "\n" not in said and len(said) < 300
+
+
 def test_the_reward_names_the_prompt_it_cannot_score() -> None:
     with pytest.raises(ConfigError, match="list: prompt 'a dog' has no text to render"):
         check_prompts(["ocr"], PromptList("list", ['a "sign"', "a dog"]))

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import methods
 from ..evaluation.comparison import Course
 from ..files import read_metrics, write_text
-from ..settings.config import TrainConfig, to_yaml
+from ..settings.config import TrainConfig, absolute, to_yaml
 from ..settings.errors import ConfigError
 from ..settings.presets import make_config
 from . import loading
@@ -29,9 +29,6 @@ SHARED = (
 
 #: Settings that the comparison fixes for every run. It measures final weights: averages lag more in runs of few updates.
 FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every": 1, "ema_decay": 0.0}
-
-#: Settings that hold a path.
-PATHS = ("prompts", "eval_prompts", "transformer", "init_lora", "text_cache")
 
 #: Updates of a trial run; the first is not counted.
 TRIAL = 4
@@ -138,13 +135,8 @@ def make_arms(
                 raise ConfigError(f"arm {name}: {key} is set by the comparison: leave it out")
         for seed in seeds:
             own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
-            config = make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)])
-            # Paths become absolute, because the same command may be given again from another folder.
-            given = {key: getattr(config, key) for key in PATHS if getattr(config, key) is not None}
-            changes: dict[str, Any] = {key: path.absolute() for key, path in given.items()}
-            if Path(config.model).is_dir():
-                changes["model"] = str(Path(config.model).absolute())
-            arm.runs[seed] = config.model_copy(update=changes)
+            # Absolute, because the same command may be given again from another folder.
+            arm.runs[seed] = absolute(make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)]))
         arms.append(arm)
     for arm in arms[1:]:
         for key in SHARED:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ..lora import export
 from ..settings.errors import ConfigError
-from ..settings.presets import current, read_yaml
+from ..settings.presets import current
+from ..settings.yaml_file import read_yaml
 from ..training.checkpoint import checkpoints
 
 

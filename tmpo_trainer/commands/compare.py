@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..settings.errors import ConfigError
-from ..settings.presets import make_config, read_yaml
-from .flags import Parser, command_parser, exit_code, hush, parse
+from ..settings.presets import make_config
+from ..settings.yaml_file import read_yaml
+from .flags import Parser, command_parser, exit_code, hush, parse, path_flag
 from .flags import layers as preset_layers_of
 
 #: The methods that are compared by default.
@@ -32,7 +33,7 @@ def make_parser() -> Parser:
         "--methods", nargs="+", default=list(RIVALS), metavar="NAME", help=f"methods to compare [{' '.join(RIVALS)}]"
     )
     arms.add_argument(
-        "--arms", type=Path, metavar="FILE", help="a YAML file {arm: {setting: value}} in place of --methods"
+        "--arms", type=path_flag, metavar="FILE", help="a YAML file {arm: {setting: value}} in place of --methods"
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds, one run each [0]"
@@ -53,7 +54,7 @@ def make_parser() -> Parser:
     parser.add_argument("--launch", choices=("ddp", "fsdp2"), help="train every run on all GPUs of this machine")
     parser.add_argument(
         "--output-dir",
-        type=Path,
+        type=path_flag,
         default=Path("outputs/compare"),
         metavar="DIR",
         help="folder for all results [outputs/compare]",

@@ -22,7 +22,8 @@ from ..lora import export
 from ..lora.attach import attach
 from ..settings.config import to_yaml
 from ..settings.errors import ConfigError
-from ..settings.presets import current, read_yaml
+from ..settings.presets import current
+from ..settings.yaml_file import read_yaml
 from . import loading
 from .arms import Arm, describe, plan
 from .children import Training

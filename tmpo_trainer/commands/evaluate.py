@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..settings.errors import ConfigError
-from ..settings.presets import make_config, preset_names, read_yaml
-from .flags import add_settings, command_parser, exit_code, given, hush, preset_layers, refuse_unknown
+from ..settings.presets import make_config, preset_names
+from ..settings.yaml_file import read_yaml
+from .flags import add_settings, command_parser, exit_code, given, hush, path_flag, preset_layers, refuse_unknown
 
 #: {flag of `evaluate`: the setting that it sets}. Settings that only training uses are left out.
 EVALUATION = {
@@ -38,11 +39,14 @@ def command(arguments: Sequence[str]) -> int:
         f"({', '.join(preset_names())}).",
     )
     parser.add_argument(
-        "lora", nargs="?", type=Path, help="a run's folder or a LoRA file; without it, only the base model is evaluated"
+        "lora",
+        nargs="?",
+        type=path_flag,
+        help="a run's folder or a LoRA file; without it, only the base model is evaluated",
     )
     parser.add_argument(
         "--preference-prompts",
-        type=Path,
+        type=path_flag,
         metavar="FILE",
         help="prompts for diversity and for all rewards except the first (the paper uses DrawBench)",
     )

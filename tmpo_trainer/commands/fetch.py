@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..hub import git_blob, verify
 from ..settings.errors import ConfigError, suggest
-from .flags import command_parser
+from .flags import command_parser, path_flag
 
 RAW = "https://raw.githubusercontent.com"
 
@@ -197,7 +197,9 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument("--prompts", nargs="+", default=[], metavar="NAME", help=f"lists: {', '.join(PROMPTS)}")
     parser.add_argument("--model", nargs="+", default=[], metavar="ID", help="models to train, e.g. owner/name")
     parser.add_argument("--features", metavar="ID", help="a DINOv2 model for diversity, e.g. facebook/dinov2-large")
-    parser.add_argument("--output-dir", type=Path, default=Path("prompts"), help="folder for prompt lists [prompts]")
+    parser.add_argument(
+        "--output-dir", type=path_flag, default=Path("prompts"), help="folder for prompt lists [prompts]"
+    )
     namespace = parser.parse_args(arguments)
     if not (namespace.reward or namespace.prompts or namespace.model or namespace.features):
         raise ConfigError("fetch has nothing to do: give --reward, --prompts, --model or --features")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError, one_line, suggest
+from ..settings.paths import expanded
 from ..settings.presets import (
     all_settings,
     grouped_settings,
@@ -22,8 +24,8 @@ from ..settings.presets import (
     method_preset,
     preset,
     preset_names,
-    read_yaml,
 )
+from ..settings.yaml_file import read_yaml
 
 #: Flags that are not settings: they choose where settings come from, or what to do with them.
 ACTIONS = ("preset", "config", "resume", "dry-run", "print-config", "version")
@@ -33,7 +35,16 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        # argparse quotes whole values.
+        raise ConfigError(re.sub(r"\S{200,}", lambda word: one_line(word[0], 80), message))
+
+
+def path_flag(text: str) -> Path:
+    """The type of flags that take a path: `~` is expanded, also in --flag=~/x, where a shell leaves it."""
+    try:
+        return Path(expanded(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{one_line(text, 80)}: {error}") from None
 
 
 def _is_tuple(annotation: Any) -> bool:
@@ -57,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="named sets of settings; later ones override earlier ones. By default, the reward's preset, or demo. A preset "
         "for a GPU's memory (flux-24gb, ...) overrides the reward's (pickscore by default); --method's settings override both",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of settings")
+    parser.add_argument("--config", type=path_flag, metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
@@ -88,7 +99,8 @@ def refuse_unknown(unknown: Sequence[str], known: Iterable[str]) -> None:
     if unknown:
         word = unknown[0]
         what = "flag" if word.startswith("-") else "argument"
-        raise ConfigError(f"unknown {what} {word}{suggest(word.split('=')[0], known)} (--help lists them)")
+        hint = suggest(word.split("=")[0], known)
+        raise ConfigError(f"unknown {what} {one_line(word, 80)}{hint} (--help lists them)")
 
 
 def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -130,16 +142,18 @@ def preset_layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def configure(actions: argparse.Namespace, flags: dict[str, Any], checkpoint: Path | None) -> tuple[TrainConfig, str]:
     """The settings, and the name of the presets that they start from."""
     if checkpoint is not None:
-        saved = checkpoint.parent / "config.yaml"
-        saved_layer = (str(saved), read_yaml(saved))
+        from . import resuming
+
         if actions.config or actions.preset:
             raise ConfigError("--resume takes the settings from its run: give flags, but no --config or --preset")
-        before = saved_layer[1].get("method", "tmpo")
-        if flags.get("method", before) != before:
-            raise ConfigError(
-                f"--resume continues with method {before}: for {flags['method']}, start a new run with --init-lora"
-            )
-        return make_config([saved_layer, ("flags", flags)]), "resume"
+        saved = checkpoint.parent / "config.yaml"
+        layer = (str(saved), read_yaml(saved))
+        before = make_config([layer])
+        # First, because the settings of two methods need not go together.
+        resuming.check_same("method", before.method, flags.get("method", before.method))
+        config = make_config([layer, ("flags", flags)])
+        resuming.check(before, config)
+        return config, "resume"
     found = layers(actions, flags, flags)
     named = [name.removeprefix("preset ") for name, _ in found if name.startswith("preset ")]
     return make_config(found), "-".join(named) or "defaults"

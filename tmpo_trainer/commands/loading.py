@@ -20,7 +20,7 @@ from ..lora import adapter as lora
 from ..prompts.lists import PromptList, read_prompts
 from ..prompts.split import Split
 from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, variants
-from ..settings.config import TrainConfig
+from ..settings.config import TrainConfig, absolute
 from ..settings.errors import ConfigError
 from ..training import trackers
 
@@ -156,6 +156,8 @@ def features(config: TrainConfig, device: torch.device) -> Features:
 
 def identity(config: TrainConfig) -> list[str]:
     """What the base's figures depend on besides prompts and sampling: the model's and scorers' settings and files."""
+    # A resumed run has absolute paths in place of those that were typed.
+    config = absolute(config)
     options = [option for reward in config.reward for option in find(reward).OPTIONS]
     found = [str((name, getattr(config, name))) for name in (*IDENTITY, *options)]
     for given in (config.model, config.transformer, config.features, *reward_paths(config).values()):

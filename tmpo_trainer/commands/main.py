@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from ..settings.config import to_yaml
 from ..settings.errors import ConfigError, one_line, suggest
+from ..settings.paths import expanded
 from .flags import configure, hush, parse
 
 #: The commands other than training, one file each.
@@ -29,17 +31,17 @@ def _run(arguments: Sequence[str]) -> int:
         if arguments[0] in COMMANDS:
             return importlib.import_module(f".{arguments[0]}", __package__).command(arguments[1:])
         if arguments[0].isidentifier():
-            raise ConfigError(f"unknown command {arguments[0]}{suggest(arguments[0], COMMANDS)} (--help lists them)")
+            hint = suggest(arguments[0], COMMANDS)
+            raise ConfigError(f"unknown command {one_line(arguments[0], 80)}{hint} (--help lists them)")
     actions, flags = parse(arguments)
     checkpoint = None
     if actions.resume is not None:
         from ..training.checkpoint import find
 
-        checkpoint = find(actions.resume, Path(flags.get("output_dir") or "outputs"))
-        if (
-            actions.resume != "latest"
-            and Path(flags.get("output_dir", checkpoint.parent)).resolve() != checkpoint.parent
-        ):
+        given = flags.get("output_dir")
+        folder = Path(expanded(given)) if given else None
+        checkpoint = find(expanded(actions.resume), folder or Path("outputs"))
+        if actions.resume != "latest" and folder and folder.resolve() != checkpoint.parent:
             raise ConfigError(f"--resume continues in {checkpoint.parent}: leave out --output-dir")
         flags["output_dir"] = str(checkpoint.parent)
     config, name = configure(actions, flags, checkpoint)
@@ -69,6 +71,10 @@ def broken_torchvision() -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Every error that a user can fix is one line on stderr."""
+    # Prompts and file names may have letters that a terminal or a pipe in another encoding than UTF-8 does not. Python's
+    # stderr escapes them; its stdout would raise UnicodeEncodeError.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as error:

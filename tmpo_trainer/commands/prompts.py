@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..settings.errors import ConfigError
-from .flags import command_parser
+from .flags import command_parser, path_flag
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -25,7 +24,7 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the generator [0]")
     parser.add_argument(
         "--exclude",
-        type=Path,
+        type=path_flag,
         metavar="FILE",
         help="geneval: a .jsonl whose scenes are left out, e.g. the paper's test prompts",
     )

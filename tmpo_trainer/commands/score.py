@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
 from ..settings.presets import make_config
-from .flags import Parser, add_scorer_flags, command_parser, exit_code, hush
+from .flags import Parser, add_scorer_flags, command_parser, exit_code, hush, path_flag
 
 
 def make_parser() -> Parser:
@@ -19,11 +18,14 @@ def make_parser() -> Parser:
         "Scores picture files and prints a table. A picture's prompt is --prompt, its line of --prompts, the .txt beside "
         "it, or what ComfyUI (PNG) or A1111 wrote into it.",
     )
-    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures or folders of pictures")
+    parser.add_argument("paths", nargs="+", type=path_flag, metavar="PATH", help="pictures or folders of pictures")
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="the prompt of all pictures")
     prompts.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a .txt or .jsonl with a prompt per picture, in order of names"
+        "--prompts",
+        type=path_flag,
+        metavar="FILE",
+        help="a .txt or .jsonl with a prompt per picture, in order of names",
     )
     add_scorer_flags(parser, ())
     parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="hosts that `remote` may use")
@@ -39,7 +41,7 @@ def make_parser() -> Parser:
         metavar="MODEL",
         help="also measure diversity of latents (LGMD), encoded by this model's VAE: `demo`, a diffusers folder or a hub id",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write a .csv or .json")
+    parser.add_argument("--output", type=path_flag, metavar="FILE", help="also write a .csv or .json")
     return parser
 
 

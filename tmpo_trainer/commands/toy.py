@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..settings.errors import ConfigError
-from .flags import command_parser, exit_code
+from .flags import command_parser, exit_code, path_flag
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -22,7 +22,7 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument("--updates", type=int, default=1000, metavar="N", help="updates per run [1000]")
     parser.add_argument("--learning-rate", type=float, default=3e-3, metavar="X", help="for every arm [3e-3]")
     parser.add_argument(
-        "--output-dir", type=Path, default=Path("outputs/toy"), metavar="DIR", help="for results [outputs/toy]"
+        "--output-dir", type=path_flag, default=Path("outputs/toy"), metavar="DIR", help="for results [outputs/toy]"
     )
     parser.add_argument(
         "--controls",

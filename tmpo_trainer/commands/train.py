@@ -22,13 +22,13 @@ from ..files import read_metrics, write_text
 from ..lora import export
 from ..processes import OtherProcessFailed, together
 from ..rewards import Scorer
-from ..settings.config import TrainConfig, to_yaml
+from ..settings.config import TrainConfig, absolute, to_yaml
 from ..settings.errors import ConfigError, one_line
 from ..training import progress, trackers
 from ..training.checkpoint import checkpoints, drop_later
 from ..training.loop import Interrupted, Trainer
 from ..training.run_folder import agreed_folder, environment
-from . import loading
+from . import loading, resuming
 
 
 @dataclass
@@ -64,10 +64,15 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     if checkpoint:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:
+        digests = {"training": resuming.digest(train_prompts), "held-out": resuming.digest(heldout)}
         if checkpoint:
+            for line in resuming.notices(folder, config, digests):
+                print(line, file=sys.stderr)
             drop_later(folder, trainer.done)
-        write_text(folder / "config.yaml", to_yaml(config))
-        write_text(folder / "env.json", json.dumps(environment(device), indent=2) + "\n")
+        # With absolute paths, so that `--resume` and `evaluate` find the same files from another folder.
+        write_text(folder / "config.yaml", to_yaml(absolute(config)))
+        about = {**environment(device), "prompts": digests}
+        write_text(folder / "env.json", json.dumps(about, indent=2) + "\n")
         print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
     trackers.start(accelerator, config, folder)
     held_out = None

@@ -109,13 +109,13 @@ class TransitionSettings(TrainConfig):
 
     kernel: Literal["cps", "flow_sde", "dance"] = "cps"
     """Transition kernel of the stochastic steps."""
-    eta: float = Field(0.7, gt=0)
+    eta: float = Field(0.7, ge=0.01, le=10)
     """Noise level of the stochastic steps; at most 1 for cps."""
     logp_reduce: Literal["mean", "sum"] = "mean"
     """How log-probabilities are reduced over latent dimensions (paper: mean)."""
-    clip: float = Field(0.2, gt=0)
+    clip: float = Field(0.2, ge=1e-7, le=1000)
     """PPO's epsilon."""
-    kl_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(0.0, ge=0, le=1e4)
     """Weight of the KL penalty to the pretrained model. With the GRPO family the KL is measured as Flow-GRPO does, see
     methods/flow_grpo.py."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ..settings.config import COUNT
 from ..settings.errors import ConfigError
 from . import flow_grpo
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 class Settings(flow_grpo.Settings):
     """Settings of mix-grpo."""
 
-    window: int = Field(4, ge=1)
+    window: int = Field(4, ge=1, le=1000)
     """How many neighbouring steps carry noise."""
-    window_every: int = Field(25, ge=1)
+    window_every: int = Field(25, ge=1, le=COUNT)
     """Updates after which the window moves on by one step. After its last place it starts again at the first step."""
 
 

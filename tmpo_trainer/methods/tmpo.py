@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from ..settings.config import COUNT
 from ..settings.errors import ConfigError
 from .base import TransitionMethod, TransitionSettings
 
@@ -30,7 +31,7 @@ class Settings(TransitionSettings):
 
     branch_late: tuple[int, ...] = (1, 3, 5)
     """Mean branch steps at the last update."""
-    kappa: float = Field(6.0, gt=0)
+    kappa: float = Field(6.0, ge=0.01, le=1e9)
     """Concentration of the branch steps around their means; 2 with a mean in the middle is uniform."""
     schedule: Literal["curriculum", "fixed"] = "curriculum"
     """`fixed` branches at `branch_early` in every update."""
@@ -38,17 +39,17 @@ class Settings(TransitionSettings):
     """Without a tree, K chains from independent seeds draw their noise at the branch steps."""
     balance: Literal["trajectory", "subtree"] = "trajectory"
     """`subtree` balances every branch point by itself (the paper's step-wise ablation) instead of whole paths."""
-    beta_start: float = Field(0.8, gt=0)
+    beta_start: float = Field(0.8, ge=1e-4, le=1000)
     """Inverse temperature of the Boltzmann target at the first update."""
-    beta_end: float = Field(2.0, gt=0)
+    beta_end: float = Field(2.0, ge=1e-4, le=1000)
     """Inverse temperature after the warm-up."""
-    beta_warmup: int = Field(150, ge=0)
+    beta_warmup: int = Field(150, ge=0, le=COUNT)
     """Updates over which beta rises linearly."""
     baseline: Literal["none", "group", "siblings"] = "none"
     """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
     anchor: Literal["none", "ref"] = "none"
     """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
-    anchor_weight: float = Field(1.0, gt=0)
+    anchor_weight: float = Field(1.0, ge=1e-4, le=1e4)
     """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
 
     @model_validator(mode="after")

@@ -12,8 +12,17 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from . import paths
+from .errors import one_line, quoted
+from .paths import LocalPath, NamedPlace, Place
+
 #: Which linear layers of the transformer's blocks get a LoRA. Modulation never does: ComfyUI orders its halves differently.
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
+
+#: Upper bound of settings that count something and cost nothing by themselves, such as updates between two checkpoints.
+COUNT = 10**9
+#: The largest K. The rollout of one update keeps K latents and scores K pictures per prompt.
+MOST_LEAVES = 10_000
 
 
 class TrainConfig(BaseModel):
@@ -29,23 +38,23 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     # What is trained, on what, towards what
-    model: str = "demo"
+    model: Place = "demo"
     """`demo` (the bundled tiny model), a local diffusers folder, or a hub id owner/name."""
-    transformer: Path | None = None
+    transformer: LocalPath | None = None
     """A single safetensors file (ComfyUI's or the original names) in place of the model's own transformer."""
     reward: tuple[str, ...] = Field(("shapes",), min_length=1)
     """One or more scorers by name, or classes of your own as package.module:Class. Several are z-scored per prompt and
     averaged."""
-    reward_weights: tuple[float, ...] | None = None
+    reward_weights: tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...] | None = None
     """One weight per reward, for a weighted sum. By default each is 1 divided by the number of rewards, which makes the sum
     a mean."""
-    reward_models: tuple[str, ...] = ()
+    reward_models: tuple[NamedPlace, ...] = ()
     """NAME=PATH: where a scorer's weights are, in place of its hub repository; for `remote` the server's address."""
     pickscore_scale: Literal["raw", "flow"] = "raw"
     """`flow` divides PickScore by 26, as Flow-GRPO does. The z-score within a group undoes it; gardo has no z-score."""
     remote_hosts: tuple[str, ...] = ()
     """Hosts other than this machine that a `remote` reward may run on."""
-    remote_timeout: float = Field(120, gt=0)
+    remote_timeout: float = Field(120, ge=0.01, le=86400)
     """Seconds within which a `remote` reward must answer."""
     reward_norm: Literal["zscore", "none"] = "zscore"
     """`zscore` normalises each reward within the K leaves of a prompt; `none` leaves a single reward raw, as
@@ -53,43 +62,44 @@ class TrainConfig(BaseModel):
     method: str = "tmpo"
     """The training method: tmpo, one of its rivals (flow-grpo, mix-grpo, tree-grpo, gardo), or an ablation of TMPO
     (tmpo-beta-1, tmpo-step-balance, tmpo-no-tree, tmpo-fixed-branching)."""
-    prompts: Path | None = None
-    """Training prompts: one per line, or .jsonl with metadata; by default the list that comes with the reward."""
-    eval_prompts: Path | None = None
+    prompts: LocalPath | None = None
+    """Training prompts: a .txt with one per line, or a .jsonl, .json, .csv or .tsv, which may have metadata; by default the
+    list that comes with the reward."""
+    eval_prompts: LocalPath | None = None
     """Held-out prompts for the report, in a file like that of --prompts; by default the list that comes with the reward."""
 
     # Length, place, repeatability
-    updates: int = Field(500, ge=1)
+    updates: int = Field(500, ge=1, le=COUNT)
     """Number of updates (rollout, replay, optimiser step)."""
-    output_dir: Path | None = None
+    output_dir: LocalPath | None = None
     """The run's folder; by default a new one, outputs/<preset>-<date>-<time>."""
     seed: int = Field(0, ge=0, lt=2**63)
     """The seed of all randomness: noise, branch steps, prompt order, LoRA initialisation."""
 
     # Rollout
-    prompts_per_update: int = Field(1, ge=1)
+    prompts_per_update: int = Field(1, ge=1, le=10_000)
     """Prompts per update and process; their gradients are averaged."""
-    prompts_per_batch: int = Field(1, ge=1)
+    prompts_per_batch: int = Field(1, ge=1, le=10_000)
     """How many prompts are rolled out together in one batch; small models are faster with several."""
-    rollout_steps: int = Field(6, ge=2)
+    rollout_steps: int = Field(6, ge=2, le=1000)
     """Denoising steps of a rollout, N."""
-    branching: int = Field(3, ge=2)
+    branching: int = Field(3, ge=2, le=MOST_LEAVES)
     """Children per branch point, B."""
     branch_early: tuple[int, ...] = (1, 2, 3)
     """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
-    guidance: float = Field(3.5, ge=0)
+    guidance: float = Field(3.5, ge=0, le=1000)
     """Guidance scale. With classifier-free guidance, 1 or less switches it off."""
-    resolution: tuple[int, int] = (512, 512)
+    resolution: tuple[Annotated[int, Field(le=8192)], Annotated[int, Field(le=8192)]] = (512, 512)
     """Height and width in pixels."""
     max_sequence_length: int = Field(256, ge=0, le=512)
     """Text tokens, as in the model's pipeline. A model without its long text encoder gets as many zero tokens instead: use 0
     for the demo model."""
-    text_cache: Path | None = None
+    text_cache: LocalPath | None = None
     """Where text features are kept between runs, for models that free their text encoders; by default
     ~/.cache/tmpo_trainer/text."""
-    max_batch: int | None = Field(None, ge=1)
+    max_batch: int | None = Field(None, ge=1, le=COUNT)
     """The largest number of latents in one network call of the rollout; by default there is no limit."""
-    replay_batch: int | None = Field(None, ge=1)
+    replay_batch: int | None = Field(None, ge=1, le=COUNT)
     """The largest number of latents in one network call of the replay; by default there is no limit. It is halved when the
     memory runs out."""
     gradient_checkpointing: bool = False
@@ -97,58 +107,58 @@ class TrainConfig(BaseModel):
     about a third more time."""
     split_guidance: bool = False
     """Evaluate classifier-free guidance in two network calls instead of one of twice the batch, which needs less memory."""
-    decode_batch: int = Field(64, ge=1)
+    decode_batch: int = Field(64, ge=1, le=COUNT)
     """The largest number of latents in one VAE decode."""
 
     # Objective
-    inner_updates: int = Field(1, ge=1)
+    inner_updates: int = Field(1, ge=1, le=1000)
     """Optimiser steps per rollout."""
 
     # Optimiser
-    learning_rate: float = Field(3e-5, ge=0)
+    learning_rate: float = Field(3e-5, ge=0, le=1)
     """AdamW's peak learning rate."""
     lr_min_ratio: float = Field(0.1, ge=0, le=1)
     """The learning rate at the end of the cosine schedule, as a share of the peak."""
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=10)
     """AdamW's weight decay."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's betas."""
-    max_grad_norm: float = Field(0.5, gt=0)
+    max_grad_norm: float = Field(0.5, ge=1e-6, le=1e12)
     """The gradient norm is clipped to this."""
     ema_decay: float = Field(0.9, ge=0, lt=1)
     """Decay of the averaged (EMA) weights, which evaluation and export use."""
-    ema_every: int = Field(8, ge=1)
+    ema_every: int = Field(8, ge=1, le=COUNT)
     """Updates between two steps of the average."""
 
     # LoRA
-    lora_rank: int = Field(64, ge=1)
+    lora_rank: int = Field(64, ge=1, le=4096)
     """Rank of the LoRA."""
     lora_targets: LoraTargets = "paper"
     """`paper`: attention and feed-forward layers, as in the paper. `attention`: attention only. `text`: only the layers of the
     text stream. `all-linear`: every linear layer of the blocks."""
-    lora_alpha: float = Field(128, gt=0)
+    lora_alpha: float = Field(128, ge=1e-3, le=1e5)
     """The LoRA is scaled by alpha / rank; the export folds that into the weights."""
-    init_lora: Path | None = None
+    init_lora: LocalPath | None = None
     """Start from this LoRA file (diffusers' names) instead of from zero. KL, anchor and report still compare with the
     model without it."""
 
     # Numbers and pictures on the way
-    eval_images: int = Field(8, ge=2)
+    eval_images: int = Field(8, ge=2, le=10_000)
     """Images per held-out prompt in the report."""
-    eval_limit: int | None = Field(None, ge=1)
+    eval_limit: int | None = Field(None, ge=1, le=COUNT)
     """Use only this many held-out prompts, from the start of the list."""
-    features: str = "efficientnet-lite0"
+    features: Place = "efficientnet-lite0"
     """What cosine diversity is measured on: `efficientnet-lite0` (comes with the package), or a DINOv2 as a hub id or
     folder (the paper: facebook/dinov2-large)."""
-    eval_steps: int = Field(28, ge=1)
+    eval_steps: int = Field(28, ge=1, le=1000)
     """Denoising steps in the report and the sample grids."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0, le=COUNT)
     """Updates between two evaluations on the held-out prompts, with averaged weights and the base beside them; 0 for none."""
-    sample_every: int = Field(50, ge=0)
+    sample_every: int = Field(50, ge=0, le=COUNT)
     """Updates between two sample grids; 0 for none."""
-    checkpoint_every: int = Field(50, ge=0)
+    checkpoint_every: int = Field(50, ge=0, le=COUNT)
     """Updates between two checkpoints; 0 for none. One is always written at the end."""
-    checkpoints_kept: int = Field(2, ge=1)
+    checkpoints_kept: int = Field(2, ge=1, le=COUNT)
     """How many checkpoints are kept; older ones are deleted."""
     report: bool = True
     """Evaluate base and trained model on held-out prompts at the end and write report.md."""
@@ -167,7 +177,7 @@ class TrainConfig(BaseModel):
     """Keep scorers' weights in the computer's memory while they do not score."""
     compile: bool = False
     """Compile the transformer's blocks with torch.compile: the first updates take minutes longer, the others less."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """Number of CPU threads that torch uses; by default torch chooses."""
 
     @model_validator(mode="after")
@@ -177,16 +187,21 @@ class TrainConfig(BaseModel):
                 f"reward_weights has {len(self.reward_weights)} values for {len(self.reward)} rewards: give one each"
             )
         if len(set(self.reward)) != len(self.reward):
-            raise ValueError(f"reward {' '.join(self.reward)} names one twice")
+            raise ValueError(f"reward {one_line(' '.join(self.reward), 80)} names one twice")
         for entry in self.reward_models:
             name, _, path = entry.partition("=")
             if not path:
-                raise ValueError(f"reward_models {entry}: write NAME=PATH")
+                raise ValueError(f"reward_models {one_line(entry, 80)}: write NAME=PATH")
             if name not in (*self.reward, *self.extra_rewards):
-                raise ValueError(f"reward_models {entry}: {name} is none of the rewards {' '.join(self.reward)}")
+                shown, known = one_line(name, 80), one_line(" ".join(self.reward), 80)
+                raise ValueError(f"reward_models {one_line(entry, 80)}: {shown} is none of the rewards {known}")
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
         self.check_steps("branch_early", self.branch_early)
+        if self.leaves > MOST_LEAVES:
+            raise ValueError(
+                f"branching {self.branching} at {len(self.branch_early)} steps: more than {MOST_LEAVES} pictures per prompt"
+            )
         together = min(self.prompts_per_batch, self.prompts_per_update)
         for name in ("max_batch", "replay_batch"):
             if (getattr(self, name) or together) < together:
@@ -196,9 +211,9 @@ class TrainConfig(BaseModel):
     def check_steps(self, name: str, steps: tuple[int, ...]) -> None:
         """Raises ValueError unless a setting's branch steps increase, fit into the rollout and leave something to train."""
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
-            raise ValueError(f"{name} {list(steps)} must be strictly increasing steps, counted from 1")
+            raise ValueError(f"{name} {quoted(list(steps))} must be strictly increasing steps, counted from 1")
         if steps[-1] >= self.rollout_steps:
-            raise ValueError(f"{name} {list(steps)} must stay below rollout_steps {self.rollout_steps}")
+            raise ValueError(f"{name} {quoted(list(steps))} must stay below rollout_steps {self.rollout_steps}")
         if steps[-1] == 1:
             raise ValueError(f"{name} [1] leaves nothing to train: step 1 only draws seeds, add a later step")
 
@@ -221,6 +236,14 @@ class TrainConfig(BaseModel):
     def combining(self) -> Literal["zscore", "none"]:
         """How the method wants rewards combined, see `rewards.combine`."""
         return self.reward_norm
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The same settings with absolute paths, so that they mean the same from any folder. Names, hub ids and addresses stay."""
+    changes: dict[str, Any] = {name: value.absolute() for name, value in config if isinstance(value, Path)}
+    changes |= {name: paths.absolute(getattr(config, name)) for name in ("model", "features")}
+    changes["reward_models"] = tuple(paths.in_entry(paths.absolute, entry) for entry in config.reward_models)
+    return config.model_copy(update=changes)
 
 
 def to_yaml(config: TrainConfig) -> str:

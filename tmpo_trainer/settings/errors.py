@@ -24,3 +24,8 @@ def one_line(text: object, shown: int = SHOWN) -> str:
     """A foreign text or error as a part of one line: at most `shown` characters, and none that a terminal would obey."""
     whole = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return whole if len(whole) <= shown else f"{whole[: shown - 3]}..."
+
+
+def quoted(value: object, shown: int = 80) -> str:
+    """A value that someone gave, as a part of one line: its `repr`, at most `shown` characters."""
+    return one_line(repr(value), shown)

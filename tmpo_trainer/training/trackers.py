@@ -16,6 +16,9 @@ from ..settings.errors import ConfigError
 
 PROJECT = "tmpo"
 
+#: Settings that may hold local paths beside names. No tracker gets them.
+PLACES = ("model", "features", "reward_models")
+
 
 def check(tracker: str) -> None:
     """Raises ConfigError, with the install line, if the tracker's package is not there."""
@@ -38,7 +41,7 @@ def start(accelerator: Accelerator, config: TrainConfig, folder: Path) -> None:
     settings = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in config.model_dump().items()
-        if value is not None and not isinstance(value, Path) and name != "model"
+        if value is not None and not isinstance(value, Path) and name not in PLACES
     }
     named = {"wandb": {"name": folder.name, "dir": str(folder)}, "trackio": {"name": folder.name}}
     accelerator.init_trackers(PROJECT, settings, {key: value for key, value in named.items() if key == config.tracker})

@@ -15,8 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from .. import discovery
-from ..config import TrainConfig, to_yaml
-from ..errors import ConfigError, one_line, suggest
+from ..config import TrainConfig, absolute, to_yaml
+from ..errors import ConfigError, one_line, quoted, suggest
+from ..yaml_file import read_yaml
 
 PRESETS = Path(__file__).parent
 
@@ -25,32 +26,19 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of settings from a YAML file. Raises ConfigError that names the file."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path} is not a mapping of settings, e.g. 'learning_rate: 3e-5'")
-    return loaded
-
-
 def method_preset(name: str, demo: bool) -> dict[str, Any]:
     """What a method has over its protocol, or over that of the demo model; often nothing."""
-    path = PRESETS / "methods" / f"{'demo-' if demo else ''}{name}.yaml"
-    return read_yaml(path) if path.is_file() else {}
+    own = {path.stem: path for path in (PRESETS / "methods").glob("*.yaml")}
+    path = own.get(f"demo-{name}" if demo else name)
+    return read_yaml(path) if path else {}
 
 
 def preset(name: str) -> dict[str, Any]:
     """The settings of a preset. Raises ConfigError that lists the presets."""
-    path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        names = preset_names()
-        raise ConfigError(f"unknown preset {name}{suggest(name, names)} (presets: {', '.join(names)})")
-    return read_yaml(path)
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(f"unknown preset {one_line(name, 80)}{suggest(name, names)} (presets: {', '.join(names)})")
+    return read_yaml(PRESETS / f"{name}.yaml")
 
 
 def method_names() -> list[str]:
@@ -68,7 +56,7 @@ def method_file(method: str) -> str:
         if method.startswith(f"{file}-") and method in _settings(file).variants:
             return file
     names = method_names()
-    raise ConfigError(f"method {method!r} is not known{suggest(method, names)} (methods: {', '.join(names)})")
+    raise ConfigError(f"method {quoted(method)} is not known{suggest(method, names)} (methods: {', '.join(names)})")
 
 
 def _settings(file: str) -> type[TrainConfig]:
@@ -123,8 +111,12 @@ def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
 
 
 def current(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings from a file that an earlier version may have written, with all keys of this one. Raises ConfigError."""
-    return yaml.safe_load(to_yaml(make_config([(where, settings)])))
+    """Settings from a file that an earlier version may have written, with all keys of this one and absolute paths.
+
+    Raises:
+        ConfigError: they are not valid.
+    """
+    return yaml.safe_load(to_yaml(absolute(make_config([(where, settings)]))))
 
 
 def _check_fixed(flags: Mapping[str, Any], made: TrainConfig) -> None:
@@ -132,8 +124,9 @@ def _check_fixed(flags: Mapping[str, Any], made: TrainConfig) -> None:
     for key in made.variants.get(made.method, {}).keys() & flags.keys():
         given = TypeAdapter(type(made).model_fields[key].rebuild_annotation()).validate_python(flags[key])
         if given != getattr(made, key):
+            fixed = getattr(made, key)
             raise ConfigError(
-                f"flags: {key} {flags[key]} with --method {made.method}, which fixes it at {getattr(made, key)}: give "
+                f"flags: {key} {one_line(flags[key], 80)} with --method {made.method}, which fixes it at {fixed}: give "
                 f"--method {method_file(made.method)} and the settings you want"
             )
 
@@ -153,7 +146,8 @@ def _validated(settings: Mapping[str, Any], where: str) -> TrainConfig:
     known = all_settings()
     for key in settings:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key}{suggest(str(key), known) or ' (--help lists them)'}")
+            hint = suggest(str(key), known) or " (--help lists them)"
+            raise ConfigError(f"{where}: unknown key {one_line(key, 80)}{hint}")
     own = {key: value for key, value in settings.items() if key in kind.model_fields}
     made = kind.model_validate(own | kind.variants.get(str(method), {}))
     for key in settings.keys() - own.keys():
@@ -170,15 +164,15 @@ def _check_foreign(key: str, field: FieldInfo, value: Any, where: str, method: s
         raise ConfigError(_one_line(error, where, key)) from None
     for file in discovery.names("methods"):
         if key in _settings(file).exclusive and given != field.default:
-            words = " ".join(map(str, given)) if isinstance(given, tuple) else given
+            words = one_line(" ".join(map(str, given)) if isinstance(given, tuple) else given, 80)
             raise _OtherMethods(f"{key} {words} belongs to method {file}, not to {method}: leave it at its default")
 
 
 def _one_line(error: ValidationError, where: str, key: str = "") -> str:
     """pydantic's first complaint as one line that names the key, the value and the fix."""
     first = error.errors()[0]
-    message = first["msg"].removeprefix("Value error, ")
+    message = one_line(first["msg"].removeprefix("Value error, "))
     key = key or ".".join(str(part) for part in first["loc"][:1])
     if not key:
         return f"{where}: {message}"
-    return f"{where}: {key} {first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{where}: {key} {quoted(first['input'])}: {message[0].lower()}{message[1:]}"
