@@ -17,7 +17,8 @@ from ..backbones import is_hub_id
 from ..backbones.base import Backbone
 from ..evaluation import report
 from ..evaluation.features import Features
-from ..evaluation.held_out import Evaluation, HeldOut, sample
+from ..evaluation.held_out import Evaluation, HeldOut, sample, spread
+from ..evaluation.statistics import counted
 from ..files import read_metrics, write_text
 from ..lora import export
 from ..processes import OtherProcessFailed, together
@@ -95,7 +96,7 @@ def _run(trainer: Trainer, held_out: HeldOut | None, heldout: list[str]) -> int:
     """Trains, exports and reports. Returns the exit code."""
     config, folder, main = trainer.config, trainer.run, trainer.processes.main
     names = [scorer.name for scorer in trainer.judges.rewards]
-    shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
+    shown = [heldout[i] for i in spread(heldout, 6)]
 
     def draw_samples() -> tuple[np.ndarray, list[str]]:
         parts = [pictures for _, pictures in sample(trainer.backbone, shown, 8, loading.sampling(config))]
@@ -171,7 +172,7 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
     if not main:
         return
     about = [
-        f"{count} held-out prompts x {config.eval_images} images, {config.eval_steps} steps, guidance "
+        f"{counted(held_out.protocol.prompts.texts, 'held-out prompts')} x {config.eval_images} images, {config.eval_steps} steps, guidance "
         f"{config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "
         f"model start from the same noise; intervals are bootstraps over prompts. Diversity of "
         f"pictures is measured on {held_out.protocol.features.name} features.",
