@@ -172,8 +172,8 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
     if not main:
         return
     about = [
-        f"{counted(held_out.protocol.prompts.texts, 'held-out prompts')} x {config.eval_images} images, {config.eval_steps} steps, guidance "
-        f"{config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "
+        f"{counted(held_out.protocol.prompts.texts, 'held-out prompts')} x {config.eval_images} images, "
+        f"{config.eval_steps} steps, guidance {config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "
         f"model start from the same noise; intervals are bootstraps over prompts. Diversity of "
         f"pictures is measured on {held_out.protocol.features.name} features.",
     ]
