@@ -69,6 +69,8 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     accelerator = Accelerator(cpu=chosen.type == "cpu")
     device = chosen if accelerator.num_processes == 1 else accelerator.device
     texts = [text for part in parts for text in part.prompts.texts]
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
 
     def load() -> tuple[list[Scorer], Features, Backbone]:
         backbone = loading.load_model(config, device, texts)
