@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones import base, encode_text, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux import FluxBackbone
-from tmpo_trainer.backbones.text import Conditioning, TextCache, features_of, stack
+from tmpo_trainer.backbones.text import Conditioning, TextCache, fill, stack
+from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training.loop import Trainer
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -40,12 +43,16 @@ def test_a_cache_keeps_any_tensors(tmp_path: Path) -> None:
 
     calls: list[list[str]] = []
     cache = TextCache(tmp_path / "cache", tmp_path, ["float32"])
-    made = features_of(PROMPTS, cache, encode)
-    again = features_of([*PROMPTS, "third"], cache, encode)
-    assert calls == [PROMPTS, ["third"]]
+    fill(cache, PROMPTS, encode, batch=2)
+    made = {prompt: cache.get(prompt) for prompt in PROMPTS}
+    fill(cache, [*PROMPTS, "third"], encode, batch=2)
+    # Every call has the same number of prompts.
+    assert calls == [PROMPTS, ["third", "third"]]
     for prompt in PROMPTS:
-        assert all(torch.equal(made[prompt][name], again[prompt][name]) for name in ("states", "mask", "length"))
-        assert made[prompt]["states"].shape == (len(prompt), 3) and made[prompt]["length"] == len(prompt)
+        before, after = made[prompt], cache.get(prompt)
+        assert before and after
+        assert all(torch.equal(before[name], after[name]) for name in ("states", "mask", "length"))
+        assert before["states"].shape == (len(prompt), 3) and before["length"] == len(prompt)
 
 
 def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
@@ -53,8 +60,9 @@ def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
     cache = TextCache(tmp_path, tmp_path, ["FluxPipeline", "torch.float32", 12])
     save_file({"tokens": torch.ones(4, 3), "pooled": torch.zeros(2)}, cache.path("a"))
     assert cache.path("a").name == "25c97e7c5820f48598d5c2afe316ccf002a55965f24f25b11c6303b55351eaf2.safetensors"
-    found = features_of(["a"], cache, lambda prompts: pytest.fail("encoded again"))
-    assert stack([found["a"]] * 2)["tokens"].shape == (2, 4, 3)
+    fill(cache, ["a"], lambda prompts: pytest.fail("encoded again"))
+    found = cache.get("a")
+    assert found and stack([found] * 2)["tokens"].shape == (2, 4, 3)
 
 
 def whole(folder: Path) -> Backbone:
@@ -107,3 +115,73 @@ def test_a_run_from_cached_features_is_the_same_run(
     expected, got = plain.update(), from_disk.update()
     for name in ("reward/red", "lgmd", "loss", "grad_norm"):
         assert got[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+
+
+def test_features_are_read_when_they_are_needed(folder: Path, tmp_path: Path) -> None:
+    """None are held: without its file a prompt has none."""
+    backbone = cached(folder, tmp_path, PROMPTS)
+    backbone.encode(PROMPTS)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ValueError, match=f"prompt 'a red circle' was not encoded .* no longer in {tmp_path}"):
+        backbone.encode(PROMPTS)
+
+
+def test_processes_share_the_encoding(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = LoadOptions(
+        torch.float32, torch.device("cpu"), TOKENS, prompts=[f"prompt {i}" for i in range(20)], text_cache=tmp_path
+    )
+    skeleton = load_skeleton(str(folder), torch.float32, TOKENS)
+    for rank, files in ((0, 11), (1, 21)):
+        encode_text(str(folder), skeleton, options, slice(rank, None, 2))
+        assert len(list(tmp_path.iterdir())) == files
+    monkeypatch.setattr(FluxBackbone, "encode_prompts", lambda *arguments: pytest.fail("encoded again"))
+    load_backbone(str(folder), options).encode(["prompt 7", ""])
+
+
+def test_a_model_with_its_encoders_keeps_few_features(
+    load: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load()
+    expected = backbone.encode(PROMPTS)
+    monkeypatch.setattr(base, "KEPT", 1)
+    torch.testing.assert_close(backbone.encode(PROMPTS[::-1]), expected[::-1])
+    calls: list[list[str]] = []
+    original = backbone.encode_prompts
+    monkeypatch.setattr(
+        backbone, "encode_prompts", lambda p, chosen, *more: calls.append(chosen) or original(p, chosen, *more)
+    )
+    torch.testing.assert_close(backbone.encode(PROMPTS), expected)
+    # The last used is still there.
+    assert calls == [PROMPTS[1:]]
+
+
+def test_a_disk_that_fills_keeps_what_is_written(tmp_path: Path) -> None:
+    """The limit on a file's size stands in for the disk's."""
+    resource = pytest.importorskip("resource")
+    cache = TextCache(tmp_path, tmp_path, ["float32"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(
+            ConfigError, match=f"--text-cache {tmp_path}: text features cannot be written .*too large"
+        ) as told:
+            fill(cache, PROMPTS, lambda prompts: [{"states": torch.ones(10)}, {"states": torch.ones(10_000)}], batch=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == [cache.path(PROMPTS[0]).name]
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(folder, tmp_path / "text", PROMPTS)
+    monkeypatch.setattr(Backbone, "encode_text", lambda *arguments: pytest.fail("encoded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"^--text-cache {tmp_path}/file/text: text features cannot be written there"):
+        cached(folder, tmp_path / "file" / "text", PROMPTS)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"the text features of 1 prompts need .* GiB, and its disk has"):
+        cached(folder, tmp_path / "text", [*PROMPTS, "third"])
+    # What is there already needs no room.
+    cached(folder, tmp_path / "text", PROMPTS)

@@ -64,6 +64,13 @@ def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
     assert gain == {"mean": pytest.approx(0.1), "low": None, "high": None}
 
 
+def test_copies_of_a_prompt_are_one_prompt() -> None:
+    base, run = measured(0.0, 0.4), measured(0.2, 0.3, 5)
+    assert np.isfinite(comparison.figures([run], base.evaluation)["gain"]["right"].low)
+    base.evaluation.prompts = run.evaluation.prompts = ["a"] * len(base.evaluation.prompts)
+    assert comparison.figures([run], base.evaluation)["gain"]["right"].low == -np.inf
+
+
 def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a column in both tables and a panel in the picture."""
     monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))

@@ -14,7 +14,8 @@ import torch
 from tmpo_trainer import diversity
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.evaluation import held_out
-from tmpo_trainer.evaluation.held_out import EvaluationProtocol, HeldOut, Sampling, evaluate
+from tmpo_trainer.evaluation.held_out import Evaluation, EvaluationProtocol, HeldOut, Sampling, evaluate
+from tmpo_trainer.evaluation.statistics import interval, summary
 from tmpo_trainer.prompts.lists import PromptList
 
 
@@ -62,6 +63,25 @@ def test_samples_are_keyed_by_seed_prompt_and_image(backbone: SD3Backbone) -> No
     torch.testing.assert_close(fewer, latents[[2, 1], :2], atol=1e-4, rtol=0)
     rows = [*latents.flatten(0, 1), *sample(backbone, PROMPTS, 3, seed=2, batch=128).flatten(0, 1)]
     assert torch.pdist(torch.stack(rows).flatten(1)).min() > 1
+
+
+def test_four_copies_are_one_prompt_with_four_times_the_pictures(backbone: SD3Backbone, red_scorer: Any) -> None:
+    """The same pictures and the same interval, wherever in the list the copies are."""
+
+    def found(prompts: list[str], images: int) -> Evaluation:
+        how = EvaluationProtocol(
+            PromptList("prompts", prompts), [("red", red_scorer)], MeanColours(), images, Sampling(3, 1, 1.5, (32, 32))
+        )
+        return evaluate(backbone, how, show=3)
+
+    once, copied = found(PROMPTS, 8), found(PROMPTS * 4, 2)
+    assert copied.prompts == PROMPTS * 4 and copied.shown == [0, 1, 2]
+    merged = copied.scores["red"].reshape(4, 3, 2).transpose(1, 0, 2).reshape(3, 8)
+    np.testing.assert_allclose(merged, once.scores["red"], atol=1e-4)
+    expected = interval(once.scores["red"], once.prompts)
+    assert interval(copied.scores["red"], copied.prompts) == pytest.approx(expected, abs=1e-4)
+    assert summary(copied, copied)["gain"]["red"] == {"mean": 0, "low": 0, "high": 0}
+    assert expected.high - expected.low > 1e-3
 
 
 def test_evaluation_measures_each_prompts_own_pictures(backbone: SD3Backbone, red_scorer: Any) -> None:
@@ -145,6 +165,21 @@ def test_the_base_is_evaluated_again_only_for_other_settings(
                     {"prompts": PromptList("prompts", PROMPTS[:2])}):  # fmt: skip
         base(backbone, file, red_scorer, **changes)
     assert len(measured) == 5
+
+
+def test_a_base_whose_copies_had_the_same_noise_is_not_taken(
+    backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = PromptList("prompts", PROMPTS * 2)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(held_out, "ordinals", lambda prompts: [0] * len(prompts))
+        base(backbone, tmp_path / "base.npz", red_scorer, prompts=copies)
+        base(backbone, tmp_path / "once.npz", red_scorer)
+    base(backbone, tmp_path / "base.npz", red_scorer, prompts=copies)
+    assert len(measured) == 3
+    # A list without copies has the noise that it had.
+    base(backbone, tmp_path / "once.npz", red_scorer)
+    assert len(measured) == 3
 
 
 def test_a_file_that_lacks_a_measure_is_not_taken(

@@ -70,6 +70,10 @@ def test_intervals_of_two_lists_of_prompts() -> None:
     assert lines[4].startswith("| change, paired | +0.250 [+0.250, +0.250] | -0.125 [-0.125, -0.125] | -0.200 [")
     content = intervals.content()
     assert content["gain"]["task"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    for parts in models.values():
+        parts[0].prompts = ["a"] * len(parts[0].prompts)
+    copies = report.Intervals.of(models)
+    assert copies.gain["task"].low == -np.inf and copies.gain["taste"] == intervals.gain["taste"]
     alone = report.Intervals.of({"base": models["base"]})
     assert "gain" not in alone.content() and len(alone.markdown().splitlines()) == 3
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tmpo_trainer.evaluation.held_out import Evaluation
-from tmpo_trainer.evaluation.statistics import paired_gain, verdict
+from tmpo_trainer.evaluation.statistics import counted, paired_gain, verdict
 
 CLAIMS = ("rose", "LGMD", "cosine", "latent standard deviation")
 
@@ -26,8 +26,12 @@ def made(score: float = 0.5, lgmd: float = 0.3, cosine: float = 0.2, latent_std:
     )
 
 
+def named(count: int) -> list[str]:
+    return [f"prompt {i}" for i in range(count)]
+
+
 def test_a_single_prompt_is_no_evidence() -> None:
-    alone = paired_gain(np.zeros(1), np.ones(1))
+    alone = paired_gain(np.zeros(1), np.ones(1), ["a"])
     assert alone == (1.0, -np.inf, np.inf)
     assert alone.finite() == {"mean": 1.0, "low": None, "high": None}
     assert alone.text("+.1f") == "+1.0 [-inf, +inf]"
@@ -35,26 +39,44 @@ def test_a_single_prompt_is_no_evidence() -> None:
 
 def test_no_difference_is_no_gain() -> None:
     values = np.random.default_rng(0).normal(size=(30, 8))
-    assert paired_gain(values, values) == (0.0, 0.0, 0.0)
+    assert paired_gain(values, values, named(30)) == (0.0, 0.0, 0.0)
 
 
 def test_a_constant_difference_has_no_width() -> None:
     """However much the prompts differ among themselves: the interval is paired."""
     values = 10 * np.random.default_rng(0).normal(size=30)
-    assert paired_gain(values, values + 0.25) == pytest.approx((0.25, 0.25, 0.25))
-    assert paired_gain(values, values - 0.25)[0] == pytest.approx(-0.25)
+    assert paired_gain(values, values + 0.25, named(30)) == pytest.approx((0.25, 0.25, 0.25))
+    assert paired_gain(values, values - 0.25, named(30))[0] == pytest.approx(-0.25)
 
 
 def test_interval_is_over_prompts_and_about_two_standard_errors() -> None:
     rng = np.random.default_rng(1)
     base = rng.normal(size=(50, 6))
     gains = rng.normal(0.3, 0.5, 50)
-    mean, low, high = paired_gain(base, base + gains[:, None])
+    mean, low, high = paired_gain(base, base + gains[:, None], named(50))
     error = gains.std() / 50**0.5
     assert mean == pytest.approx(gains.mean())
     assert low == pytest.approx(mean - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
-    assert paired_gain(base, base + gains[:, None]) == (mean, low, high)
+    assert paired_gain(base, base + gains[:, None], named(50)) == (mean, low, high)
+
+
+def test_different_prompts_have_the_bootstrap_of_their_means() -> None:
+    """Bit for bit in the scores' precision, because published figures come from it."""
+    gains = np.random.default_rng(3).normal(size=(23, 4)).astype(np.float32)
+    means = gains.mean(1)
+    drawn = means[np.random.default_rng(0).integers(0, 23, (10_000, 23))].mean(1)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert paired_gain(np.zeros_like(gains), gains, named(23)) == (float(means.mean()), float(low), float(high))
+
+
+def test_copies_of_a_prompt_are_one_prompt_with_more_pictures() -> None:
+    gains = np.random.default_rng(4).normal(size=(12, 16))
+    once = paired_gain(np.zeros_like(gains), gains, named(12))
+    copied = gains.reshape(48, 4)
+    assert paired_gain(np.zeros_like(copied), copied, [n for n in named(12) for _ in range(4)]) == pytest.approx(once)
+    assert paired_gain(np.zeros(4), np.ones(4), ["a"] * 4) == (1.0, -np.inf, np.inf)
+    assert counted(["a", "a", "b"]) == "3 prompts (2 different)" and counted(["a", "b"]) == "2 prompts"
 
 
 def test_interval_covers_the_truth() -> None:
@@ -62,7 +84,7 @@ def test_interval_covers_the_truth() -> None:
     covered = 0
     for _ in range(200):
         base = rng.normal(size=40)
-        _, low, high = paired_gain(base, base + rng.normal(0.1, 1.0, 40), draws=500)
+        _, low, high = paired_gain(base, base + rng.normal(0.1, 1.0, 40), named(40), draws=500)
         covered += low <= 0.1 <= high
     assert 0.88 <= covered / 200 <= 0.99
 
@@ -98,6 +120,6 @@ def test_verdict_needs_the_interval_above_0_not_the_mean() -> None:
     base = made()
     noisy = 0.02 + 0.5 * np.resize([1, -1], (40, 1))
     trained = replace(base, scores={"shapes strict": base.scores["shapes strict"] + noisy})
-    gain, low, _ = paired_gain(base.scores["shapes strict"], trained.scores["shapes strict"])
+    gain, low, _ = paired_gain(base.scores["shapes strict"], trained.scores["shapes strict"], base.prompts)
     assert gain > 0 > low
     assert not next(iter(verdict(base, trained, "shapes strict").values()))

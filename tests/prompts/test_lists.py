@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tmpo_trainer.prompts import compositional, rendering
-from tmpo_trainer.prompts.lists import PromptList, about, read_prompts
+from tmpo_trainer.prompts.lists import PromptList, about, drawn, prompt_index, read_prompts
 from tmpo_trainer.rewards import check_prompts, default_prompts
 from tmpo_trainer.settings.errors import ConfigError
 
@@ -249,3 +249,10 @@ def test_the_reward_names_the_prompt_it_cannot_score() -> None:
         check_prompts(["ocr"], PromptList("list", ['a "sign"', "a dog"]))
     with pytest.raises(ConfigError, match=r"list: .*'a dog'"):
         check_prompts(["pickscore", "shapes"], PromptList("list", ["a red circle", "a dog"]))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (5, 9), (8, 23), (3, 1000), (4, 4)])
+def test_drawn_prompts_are_those_of_the_training_order(first: int, last: int) -> None:
+    prompts = [*"abcdefgh", "a"]
+    expected = {prompts[prompt_index(i, 9, seed=3)] for i in range(first, last)}
+    assert set(drawn(prompts, first, last, seed=3)) == expected

@@ -82,3 +82,38 @@ def test_network_calls_are_those_of_the_plan(
     expected = [factor * min(limit, width - first) for width in plan.widths for first in range(0, width, limit)]
     assert rows[False] == expected and sum(expected) == factor * 96
     assert rows[True] == [factor * 4] * 3
+
+
+def test_only_the_prompts_that_a_run_draws_are_encoded(
+    place: Path, tiny_flux: Callable[[bool], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of its updates, of its sample grids or its report, and the empty one; resumed, those of the remaining updates."""
+    (place / "many.txt").write_text("\n".join(f"number {i}" for i in range(300)))
+    more = """--reward sharpness --prompts many.txt --updates 2 --prompts-per-update 2 --prompts-per-batch 2 --device cpu
+        --checkpoint-every 1 --checkpoints-kept 2"""
+    run = flags(tiny_flux(True), *more.split())
+    assert main.main([*run, "--dry-run"]) == 0
+    assert (
+        "text features: 5 prompts will be drawn, 5 of them have to be encoded; 0.000 GiB on disk"
+        in capsys.readouterr().out
+    )
+    assert not (place / "text").exists()
+    assert main.main(run) == 0
+    files = set((place / "text").iterdir())
+    assert len(files) == 5
+    assert main.main([*run, "--dry-run"]) == 0
+    assert "5 prompts will be drawn, 0 of them" in capsys.readouterr().out
+    assert main.main(["--resume", "out/checkpoint-1", "--text-cache", "other", "--sample-every", "2"]) == 0
+    resumed = {path.name for path in (place / "other").iterdir()}
+    assert len(resumed) == 2 + 1 + len(PROMPTS) and len(resumed & {path.name for path in files}) == 2 + 1
+
+
+def test_a_text_cache_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    place: Path, tiny_flux: Callable[[bool], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_scorer", lambda *arguments: pytest.fail("loaded"))
+    run = flags(tiny_flux(True), "--text-cache", "good.txt/text")
+    for more in ([], ["--dry-run"]):
+        assert main.main([*run, *more]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "text-cache" in line]
+        assert "--text-cache good.txt/text: text features cannot be written there (Not a directory)" in line

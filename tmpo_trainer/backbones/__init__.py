@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,17 +116,73 @@ def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> B
 
 def load_backbone(model: str, options: LoadOptions) -> Backbone:
     """Loads a model, after the checks that need no weights. Raises ConfigError for one that cannot be loaded."""
-    from safetensors import SafetensorError
-
     from . import check
 
     skeleton = load_skeleton(model, options.dtype, options.max_sequence_length)
-    own_transformer = options.transformer is None
     if options.transformer is not None:
         check.check_transformer(options.transformer, skeleton, options.nf4)
-    folder = find_model(model, transformer=own_transformer)
-    check.check_weights(model, folder, () if own_transformer else ("transformer",))
-    try:
+    encode_text(model, skeleton, options)
+    folder = _with_weights(model, options)
+    with _one_line(model):
         return type(skeleton).load(folder, options)
+
+
+def encode_text(model: str, skeleton: Backbone, options: LoadOptions, share: slice = slice(None)) -> None:
+    """Encodes the prompts of `options` that the text cache lacks, for a model that frees its text encoders.
+
+    Args:
+        share: of the prompts, those that this process encodes.
+
+    Raises:
+        ConfigError: the text cache cannot be written, which is checked first, or the text encoders cannot be loaded.
+    """
+    if check_text_cache(model, skeleton, options):
+        folder = _with_weights(model, options)
+        with _one_line(model):
+            skeleton.encode_text(_texts(options)[share], folder, options)
+
+
+def check_text_cache(model: str, skeleton: Backbone, options: LoadOptions) -> int:
+    """Checks that the text features of the prompts of `options` can be written; nothing is loaded or made.
+
+    Returns:
+        the number of prompts that must be encoded before the model is loaded: 0 for one that keeps its text encoders.
+
+    Raises:
+        ConfigError: the features cannot be written, or need more room than the disk has.
+    """
+    folder = find_model(model, weights=False)
+    cache = skeleton.text_cache(folder, options)
+    if cache is None:
+        return 0
+    missing = len(cache.missing(_texts(options)))
+    cache.check_room(missing, skeleton.text_bytes(folder))
+    return missing
+
+
+def _texts(options: LoadOptions) -> list[str]:
+    """The different prompts of a run, and the empty one, which guidance may need."""
+    return list(dict.fromkeys([*(options.prompts or ()), ""]))
+
+
+def _with_weights(model: str, options: LoadOptions) -> Path:
+    """The model's folder, with the weights that it needs. Raises ConfigError if any are missing."""
+    from . import check
+
+    own = options.transformer is None
+    folder = find_model(model, transformer=own)
+    check.check_weights(model, folder, () if own else ("transformer",))
+    return folder
+
+
+@contextmanager
+def _one_line(model: str) -> Iterator[None]:
+    """Turns what diffusers and transformers raise while they load into a ConfigError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"model {model} cannot be loaded: {one_line(error)}") from None

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import tree
 from ..settings.config import LoraTargets
 from ..settings.errors import ConfigError
-from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, features_of
+from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, size
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -29,6 +29,9 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *_TEXT_ATTE
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_TEXT_FEED_FORWARD)
 TEXT_STREAM = (*_TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
 
+#: Bytes of text features that a model with its text encoders keeps in memory.
+KEPT = 2**30
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -36,8 +39,8 @@ class LoadOptions:
 
     Attributes:
         dtype: precision of the frozen weights. max_sequence_length: text tokens, as in the pipeline's call.
-        prompts: every prompt that the model will get. A model that frees its text encoders then encodes them first, or
-            reads their features from `text_cache`, and does not keep the encoders.
+        prompts: every prompt that the model will get. A model that frees its text encoders then encodes those whose
+            features are not in `text_cache` first, and does not keep the encoders.
         text_cache: where text features are kept between runs; by default `text.default_folder()`.
         transformer: a single safetensors file, in ComfyUI's or the original names, in place of the folder's.
         nf4: quantise the transformer's linear layers to four bits while it is loaded.
@@ -87,18 +90,20 @@ class Backbone(ABC):
         self.vae = pipeline.vae
         #: Classifier-free guidance in two network calls instead of one of twice the batch.
         self.split_guidance = False
-        self._encoded: dict[str, Conditioning] = {}
+        #: Features in memory, the last used at the end, and their bytes.
+        self._kept: dict[str, Conditioning] = {}
+        self._kept_bytes = 0
+        #: Features on disk, if the model has freed its text encoders.
+        self._text: TextCache | None = None
 
     # Loading
 
     @classmethod
     def load(cls, folder: Path, options: LoadOptions) -> Backbone:
-        """Loads a pipeline folder and freezes all of it."""
+        """Loads a pipeline folder and freezes all of it. With `options.prompts`, see `encode_text`, which comes first."""
         left_out = cls._absent(folder)
-        features: dict[str, Conditioning] = {}
-        if options.prompts is not None and cls.frees_text_encoders(folder):
-            # Guidance may need the empty prompt.
-            features = cls._features([*options.prompts, ""], folder, options)
+        text = cls.text_cache(folder, options)
+        if text is not None:
             left_out |= dict.fromkeys(cls._text_parts())
         network = cls.load_transformer(folder, options)
         pipeline: Any = cls.pipeline_class.from_pretrained(
@@ -115,8 +120,7 @@ class Backbone(ABC):
                 part.requires_grad_(False).eval()
         pipeline.set_progress_bar_config(disable=True)
         backbone = cls(pipeline, options.max_sequence_length)
-        for prompt, kept in features.items():
-            backbone.keep(prompt, kept)
+        backbone._text = text
         return backbone
 
     @classmethod
@@ -255,10 +259,27 @@ class Backbone(ABC):
         return total
 
     @classmethod
-    def _features(cls, prompts: Sequence[str], folder: Path, options: LoadOptions) -> dict[str, Conditioning]:
-        """Text features from the cache; the encoders are loaded for those that are missing, if any, and freed."""
+    def text_cache(cls, folder: Path, options: LoadOptions) -> TextCache | None:
+        """The text features on disk; None for a model that keeps its text encoders."""
+        if options.prompts is None or not cls.frees_text_encoders(folder):
+            return None
         settings = [cls.pipeline_class.__name__, str(options.dtype), options.max_sequence_length]
-        cache = TextCache(options.text_cache or default_folder(), folder, settings)
+        return TextCache(options.text_cache or default_folder(), folder, settings)
+
+    def text_bytes(self, folder: Path) -> int:
+        """Bytes of the text features of one prompt."""
+        return size(self.blank_conditioning(folder))
+
+    @classmethod
+    def encode_text(cls, prompts: Sequence[str], folder: Path, options: LoadOptions) -> None:
+        """Encodes the prompts that the text cache lacks, if any. The encoders are loaded for that, and freed.
+
+        Raises:
+            ConfigError: the cache cannot be written.
+        """
+        cache = cls.text_cache(folder, options)
+        if cache is None:
+            return
         loaded: list[Any] = []
 
         def encode(chosen: list[str]) -> list[Conditioning]:
@@ -274,11 +295,10 @@ class Backbone(ABC):
                 loaded.append(pipeline.to(options.device))
             return cls.encode_prompts(loaded[0], chosen, options.device, options.max_sequence_length)
 
-        found = features_of(prompts, cache, encode)
+        fill(cache, prompts, encode)
         loaded.clear()
         if options.device.type == "cuda":
             torch.cuda.empty_cache()
-        return found
 
     @staticmethod
     @abstractmethod
@@ -292,22 +312,33 @@ class Backbone(ABC):
         """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
 
     def keep(self, prompt: str, features: Conditioning) -> None:
-        """Stores the features of a prompt, so that it is not encoded."""
-        self._encoded[prompt] = features
+        """Keeps the features of a prompt in memory, so that it is not encoded. Beyond KEPT bytes the longest unused go."""
+        known = self._kept.pop(prompt, {})
+        self._kept[prompt] = features
+        self._kept_bytes += size(features) - size(known)
+        while self._kept_bytes > KEPT and len(self._kept) > 1:
+            self._kept_bytes -= size(self._kept.pop(next(iter(self._kept))))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """The features of each prompt, computed once and kept. Raises ValueError if the encoders are gone."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        """The features of each prompt, read from disk or computed. Raises ValueError if the encoders are gone."""
+        needed = list(dict.fromkeys(prompts))
+        found = {prompt: self._kept[prompt] for prompt in needed if prompt in self._kept}
+        stored = {prompt: self._text.get(prompt) for prompt in needed if self._text and prompt not in found}
+        missing = [prompt for prompt in needed if prompt not in found and stored.get(prompt) is None]
         if missing:
             parts = self.pipeline.components.items()
             if all(part is None for name, part in parts if name.startswith(TEXT_PARTS)):
-                raise ValueError(f"prompt {missing[0]!r} was not encoded when the model was loaded")
+                gone = f", or its features are no longer in {self._text.folder}" if self._text is not None else ""
+                raise ValueError(f"prompt {missing[0]!r} was not encoded when the model was loaded{gone}")
             made = self.encode_prompts(self.pipeline, missing, self.device, self.max_sequence_length)
             for prompt, features in zip(missing, made, strict=True):
-                self.keep(prompt, features)
-        found = [self._encoded[prompt] for prompt in prompts]
-        return [{name: value.to(self.device) for name, value in features.items()} for features in found]
+                # The device's memory is for the pictures.
+                found[prompt] = {name: value.cpu() for name, value in features.items()}
+        for prompt, features in found.items():
+            self.keep(prompt, features)
+        found |= {prompt: features for prompt, features in stored.items() if features is not None}
+        return [{name: value.to(self.device) for name, value in found[prompt].items()} for prompt in prompts]
 
     # Sampling
 

@@ -1,17 +1,21 @@
-"""Text features of a whole prompt file: computed once, kept on disk, so that the encoders need no memory in training."""
+"""Text features of prompts: computed once, kept on disk and read when needed; training holds neither encoders nor features."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ..settings.errors import ConfigError, one_line
 
 #: Everything that a transformer gets for one prompt: tensors without a batch dimension, under names that only the
 #: backbone's own file interprets.
@@ -21,9 +25,20 @@ Conditioning = dict[str, Tensor]
 TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
+#: Prompts in one call of the text encoders.
+BATCH = 8
+
+GIB = 2**30
+
+
 def stack(features: Sequence[Conditioning]) -> Conditioning:
     """The features of several prompts as one batch, for backbones whose prompts all have the same shapes."""
     return {name: torch.stack([one[name] for one in features]) for name in features[0]}
+
+
+def size(features: Conditioning) -> int:
+    """Bytes of the features of a prompt."""
+    return sum(value.numel() * value.element_size() for value in features.values())
 
 
 def default_folder() -> Path:
@@ -51,44 +66,80 @@ class TextCache:
         return self.folder / f"{digest}.safetensors"
 
     def get(self, prompt: str) -> Conditioning | None:
-        """The features of a prompt; None if its file is missing or damaged. A damaged one is then overwritten."""
+        """The features of a prompt, mapped into memory; None if its file is missing or damaged."""
         try:
             return load_file(self.path(prompt))
         except (OSError, SafetensorError):
             return None
 
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """The different prompts whose files are missing or cut short."""
+        return [prompt for prompt in dict.fromkeys(prompts) if not self._whole(prompt)]
+
+    def _whole(self, prompt: str) -> bool:
+        try:
+            # It compares the file's size with its header.
+            with safe_open(self.path(prompt), "pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def check_room(self, count: int, size: int) -> None:
+        """Checks that the features of `count` more prompts, `size` bytes each, can be written. It makes no folder.
+
+        Raises:
+            ConfigError: the folder cannot be written, or its disk is too small.
+        """
+        if not count:
+            return
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                free = shutil.disk_usage(existing).free
+        except OSError as error:
+            raise ConfigError(
+                f"--text-cache {self.folder}: text features cannot be written there ({error.strerror}): give a folder that "
+                "can be written"
+            ) from None
+        if count * size > free:
+            raise ConfigError(
+                f"--text-cache {self.folder}: the text features of {count:,} prompts need {count * size / GIB:.2f} GiB, and "
+                f"its disk has {free / GIB:.2f} GiB free: give a folder on a larger disk, or fewer prompts"
+            )
+
     def put(self, prompt: str, features: Conditioning) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Writes the features of a prompt; a failure leaves no file. Raises ConfigError."""
         path = self.path(prompt)
         # Several processes may write the same file.
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: value.contiguous() for name, value in features.items()}, temporary)
-        temporary.replace(path)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.cpu().contiguous() for name, value in features.items()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(
+                f"--text-cache {self.folder}: text features cannot be written ({one_line(error)}): make room or give another "
+                "folder; the prompts that are done need not be encoded again"
+            ) from None
 
 
 @torch.no_grad()
-def features_of(
-    prompts: Sequence[str],
-    cache: TextCache,
-    encode: Callable[[list[str]], list[Conditioning]],
-    batch: int = 8,
-) -> dict[str, Conditioning]:
-    """The features of all prompts, on the CPU: those on disk are read, the others are encoded and written.
+def fill(
+    cache: TextCache, prompts: Sequence[str], encode: Callable[[list[str]], list[Conditioning]], batch: int = BATCH
+) -> None:
+    """Encodes the prompts whose features are not on disk, and writes them.
 
     Args:
         encode: computes the features of each given prompt. It is not called if all are on disk.
+
+    Raises:
+        ConfigError: the features cannot be written. Those of earlier prompts stay.
     """
-    found: dict[str, Conditioning] = {}
-    missing = []
-    for prompt in dict.fromkeys(prompts):
-        features = cache.get(prompt)
-        if features is None:
-            missing.append(prompt)
-        else:
-            found[prompt] = features
+    missing = cache.missing(prompts)
     for first in range(0, len(missing), batch):
         chosen = missing[first : first + batch]
-        for prompt, features in zip(chosen, encode(chosen), strict=True):
-            found[prompt] = {name: value.cpu() for name, value in features.items()}
-            cache.put(prompt, found[prompt])
-    return found
+        # A GPU rounds batches of other sizes otherwise, and features must not depend on how many prompts are missing.
+        filled = chosen + chosen[-1:] * (batch - len(chosen))
+        for prompt, features in zip(chosen, encode(filled), strict=False):
+            cache.put(prompt, features)

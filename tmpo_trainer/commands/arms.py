@@ -81,7 +81,8 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
     for arm in arms:
         config = arm.first
         loading.need_gpu(config)
-        _, _, skeleton = loading.check(config, loading.choose_device(config.device))
+        device = loading.choose_device(config.device)
+        train, heldout, skeleton = loading.check(config, device)
         # Checked now, because the evaluation that needs both comes after hours of training.
         loading.check_features(config.features)
         importlib.import_module("matplotlib")
@@ -93,6 +94,8 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
         else:
             sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
             updates[arm.name] = min(updates_within(run, sigmas, calls) for run in arm.runs.values())
+        run = config.model_copy(update={"updates": updates[arm.name]})
+        loading.check_text(run, skeleton, device, loading.drawn_prompts(run, train, heldout) + heldout.texts)
     return updates
 
 

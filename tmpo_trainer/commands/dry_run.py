@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
 from .. import methods
 from ..backbones import find_model, is_hub_id
+from ..backbones.base import KEPT, Backbone
 from ..backbones.check import check_weights
+from ..backbones.text import BATCH, default_folder
+from ..evaluation.statistics import counted
+from ..prompts.lists import PromptList
 from ..settings.config import TrainConfig
 from ..training import memory
+from . import loading
 from .loading import check, choose_device, quiet
 
 
@@ -28,7 +36,8 @@ def dry_run(config: TrainConfig) -> int:
     targets = skeleton.target_shapes(config.lora_targets)
     numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
     print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
-    print(f"prompts: {len(train_prompts.texts)} for training, {len(heldout.texts)} held out")
+    print(f"prompts: {len(train_prompts.texts)} for training, {counted(heldout.texts, 'held out')}")
+    print(f"text features: {_text_features(config, skeleton, folder, device, train_prompts, heldout)}")
     print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
     for update in sorted({0, config.updates // 2, config.updates - 1}):
         plan = method.plan(update)
@@ -51,3 +60,30 @@ def dry_run(config: TrainConfig) -> int:
     if not is_hub_id(config.model):
         check_weights(config.model, folder, ("transformer",) if config.transformer else ())
     return 0
+
+
+def _text_features(
+    config: TrainConfig,
+    skeleton: Backbone,
+    folder: Path,
+    device: torch.device,
+    train_prompts: PromptList,
+    heldout: PromptList,
+) -> str:
+    """How many prompts a run encodes, and the disk space and memory that their features take. Raises ConfigError."""
+    # `launch` sets the number of processes, each with its own prompts.
+    texts = loading.drawn_prompts(config, train_prompts, heldout, int(os.environ.get("WORLD_SIZE", "1")))
+    each = skeleton.text_bytes(folder) / memory.GIB
+    count = len(set(texts) | {""})
+    # Those of an update, of an evaluation's call or of the text encoders', and the empty prompt.
+    evaluated = loading.sampling(config).batch // config.eval_images
+    together = min(1 + max(config.prompts_per_update, evaluated, BATCH), count)
+    if not skeleton.frees_text_encoders(folder):
+        kept = min(count * each, KEPT / memory.GIB)
+        return f"{count:,} prompts will be drawn; none on disk, at most {kept:.3f} GiB in memory"
+    missing = loading.check_text(config, skeleton, device, texts)
+    return (
+        f"{count:,} prompts will be drawn, {missing:,} of them have to be encoded; {count * each:.3f} GiB on disk in "
+        f"{config.text_cache or default_folder()}, {missing * each:.3f} GiB of that to be written; at most "
+        f"{together * each:.3f} GiB in memory"
+    )

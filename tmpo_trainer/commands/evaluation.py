@@ -18,6 +18,7 @@ from ..backbones.base import Backbone
 from ..evaluation import report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut
+from ..evaluation.statistics import counted
 from ..files import write_text
 from ..lora.attach import attach, check_lora
 from ..pictures.grids import grid, zoom
@@ -68,6 +69,8 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     accelerator = Accelerator(cpu=chosen.type == "cpu")
     device = chosen if accelerator.num_processes == 1 else accelerator.device
     texts = [text for part in parts for text in part.prompts.texts]
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
 
     def load() -> tuple[list[Scorer], Features, Backbone]:
         backbone = loading.load_model(config, device, texts)
@@ -160,9 +163,9 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
 
 def about(config: TrainConfig, parts: Sequence[Part], features: str) -> str:
     """A few sentences about how the figures were made."""
-    others = f" and {len(parts[1].prompts.texts)} for preference and diversity" if len(parts) > 1 else ""
+    others = f" and {counted(parts[1].prompts.texts)} for preference and diversity" if len(parts) > 1 else ""
     return (
-        f"{len(parts[0].prompts.texts)} prompts{others} x {config.eval_images} images, {config.eval_steps} steps, guidance "
+        f"{counted(parts[0].prompts.texts)}{others} x {config.eval_images} images, {config.eval_steps} steps, guidance "
         f"{config.guidance:g}, {config.resolution[0]}x{config.resolution[1]}, seed {config.seed}; the same noise for every "
         "model. The brackets hold 95% bootstrap intervals over prompts. Diversity of pictures is measured on "
         f"{features} features."

@@ -11,13 +11,13 @@ import torch
 import transformers
 
 from .. import methods
-from ..backbones import is_hub_id, load_backbone, load_skeleton
+from ..backbones import check_text_cache, encode_text, is_hub_id, load_backbone, load_skeleton
 from ..backbones.base import Backbone, LoadOptions
 from ..backbones.check import check_transformer
 from ..evaluation import held_out
 from ..evaluation.features import Features, check_features, load_features
 from ..lora import adapter as lora
-from ..prompts.lists import PromptList, read_prompts
+from ..prompts.lists import PromptList, drawn, read_prompts
 from ..prompts.split import Split
 from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, variants
 from ..settings.config import TrainConfig, absolute
@@ -190,11 +190,49 @@ def evaluation_protocol(
     )
 
 
+def shown_prompts(heldout: PromptList) -> list[str]:
+    """The held-out prompts in a run's sample grids."""
+    return [heldout.texts[i] for i in held_out.spread(heldout.texts, 6)]
+
+
+def drawn_prompts(
+    config: TrainConfig, train: PromptList, heldout: PromptList, processes: int = 1, done: int = 0
+) -> list[str]:
+    """The different prompts that a run still has to draw after `done` updates: in training, evaluations, sample grids."""
+    each = processes * config.prompts_per_update
+    texts = drawn(train.texts, done * each, config.updates * each, config.seed)
+    if config.report or config.eval_every:
+        texts += heldout.texts
+    elif config.sample_every:
+        texts += shown_prompts(heldout)
+    return list(dict.fromkeys(texts))
+
+
+def encode(
+    config: TrainConfig, skeleton: Backbone, device: torch.device, prompts: list[str], rank: int, processes: int
+) -> None:
+    """Encodes this process's share of the prompts that are not in the text cache. Raises ConfigError."""
+    encode_text(config.model, skeleton, _options(config, device, prompts), slice(rank, None, processes))
+
+
+def check_text(config: TrainConfig, skeleton: Backbone, device: torch.device, prompts: list[str]) -> int:
+    """The number of prompts that must be encoded before the model is loaded. Raises ConfigError, see `check_text_cache`."""
+    return check_text_cache(config.model, skeleton, _options(config, device, prompts))
+
+
 def load_model(
     config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
 ) -> Backbone:
     """Loads the model of a run. `prompts` are all that it will ever get, see `LoadOptions`."""
-    options = LoadOptions(
+    backbone = load_backbone(config.model, _options(config, device, prompts, sharded))
+    backbone.split_guidance = config.split_guidance
+    return backbone
+
+
+def _options(
+    config: TrainConfig, device: torch.device, prompts: list[str] | None, sharded: bool = False
+) -> LoadOptions:
+    return LoadOptions(
         _dtype(config, device),
         device,
         config.max_sequence_length,
@@ -204,6 +242,3 @@ def load_model(
         nf4=config.quantize == "nf4",
         sharded=sharded,
     )
-    backbone = load_backbone(config.model, options)
-    backbone.split_guidance = config.split_guidance
-    return backbone

@@ -18,6 +18,7 @@ from ..backbones.base import Backbone
 from ..evaluation import report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut, sample
+from ..evaluation.statistics import counted
 from ..files import read_metrics, write_text
 from ..lora import export
 from ..processes import OtherProcessFailed, together
@@ -25,7 +26,7 @@ from ..rewards import Scorer
 from ..settings.config import TrainConfig, absolute, to_yaml
 from ..settings.errors import ConfigError, one_line
 from ..training import progress, trackers
-from ..training.checkpoint import checkpoints, drop_later
+from ..training.checkpoint import checkpoints, drop_later, updates_of
 from ..training.loop import Interrupted, Trainer
 from ..training.run_folder import agreed_folder, environment
 from . import loading, resuming
@@ -48,7 +49,8 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     """
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
-    train_prompts, heldout, _ = loading.check(config, chosen)
+    train_prompts, heldout, skeleton = loading.check(config, chosen)
+    done = updates_of(checkpoint) if checkpoint else 0
     if config.threads:
         torch.set_num_threads(config.threads)
     loading.quiet()
@@ -56,7 +58,9 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     device = chosen if accelerator.num_processes == 1 else accelerator.device
     if accelerator.is_fsdp2 and config.quantize == "nf4":
         raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
-    texts = train_prompts.texts + heldout.texts
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    texts = loading.drawn_prompts(config, train_prompts, heldout, processes, done)
+    together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
     parts = together(accelerator, lambda: _load(config, device, texts, accelerator.is_fsdp2))
     folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
     scorers, extra = ([parts.scorers[name] for name in names] for names in (config.reward, config.extra_rewards))
@@ -84,7 +88,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
             loading.identity(config),
             accelerator,
         )
-    return _run(trainer, held_out, heldout.texts)
+    return _run(trainer, held_out, loading.shown_prompts(heldout))
 
 
 def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: bool) -> _Parts:
@@ -96,11 +100,14 @@ def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: 
     return _Parts(scorers, features, loading.load_model(config, device, texts, sharded))
 
 
-def _run(trainer: Trainer, held_out: HeldOut | None, heldout: list[str]) -> int:
-    """Trains, exports and reports. Returns the exit code."""
+def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
+    """Trains, exports and reports. Returns the exit code.
+
+    Args:
+        shown: the prompts of the sample grids.
+    """
     config, folder, main = trainer.config, trainer.run, trainer.processes.main
     names = [scorer.name for scorer in trainer.judges.rewards]
-    shown = [heldout[i] for i in np.linspace(0, len(heldout) - 1, min(6, len(heldout))).astype(int)]
 
     def draw_samples() -> tuple[np.ndarray, list[str]]:
         parts = [pictures for _, pictures in sample(trainer.backbone, shown, 8, loading.sampling(config))]
@@ -176,10 +183,10 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
     if not main:
         return
     about = [
-        f"{count} held-out prompts x {config.eval_images} images, {config.eval_steps} steps, guidance "
-        f"{config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, seed {config.seed}. Base and trained "
-        f"model start from the same noise; intervals are bootstraps over prompts. Diversity of "
-        f"pictures is measured on {held_out.protocol.features.name} features.",
+        f"{counted(held_out.protocol.prompts.texts, 'held-out prompts')} x {config.eval_images} images, "
+        f"{config.eval_steps} steps, guidance {config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, "
+        f"seed {config.seed}. Base and trained model start from the same noise; intervals are bootstraps over prompts. "
+        f"Diversity of pictures is measured on {held_out.protocol.features.name} features.",
     ]
     metrics = read_metrics(trainer.run / "metrics.jsonl")
     evaluations = read_metrics(trainer.run / "evaluations.jsonl")

@@ -17,7 +17,7 @@ from ..methods import cost
 from ..pictures.grids import grid, zoom
 from .held_out import Evaluation
 from .report import markdown_table, running_mean
-from .statistics import paired_gain
+from .statistics import counted, paired_gain
 
 PHASES = ("rollout", "reference", "ratio", "replay")
 
@@ -64,7 +64,7 @@ def figures(runs: Sequence[Measured], base: Evaluation) -> dict[str, Any]:
     }
     # Gains are paired by prompt, after averaging over seeds.
     found["gain"] = {
-        name: paired_gain(before, np.mean([run.evaluation.measures[name] for run in runs], axis=0))
+        name: paired_gain(before, np.mean([run.evaluation.measures[name] for run in runs], axis=0), base.prompts)
         for name, before in base.measures.items()
     }
     return found
@@ -148,7 +148,7 @@ def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str])
     limits = [f"{value:,.0f} {named.get(name, name)} per run" for name, value in budget.items()]
     images = next(iter(base.scores.values())).shape[1]
     about = (
-        f"{len(base.prompts)} held-out prompts x {images} pictures, the same noise for all; final weights. Budget: "
+        f"{counted(base.prompts, 'held-out prompts')} x {images} pictures, the same noise for all; final weights. Budget: "
         f"{', '.join(limits) or 'the number of updates in the settings'}. Mean ± standard deviation over training seeds. "
         "Network evaluations are those of one process; a forward and a backward pass count one each."
     )

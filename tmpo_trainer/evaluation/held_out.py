@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Evaluation:
 class Sampling:
     """How evaluation draws pictures: plain Euler steps from noise keyed by (seed, prompt, image), so that models share it.
 
+    The pictures of a prompt's later copies continue the count: k copies x n images are the pictures of one prompt x k n.
+
     batch: the largest number of latents in one network call. decode_batch: likewise, in one VAE decode.
     """
 
@@ -78,22 +81,44 @@ class EvaluationProtocol:
     sampling: Sampling
 
 
+def ordinals(prompts: Sequence[str]) -> list[int]:
+    """For each prompt, how many copies of it come before it in the list."""
+    seen: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        found.append(seen[prompt])
+        seen[prompt] += 1
+    return found
+
+
+def spread(prompts: Sequence[str], count: int) -> list[int]:
+    """The indices of at most `count` different prompts, spread evenly over the list."""
+    first = [i for i, ordinal in enumerate(ordinals(prompts)) if ordinal == 0]
+    return [first[i] for i in np.linspace(0, len(first) - 1, min(count, len(first))).astype(int)]
+
+
 @torch.no_grad()
 def sample(
-    backbone: Backbone, prompts: Sequence[str], images: int, how: Sampling
+    backbone: Backbone, prompts: Sequence[str], images: int, how: Sampling, copies: Sequence[int] | None = None
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Draws some prompts at a time, in order: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`."""
+    """Draws some prompts at a time, in order: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`.
+
+    Args:
+        copies: the ordinal of each prompt, if the prompts are a part of a longer list; see `ordinals`.
+    """
+    copies = ordinals(prompts) if copies is None else copies
     sigmas = backbone.sigmas(how.steps, *how.resolution)
     shape = backbone.latent_shape(*how.resolution)
     group = max(1, how.batch // images)
     for first in range(0, len(prompts), group):
         chosen = list(prompts[first : first + group])
+        before = [images * copy for copy in copies[first : first + group]]
         sources = [tree.keyed_noise((how.seed, "evaluate", prompt), shape) for prompt in chosen]
         count = len(chosen)
 
-        def noise(step: int, path: tree.NodePath, sources=sources, count=count) -> Tensor:
+        def noise(step: int, path: tree.NodePath, sources=sources, before=before, count=count) -> Tensor:
             image, prompt = divmod(path[0], count)
-            return sources[prompt](step, (image,)).to(backbone.device)
+            return sources[prompt](step, (before[prompt] + image,)).to(backbone.device)
 
         plan = tree.TreePlan(how.steps, images, {}).forest(count)
         velocity = backbone.velocity(chosen, how.guidance)
@@ -125,7 +150,7 @@ def evaluate(
     """Draws the pictures of every prompt and measures them. The transformer is used as it stands (LoRA on or off).
 
     Args:
-        show: number of prompts, spread over the list, whose pictures are kept.
+        show: number of different prompts, spread over the list, whose pictures are kept.
         accelerator: its processes share the prompts, and all get the result. A picture does not depend on the process
             that draws it.
 
@@ -133,13 +158,14 @@ def evaluate(
         ValueError: latents or scores are not finite.
     """
     prompts = protocol.prompts.texts
-    shown = sorted(set(np.linspace(0, len(prompts) - 1, min(show, len(prompts))).astype(int).tolist()))
+    shown, copies = spread(prompts, show), ordinals(prompts)
     processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     # Every process gets the same number, some prompts twice: a sharded transformer needs the same calls on all of them.
     share = -(-len(prompts) // processes)
     own = [(rank * share + i) % len(prompts) for i in range(share)]
     measured: dict[int, _Measured] = {}
-    for latents, pictures in sample(backbone, [prompts[i] for i in own], protocol.images, protocol.sampling):
+    drawn = [prompts[i] for i in own], protocol.images, protocol.sampling, [copies[i] for i in own]
+    for latents, pictures in sample(backbone, *drawn):
         chosen = own[len(measured) : len(measured) + len(latents)]
         for i, part in zip(chosen, _measure(protocol, chosen, latents, pictures), strict=True):
             if i not in shown:
@@ -224,6 +250,10 @@ class HeldOut:
             {key: value for key, value in asdict(protocol.sampling).items() if key not in ("batch", "decode_batch")},
             list(identity),
         ]
+        copies = ordinals(protocol.prompts.texts)
+        if any(copies):
+            # In earlier versions the copies of a prompt had the same noise.
+            settings.append(copies)
         self._key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     def measure(self, progress: Progress | None = None) -> Evaluation:

@@ -38,8 +38,8 @@ class Intervals:
         gain = {}
         if len(measured) == 2:
             base, trained = measured.values()
-            gain = {name: paired_gain(base[name], trained[name]) for name in base}
-        return cls({label: {n: interval(v) for n, v in values.items()} for label, values in measured.items()}, gain)
+            gain = {name: paired_gain(values, trained[name][0], prompts) for name, (values, prompts) in base.items()}
+        return cls({label: {n: interval(*v) for n, v in found.items()} for label, found in measured.items()}, gain)
 
     def markdown(self) -> str:
         """A table with a row per model and one for the gain."""
@@ -56,8 +56,10 @@ class Intervals:
         return {"models": models, **gain}
 
 
-def _figures(parts: Sequence[Evaluation]) -> dict[str, np.ndarray]:
-    return {name: values for part in parts for name, values in part.scores.items()} | parts[-1].diversity
+def _figures(parts: Sequence[Evaluation]) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """The values of every measure, and the prompts that they belong to."""
+    scores = {name: (values, part.prompts) for part in parts for name, values in part.scores.items()}
+    return scores | {name: (values, parts[-1].prompts) for name, values in parts[-1].diversity.items()}
 
 
 def curves(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,30 +29,49 @@ class Interval(NamedTuple):
         return {key: value if np.isfinite(value) else None for key, value in self._asdict().items()}
 
 
-def paired_gain(base: np.ndarray, trained: np.ndarray, seed: int = 0, draws: int = 10_000) -> Interval:
-    """Mean gain per prompt and its 95% bootstrap interval over prompts. `[P]` or `[P, n]` each.
+def paired_gain(
+    base: np.ndarray, trained: np.ndarray, prompts: Sequence[str], seed: int = 0, draws: int = 10_000
+) -> Interval:
+    """Mean gain per prompt and its 95% bootstrap interval over different prompts. `[P]` or `[P, n]` each.
 
-    A single prompt says nothing about others: its interval is infinite.
+    The copies of a prompt are drawn together: more pictures of a prompt say nothing about other prompts. A single
+    prompt's interval is infinite.
+
+    Args:
+        prompts: `[P]`; copies of a prompt are equal.
     """
     difference = (trained - base).reshape(len(base), -1).mean(1)
-    if len(difference) < 2:
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    own = np.array([places[prompt] for prompt in prompts])
+    count = len(places)
+    if count < 2:
         return Interval(float(difference.mean()), -np.inf, np.inf)
-    rng = np.random.default_rng(seed)
-    means = difference[rng.integers(0, len(difference), (draws, len(difference)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    sums = np.zeros(count, difference.dtype)
+    np.add.at(sums, own, difference)
+    sizes = np.bincount(own).astype(difference.dtype)
+    drawn = np.random.default_rng(seed).integers(0, count, (draws, count))
+    low, high = np.percentile(sums[drawn].sum(1) / sizes[drawn].sum(1), [2.5, 97.5])
     return Interval(float(difference.mean()), float(low), float(high))
 
 
-def interval(values: np.ndarray) -> Interval:
-    """Mean over prompts and its 95% bootstrap interval. `[P]` or `[P, n]`."""
-    return paired_gain(np.zeros_like(values), values)
+def interval(values: np.ndarray, prompts: Sequence[str]) -> Interval:
+    """Mean over prompts and its 95% bootstrap interval, see `paired_gain`. `[P]` or `[P, n]`."""
+    return paired_gain(np.zeros_like(values), values, prompts)
+
+
+def counted(prompts: Sequence[str], kind: str = "prompts") -> str:
+    """`240 prompts`, or with copies `960 prompts (240 different)`."""
+    different = len(set(prompts))
+    return f"{len(prompts)} {kind}" + (f" ({different} different)" if different < len(prompts) else "")
 
 
 def verdict(base: Evaluation, trained: Evaluation, score: str) -> dict[str, bool]:
     """The claims of a successful run, each true or false: the score rose, and nothing collapsed or overshot."""
     before, after = ({name: v.mean() for name, v in model.diversity.items()} for model in (base, trained))
     claims = {
-        f"{score} rose (95% interval above 0)": paired_gain(base.scores[score], trained.scores[score]).low > 0,
+        f"{score} rose (95% interval above 0)": (
+            paired_gain(base.scores[score], trained.scores[score], base.prompts).low > 0
+        ),
         f"LGMD at least the base's less {LGMD_LOSS}": after["LGMD"] >= before["LGMD"] - LGMD_LOSS,
         f"cosine diversity at least {COSINE_SHARE:.0%} of the base's": (
             after["cosine diversity"] >= COSINE_SHARE * before["cosine diversity"]
@@ -69,5 +89,5 @@ def summary(base: Evaluation, trained: Evaluation) -> dict[str, Any]:
     return {
         "base": {name: float(values.mean()) for name, values in before.items()} | {"latent_std": base.latent_std},
         "trained": {name: float(values.mean()) for name, values in after.items()} | {"latent_std": trained.latent_std},
-        "gain": {name: paired_gain(before[name], after[name])._asdict() for name in before},
+        "gain": {name: paired_gain(before[name], after[name], base.prompts)._asdict() for name in before},
     }

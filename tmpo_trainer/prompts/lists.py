@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +215,18 @@ def prompt_index(position: int, count: int, seed: int) -> int:
     A pure function, so that a resumed run and any number of ranks agree on the order without keeping state.
     """
     epoch, place = divmod(position, count)
+    return _order(epoch, count, seed)[place]
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, count: int, seed: int) -> list[int]:
     order = list(range(count))
     random.Random(f"{seed}:{epoch}").shuffle(order)
-    return order[place]
+    return order
+
+
+def drawn(prompts: Sequence[str], first: int, last: int, seed: int) -> list[str]:
+    """The different prompts at the positions `first` to `last` - 1 of the training order, see `prompt_index`."""
+    # Two passes from any position hold all prompts.
+    last = min(last, first + 2 * len(prompts))
+    return list(dict.fromkeys(prompts[prompt_index(i, len(prompts), seed)] for i in range(first, last)))

@@ -111,6 +111,15 @@ def load(path: Path) -> Checkpoint:
     )
 
 
+def updates_of(path: Path) -> int:
+    """The number of updates of a checkpoint folder. Raises ConfigError."""
+    file = path / "state.json"
+    try:
+        return int(json.loads(file.read_text())["update"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"checkpoint file {file} cannot be read: {one_line(error)}") from None
+
+
 def find(resume: str, outputs: Path) -> Path:
     """The checkpoint that `--resume` means: a checkpoint folder, a run's newest, or `latest` of all runs in `outputs`."""
     if resume == "latest":
