@@ -165,6 +165,21 @@ def test_log_prob_of_bfloat16_is_float32():
     assert torch.equal(value, flow.log_prob(x_next.float(), mean.float(), 0.3))
 
 
+def test_gradients_of_cps_against_the_published_ones():
+    """The published log-probability is -mean (x' - mu)^2. docs/maths.md quotes these factors, of steps 2 to 5."""
+    factors = []
+    for step in range(2, 6):
+        x, velocity = random_step()
+        mean, std = flow.transition("cps", x, velocity, FLUX_SIGMAS[step - 1], FLUX_SIGMAS[step], 0.7)
+        mean.requires_grad_()
+        child = mean.detach() + std * x.flip(0)
+        (ours,) = torch.autograd.grad(flow.log_prob(child, mean, std).sum(), mean)
+        (theirs,) = torch.autograd.grad(-(child - mean).square().flatten(1).mean(1).sum(), mean)
+        torch.testing.assert_close(ours / theirs, torch.full_like(x, (ours / theirs).mean().item()))
+        factors.append(round((ours / theirs).mean().item(), 1))
+    assert factors == [1.0, 1.5, 2.7, 8.5]
+
+
 def test_last_stochastic_step_of_both_models():
     assert flow.last_stochastic_step(FLUX_SIGMAS) == 5
     assert flow.last_stochastic_step(SD35_SIGMAS) == 4

@@ -248,6 +248,13 @@ def test_counts_are_the_rows_that_pass_through_the_network(plan, widths, leaves,
             assert sum(counting.batches) == train
 
 
+def test_published_positions_cost_what_docs_maths_md_says():
+    """Counted from 0: the first branch is independent roots, and 2, 3 and 5 are steps 3, 4 and 6."""
+    published = [TreePlan(6, 3, {3: 3, 4: 3}), TreePlan(6, 3, {4: 3, 6: 3})]
+    assert [plan.rollout_evaluations for plan in published] == [72, 30]
+    assert [PLANS[name].rollout_evaluations for name in ("tmpo-early", "tmpo-late")] == [96, 54]
+
+
 def test_a_branch_at_step_one_is_independent_roots():
     assert TreePlan.tmpo(6, (1, 2, 3), 3) == TreePlan(6, 3, {2: 3, 3: 3})
     assert TreePlan.tmpo(6, (2, 3), 3) == TreePlan(6, 1, {3: 3, 2: 3})
