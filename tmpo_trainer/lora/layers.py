@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from . import file as lora_file
 from .file import LoraFile, by, named
 
 #: diffusers' conversion splits this layer of kohya's at fixed widths, those of FLUX.1.
-KOHYA_FUSED, KOHYA_SHAPE = "single_blocks_{}_linear1", (21504, 3072)
+KOHYA_FUSED, KOHYA_SHAPE = re.compile(r"single_blocks[_.]\d+[_.]linear1$"), (21504, 3072)
 PREFIX = "transformer."
 
 
@@ -92,7 +92,8 @@ def convert(lora: LoraFile, pipeline_class: Any) -> Layers:
     magnitudes = {
         k.removesuffix(".lora_magnitude_vector"): v for k, v in own.items() if k.endswith(".lora_magnitude_vector")
     }
-    other = [key for key in own if not key.endswith((".lora_A.weight", ".lora_B.weight", ".lora_B.bias", "_vector"))]
+    known = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector")
+    other = [key for key in own if not key.endswith(known)]
     other += sorted((downs.keys() ^ ups.keys()) | (biases.keys() | magnitudes.keys()) - downs.keys())
     if other:
         raise ConfigError(f"{file} holds more than the pairs of a LoRA: {named(sorted(other))}")
@@ -135,17 +136,15 @@ def readers(lora: LoraFile) -> list[str]:
 
 def _check_kohya(lora: LoraFile) -> None:
     for module, (down, up) in lora.layers.items():
-        name = module.replace(".", "_")
-        block = name.rpartition("single_blocks_")[2].partition("_")[0]
         found = (len(up), down.shape[1])
-        if name.endswith(KOHYA_FUSED.format(block)) and block.isdecimal() and found[0] != KOHYA_SHAPE[0]:
+        if KOHYA_FUSED.search(module) and found[0] != KOHYA_SHAPE[0]:
             raise ConfigError(
                 f"{lora.file}: {one_line(module)} is {by(found)}, but diffusers converts such names only for FLUX.1, where it "
                 f"is {by(KOHYA_SHAPE)}: give a LoRA of the same model, or one in diffusers' names"
             )
 
 
-def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors under the names that diffusers makes of them, and the alphas that it has not folded in.
 
     Raises:
@@ -159,8 +158,8 @@ def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Ten
         state, *alphas, _ = pipeline_class.lora_state_dict(
             dict(lora.state), return_alphas=True, return_lora_metadata=True
         )
-        folded = dict(alphas[0] or {}) if alphas else {}
-        folded |= {key: value for key, value in state.items() if key.endswith(".alpha")}
+        state = {**state, **(alphas[0] or {})} if alphas else state
+        folded = {key: value for key, value in state.items() if key.endswith(".alpha") and value.numel() == 1}
         state = {key: value for key, value in state.items() if key not in folded}
         own = {key: value for key, value in state.items() if key.startswith(PREFIX)}
         # As diffusers' load_lora_adapter does.
@@ -179,7 +178,7 @@ def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Ten
             f"{lora.file}: {pipeline_class.__name__} of diffusers finds no layers of a transformer among its names, such as "
             f"{named(list(lora.layers), 1)}: rename its keys as diffusers does"
         )
-    return {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}, folded
+    return {key: value.contiguous() for key, value in state.items()}, folded
 
 
 def _left_out(lora: LoraFile, state: Mapping[str, Tensor], applied: int) -> str:
@@ -190,8 +189,8 @@ def _left_out(lora: LoraFile, state: Mapping[str, Tensor], applied: int) -> str:
         for key in state
         if ".lora_A." in key and not key.startswith((PREFIX, *lora_file.TEXT))
     ]
-    parts = [f"{text} layers of text encoders"] if text else []
+    parts = [f"{text} of text encoders"] if text else []
     parts += [f"{len(others)} that diffusers does not place ({named(others)})"] if others else []
     if not parts:
         return ""
-    return f"{lora.file}: the {applied} layers of the transformer are applied, left out are {' and '.join(parts)}"
+    return f"{lora.file}: {applied} layers of the transformer are applied; {' and '.join(parts)} are left out"
