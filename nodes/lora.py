@@ -28,19 +28,25 @@ NONE = "(none)"
 DEMO, DEMO_FILE = "(demo)", FOLDER.parent / "lora" / lora_file.FILE_NAME
 
 
-def apply_lora(model: Any, path: Path, strength: float) -> Any:
-    """A clone of the model with the LoRA. Raises ValueError if a layer of the LoRA does not fit the model."""
-    state = comfy.utils.load_torch_file(str(path), safe_load=True)
+def apply_lora(model: Any, lora: lora_file.LoraFile, strength: float) -> Any:
+    """A clone of the model with the LoRA's layers, without those of text encoders.
+
+    Raises:
+        ValueError: a number is not finite, or a layer does not fit the model.
+    """
+    lora.check_finite()
+    loose = {key for key in lora.loose if not key.endswith(".dora_scale")}
+    state = {key: value for key, value in lora.state.items() if key not in loose}
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys, log_missing=False)
-    layers = len(lora_file.read(path).layers)
+    layers = len(lora.layers) - len(lora.text)
     clone = model.clone()
     weights = model.model.state_dict()
     fitting = {key: adapter for key, adapter in loaded.items() if _fits(weights, key, adapter)}
     placed = len(clone.add_patches(fitting, strength))
-    if placed < layers:
+    if placed < layers or not placed:
         raise ValueError(
-            f"{path.name} is a LoRA of another model: {placed} of its {layers} layers are in "
+            f"{lora.file.name} is a LoRA of another model: {placed} of its {layers} layers are in "
             f"{type(model.model).__name__}. Connect the model it was trained on"
         )
     return clone
@@ -118,10 +124,11 @@ class LoadTmpoLora(io.ComfyNode):
         file = cls._file(lora, path)
         if file is None or strength == 0:
             return io.NodeOutput(model, "no LoRA", ui=ui.PreviewText("no LoRA"))
-        about, sound = lora_file.describe(file)
+        lora = lora_file.read(file)
+        about, sound = lora_file.describe(lora)
         if not sound:
             about += "\nNot all checks hold: the LoRA may not have its trained effect."
-        return io.NodeOutput(apply_lora(model, file, strength), about, ui=ui.PreviewText(about))
+        return io.NodeOutput(apply_lora(model, lora, strength), about, ui=ui.PreviewText(about))
 
 
 class Compare(io.ComfyNode):

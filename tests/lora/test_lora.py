@@ -94,6 +94,9 @@ def test_the_strength_in_the_file_counts(trained: Trainer, file: Path, make_trai
                 state[key.replace(".lora_B.weight", ".alpha")] = torch.tensor(8.0)
 
     rewrite(file, halve)
+    with pytest.raises(ConfigError, match=r"the strength of .* in alpha keys, also in its metadata"):
+        make_trainer(init_lora=file)
+    rewrite(file, lambda state: None, lora_adapter_metadata="")
     fresh = make_trainer(init_lora=file)
     torch.testing.assert_close(picture(fresh), picture(trained), atol=1e-4, rtol=0)
 
@@ -101,9 +104,9 @@ def test_the_strength_in_the_file_counts(trained: Trainer, file: Path, make_trai
 def test_a_file_that_does_not_fit_is_refused(
     trained: Trainer, file: Path, make_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"has rank 4, but the run 2: give --lora-rank 4"):
+    with pytest.raises(ConfigError, match=r"has rank 4 in .* and 18 more, but the run 2: give --lora-rank 4"):
         make_trainer(lora_rank=2, init_lora=file)
-    with pytest.raises(ConfigError, match=r"ff.* is not a LoRA target of this run"):
+    with pytest.raises(ConfigError, match=r"ff.* are no LoRA targets of this run: give --lora-targets"):
         make_trainer(lora_targets="attention", init_lora=file)
     with pytest.raises(ConfigError, match="does not exist: give a LoRA's safetensors file"):
         make_trainer(init_lora=tmp_path / "missing.safetensors")
@@ -181,7 +184,7 @@ def test_the_architecture_is_the_metadatas(tmp_path: Path) -> None:
     state = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}
     for metadata, told in (({}, "not stated"), ({"modelspec.architecture": "flux-1-dev/lora"}, "flux-1-dev/lora")):
         save_file(state, tmp_path / "lora.safetensors", metadata)
-        text, sound = lora_file.describe(tmp_path / "lora.safetensors")
+        text, sound = lora_file.describe(lora_file.read(tmp_path / "lora.safetensors"))
         assert f"architecture    {told}\n" in text and sound
 
 

@@ -62,7 +62,7 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     loading.check_features(config.features)
     skeleton = loading.skeleton(config, chosen)
     if lora is not None:
-        check_lora(lora, skeleton.transformer)
+        loading.say_left_out(check_lora(lora, skeleton))
     if config.threads:
         torch.set_num_threads(config.threads)
     loading.quiet()

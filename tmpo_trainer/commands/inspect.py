@@ -14,6 +14,14 @@ def command(arguments: Sequence[str]) -> int:
     file = parser.parse_args(arguments).file
     from ..lora import file as lora_file
 
-    text, sound = lora_file.describe(file)
+    lora = lora_file.read(file)
+    more = {}
+    if not any(name.startswith("transformer.") for name in lora.layers):
+        # diffusers takes seconds to import.
+        from ..lora.layers import readers
+
+        names = " and ".join(readers(lora))
+        more = {f"diffusers converts its names{f' for {names}' if names else ''}": bool(names)}
+    text, sound = lora_file.describe(lora, more)
     print(text)
     return 0 if sound else 1

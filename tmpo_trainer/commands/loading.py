@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ..backbones.check import check_transformer
 from ..evaluation import held_out
 from ..evaluation.features import Features, check_features, load_features
 from ..lora import adapter as lora
+from ..lora.layers import Layers
 from ..prompts.lists import PromptList, drawn, read_prompts
 from ..prompts.split import Split
 from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, variants
@@ -113,8 +116,14 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
     methods.make(config, found.sigmas(config.rollout_steps, *config.resolution))
     if config.init_lora:
-        lora.check_fits(config.init_lora, found.target_shapes(config.lora_targets), config.lora_rank)
+        say_left_out(lora.check_fits(config.init_lora, found, config.lora_targets, config.lora_rank))
     return train, heldout, found
+
+
+def say_left_out(layers: Layers) -> None:
+    """One line, by one process of a machine, about layers of a LoRA file that are not applied."""
+    if layers.left_out and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"tmpo_trainer: {layers.left_out}", file=sys.stderr)
 
 
 def skeleton(config: TrainConfig, device: torch.device) -> Backbone:

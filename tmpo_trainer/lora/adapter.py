@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ..backbones.base import Backbone
+from ..settings.config import LoraTargets
 from ..settings.errors import ConfigError
-from .file import LoraFile, read
+from .attach import check_lora
+from .file import named
+from .layers import Layers
 
 
 class _MasterLinear(torch.nn.Linear):
@@ -43,53 +48,59 @@ def attach(transformer: Any, config: LoraConfig) -> None:
                 half["default"].weight = plain.weight
 
 
-def check_fits(path: Path, shapes: Mapping[str, tuple[int, int]], rank: int) -> LoraFile:
-    """Reads a LoRA file and checks that it fits an adapter.
+def check_fits(path: Path, backbone: Backbone, targets: LoraTargets, rank: int) -> Layers:
+    """Reads a LoRA file and checks that a run's adapter can have exactly its effect.
 
     Args:
-        shapes: {module: (inputs, outputs)} of the adapter. rank: the adapter's; the file's may be lower.
+        backbone: the model, which may lack its weights. targets, rank: the adapter's; the file may have fewer and a lower
+            one.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: the adapter cannot.
     """
-    lora = read(path)
-    for module, (down, up) in lora.layers.items():
-        name = module.removeprefix("transformer.")
-        if name not in shapes:
-            raise ConfigError(
-                f"--init-lora {path}: {module} is not a LoRA target of this run: give a LoRA of the same model in "
-                "diffusers' names, or --lora-targets all-linear"
-            )
-        if len(down) > rank:
-            raise ConfigError(
-                f"--init-lora {path} has rank {len(down)}, but the run {rank}: give --lora-rank {len(down)}"
-            )
-        if (down[0].numel(), len(up)) != shapes[name]:
-            found = f"{tuple(up.shape)} x {tuple(down.shape)}"
-            raise ConfigError(f"--init-lora {path}: {module} is {found}: give a LoRA of the same model")
-    return lora
+    found = check_lora(path, backbone)
+    where = f"--init-lora {found.file}"
+    extra = list(found.magnitudes) or [name for name, bias in found.biases.items() if bias.any()]
+    if extra:
+        kind = "a DoRA: the magnitudes" if found.magnitudes else "a LoRA with biases: those"
+        raise ConfigError(f"{where} is {kind} of {named(extra)} are beyond a run's LoRA; give one without")
+    shapes = backbone.target_shapes(targets)
+    pairs = {
+        name: pair if name in shapes and len(pair[0]) <= rank else _trim(*pair) for name, pair in found.pairs.items()
+    }
+    pairs = {name: pair for name, pair in pairs.items() if len(pair[0])}
+    strange = [name for name in pairs if name not in shapes]
+    if strange:
+        wider = all(name in backbone.target_shapes("all-linear") for name in strange)
+        fix = "give --lora-targets all-linear" if wider else "no --lora-targets include them all"
+        raise ConfigError(f"{where} changes {named(strange)}, which are no LoRA targets of this run: {fix}")
+    high = {name: len(down) for name, (down, _) in pairs.items() if len(down) > rank}
+    if high:
+        raise ConfigError(
+            f"{where} has rank {max(high.values())} in {named(list(high))}, but the run {rank}: give --lora-rank "
+            f"{max(high.values())}"
+        )
+    return replace(found, pairs=pairs)
 
 
-def start(parameters: Mapping[str, Tensor], scale: float, path: Path) -> None:
-    """Sets a fresh adapter's parameters from a LoRA file, so that its effect is exactly the same.
+def _trim(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product without the rows of down and columns of up that add nothing."""
+    kept = down.any(1) & up.any(0)
+    return down[kept], up[:, kept]
+
+
+def start(parameters: Mapping[str, Tensor], scale: float, lora: Layers) -> None:
+    """Sets a fresh adapter's parameters from a LoRA that `check_fits` has read, so that its effect is exactly the same.
 
     If the file's rank is lower, the adapter keeps its random lora_A rows for the rest, and zeros in lora_B cancel them.
     Modules that the file lacks stay at zero.
 
     Args:
         parameters: {`<module>.lora_A.default.weight`: value}, as peft names them. scale: the adapter's alpha / rank.
-
-    Raises:
-        ConfigError: the file does not fit the adapter.
     """
-    down_of, up_of = ".lora_A.default.weight", ".lora_B.default.weight"
-    downs = {name.removesuffix(down_of): value for name, value in parameters.items() if name.endswith(down_of)}
-    shapes = {name: (down.shape[1], len(parameters[name + up_of])) for name, down in downs.items()}
-    lora = check_fits(path, shapes, len(next(iter(downs.values()))))
-    for module, (down, up) in lora.layers.items():
-        name, rank = module.removeprefix("transformer."), len(down)
-        strength = lora.alphas[module] / rank if module in lora.alphas else lora.scale
+    for module, (down, up) in lora.pairs.items():
+        wide = parameters[f"{module}.lora_B.default.weight"]
         with torch.no_grad():
-            downs[name][:rank].copy_(down)
-            parameters[name + up_of].zero_()
-            parameters[name + up_of][:, :rank].copy_(up.float() * (strength / scale))
+            parameters[f"{module}.lora_A.default.weight"][: len(down)].copy_(down)
+            wide.zero_()
+            wide[:, : len(down)].copy_(up.float() * (1 / scale))

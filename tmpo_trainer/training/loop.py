@@ -94,6 +94,9 @@ class Trainer:
     def _prepare(self) -> None:
         """Gives the transformer its adapter, and makes the optimiser."""
         config, backbone = self.config, self.backbone
+        start = None
+        if config.init_lora:
+            start = adapter.check_fits(config.init_lora, backbone, config.lora_targets, config.lora_rank)
         torch.manual_seed(config.seed)
         adapter.attach(backbone.transformer, backbone.adapter(config.lora_targets, config.lora_rank, config.lora_alpha))
         if config.gradient_checkpointing:
@@ -106,8 +109,8 @@ class Trainer:
             # One per kind of block, with and without gradient and adapter: more than torch's default of 8.
             torch._dynamo.config.recompile_limit = 64
         lora = trainable(backbone.transformer)
-        if config.init_lora:
-            adapter.start(lora, config.lora_alpha / config.lora_rank, config.init_lora)
+        if start is not None:
+            adapter.start(lora, config.lora_alpha / config.lora_rank, start)
         self.optimizer = torch.optim.AdamW(
             lora.values(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
         )
