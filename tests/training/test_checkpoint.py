@@ -159,7 +159,9 @@ def test_a_whole_run(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {
         ".lock", "checkpoint-15", "checkpoint-20", "config.yaml", "env.json", "metrics.jsonl", FILE_NAME
     }  # fmt: skip
-    assert sorted(path.name for path in (whole / "checkpoint-20").iterdir()) == sorted((*checkpoint.FILES, checkpoint.SUMS))
+    assert sorted(path.name for path in (whole / "checkpoint-20").iterdir()) == sorted(
+        (*checkpoint.FILES, checkpoint.SUMS)
+    )
 
 
 def test_killed_twice_and_resumed_is_the_same(flags: list[str], whole: Path, tmp_path: Path) -> None:

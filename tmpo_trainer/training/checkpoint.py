@@ -131,7 +131,11 @@ def _write(
     for name, values in tensors.items():
         if values:
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, folder / name)
-    torch.save(optimizer, folder / "optimizer.pt")
+    try:
+        torch.save(optimizer, folder / "optimizer.pt")
+    except RuntimeError as error:
+        # torch reports a full disk as an unexpected position in the file.
+        raise OSError(f"optimizer.pt cannot be written, is the disk full? ({one_line(error, 120)})") from None
     (folder / "state.json").write_text(json.dumps(state, indent=2))
     written = sorted(folder.iterdir())
     # What was just written is still in memory: this reads nothing from the disk.
