@@ -157,9 +157,11 @@ def test_a_whole_run(whole: Path) -> None:
     assert len({line["reward/red"] for line in lines}) == UPDATES
     assert len({tuple(line["branch_steps"]) for line in lines}) > 1
     assert {path.name for path in whole.iterdir()} == {
-        "checkpoint-15", "checkpoint-20", "config.yaml", "env.json", "metrics.jsonl", FILE_NAME
+        ".lock", "checkpoint-15", "checkpoint-20", "config.yaml", "env.json", "metrics.jsonl", FILE_NAME
     }  # fmt: skip
-    assert sorted(path.name for path in (whole / "checkpoint-20").iterdir()) == sorted(checkpoint.FILES)
+    assert sorted(path.name for path in (whole / "checkpoint-20").iterdir()) == sorted(
+        (*checkpoint.FILES, checkpoint.SUMS)
+    )
 
 
 def test_killed_twice_and_resumed_is_the_same(flags: list[str], whole: Path, tmp_path: Path) -> None:
@@ -249,15 +251,14 @@ def test_a_score_that_is_no_number_stops_and_can_be_resumed(
     assert_same(folder, whole)
 
 
-def test_a_failure_in_the_first_update_can_be_resumed(
-    flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path
+def test_a_failure_in_the_first_update_saves_nothing(
+    flags: list[str], scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     scorer.at[1] = lambda count: torch.full((count,), torch.inf)
     assert main.main([*flags, "--output-dir", str(folder)]) == 1
-    assert names(folder) == ["checkpoint-0"]
-    assert main.main(["--resume", str(folder / "checkpoint-0")]) == 0
-    assert_same(folder, whole)
+    assert names(folder) == []
+    assert capsys.readouterr().err.strip().endswith("(nothing saved yet)")
 
 
 def test_resuming_a_finished_run_changes_nothing(whole: Path, copied: Path, scorer: Scorer) -> None:
@@ -325,7 +326,7 @@ def save(folder: Path, update: int, keep: int = 2) -> Path:
     return checkpoint.save(folder, update, {"a": parameter}, {"a": parameter}, optimizer.state_dict(), state, keep)
 
 
-POINTS = [("flush", n) for n in range(1, 7)] + [("save_file", 1), ("save_file", 2), ("rename", 1)]
+POINTS = [("flush", n) for n in range(1, 8)] + [("save_file", 1), ("save_file", 2), ("rename", 1)]
 
 
 @pytest.mark.parametrize(("function", "call"), POINTS, ids=str)
@@ -350,7 +351,7 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint(
         with pytest.raises(Killed):
             save(folder, 10)
     # Only the last flush comes after the renaming.
-    expected = 10 if (function, call) == ("flush", 6) else 5
+    expected = 10 if (function, call) == ("flush", 7) else 5
     for resume in ("latest", str(folder)):
         found = checkpoint.find(resume, tmp_path / "outputs")
         assert found == folder / f"checkpoint-{expected}"

@@ -21,6 +21,7 @@ from ..settings.errors import ConfigError
 from ..settings.presets import current
 from ..settings.yaml_file import read_yaml
 from ..training.checkpoint import checkpoints
+from ..training.lock import LOCK, Locked, locked
 
 
 class Training:
@@ -62,36 +63,41 @@ class Training:
         """Starts or continues one run. Returns False if it failed, or if it must be left alone; a log line then says why."""
         if self.stopped:
             return False
-        with settings.with_suffix(".lock").open("w") as lock:
-            if not _locked(lock):
-                bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
-                return False
-            known = folder / "config.yaml"
-            try:
-                other = known.exists() and _comparable(known) != _comparable(settings)
-            except ConfigError as error:
-                bar.write(f"tmpo_trainer: {error}", file=sys.stderr)
-                return False
-            if other:
-                bar.write(f"tmpo_trainer: {folder} holds a run with other settings: move it away", file=sys.stderr)
-                return False
-            if (folder / export.FILE_NAME).exists():
-                bar.update()
-                return True
-            if checkpoints(folder):
-                asked = read_yaml(settings)
-                flags = ["--resume", str(folder), "--device", str(asked["device"]), "--threads", str(asked["threads"])]
-            else:
-                for path in folder.glob("*"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                flags = ["--config", str(settings)]
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.start(flags, folder / "log.txt", lock) != 0:
-                return False
+        try:
+            with locked(settings.with_suffix(".lock"), folder) as lock:
+                return self._train(settings, folder, bar, lock)
+        except Locked:
+            bar.write(f"tmpo_trainer: {folder.name} is still being trained by another process", file=sys.stderr)
+        except ConfigError as error:
+            bar.write(f"tmpo_trainer: {error}", file=sys.stderr)
+        return False
+
+    def _train(self, settings: Path, folder: Path, bar: tqdm[Any], lock: IO[bytes]) -> bool:
+        """`_one` with the lock. Raises ConfigError if the run must be left alone."""
+        known = folder / "config.yaml"
+        if known.exists() and _comparable(known) != _comparable(settings):
+            raise ConfigError(f"{folder} holds a run with other settings: move it away")
+        if (folder / export.FILE_NAME).exists():
             bar.update()
             return True
+        folder.mkdir(parents=True, exist_ok=True)
+        # A run of its own, or on Windows one whose comparison has died, has this lock alone.
+        with locked(folder / LOCK, folder):
+            resumed = bool(checkpoints(folder))
+            if not resumed:
+                for path in folder.glob("*"):
+                    if path.name != LOCK:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        flags = ["--config", str(settings)]
+        if resumed:
+            asked = read_yaml(settings)
+            flags = ["--resume", str(folder), "--device", str(asked["device"]), "--threads", str(asked["threads"])]
+        if self.start(flags, folder / "log.txt", lock) != 0:
+            return False
+        bar.update()
+        return True
 
-    def start(self, flags: Sequence[str], log: Path, lock: IO[str] | None = None) -> int:
+    def start(self, flags: Sequence[str], log: Path, lock: IO[bytes] | None = None) -> int:
         """Runs training to its end. The child keeps `lock` while it or anything it started lives, even if we die."""
         with log.open("ab") as out:
             with self._lock:
@@ -111,19 +117,6 @@ class Training:
             with self._lock:
                 self._running.discard(process)
         return code
-
-
-def _locked(file: IO[str]) -> bool:
-    """Takes the lock on a file. Returns whether this process has it; always True on Windows, which has no flock."""
-    if os.name == "nt":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _comparable(file: Path) -> dict[str, Any]:

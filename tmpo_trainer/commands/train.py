@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from ..evaluation import report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut, sample
 from ..evaluation.statistics import counted
-from ..files import read_metrics, write_text
+from ..files import write_text
 from ..lora import export
 from ..processes import OtherProcessFailed, together
 from ..rewards import Scorer
 from ..settings.config import TrainConfig, absolute, to_yaml
 from ..settings.errors import ConfigError, one_line
 from ..training import progress, trackers
-from ..training.checkpoint import checkpoints, drop_later, updates_of
+from ..training.checkpoint import checkpoints, drop_later, number, updates_of
 from ..training.loop import Interrupted, Trainer
-from ..training.run_folder import agreed_folder, environment
+from ..training.run_folder import agreed_folder, claim, environment, writing
+from ..training.weights import Diverged
 from . import loading, resuming
 
 
@@ -47,6 +49,12 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     Returns:
         the exit code: 0, 1 for a failure (one line says which), 130 if interrupted.
     """
+    # The run's folder stays locked until this closes.
+    with ExitStack() as held:
+        return _train(config, preset, checkpoint, held)
+
+
+def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: ExitStack) -> int:
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
     train_prompts, heldout, skeleton = loading.check(config, chosen)
@@ -58,27 +66,32 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
     device = chosen if accelerator.num_processes == 1 else accelerator.device
     if accelerator.is_fsdp2 and config.quantize == "nf4":
         raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
+    if checkpoint:
+        claim(checkpoint.parent, accelerator, held)
     rank, processes = accelerator.process_index, accelerator.num_processes
     texts = loading.drawn_prompts(config, train_prompts, heldout, processes, done)
     together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
     parts = together(accelerator, lambda: _load(config, device, texts, accelerator.is_fsdp2))
     folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
+    if not checkpoint:
+        claim(folder, accelerator, held)
     scorers, extra = ([parts.scorers[name] for name in names] for names in (config.reward, config.extra_rewards))
     trainer = Trainer(config, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features)
     if checkpoint:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:
         digests = {"training": resuming.digest(train_prompts), "held-out": resuming.digest(heldout)}
-        if checkpoint:
-            for line in resuming.notices(folder, config, digests):
-                print(line, file=sys.stderr)
-            drop_later(folder, trainer.done)
-        # With absolute paths, so that `--resume` and `evaluate` find the same files from another folder.
-        write_text(folder / "config.yaml", to_yaml(absolute(config)))
-        about = {**environment(device), "prompts": digests}
-        write_text(folder / "env.json", json.dumps(about, indent=2) + "\n")
+        with writing(folder):
+            if checkpoint:
+                for line in resuming.notices(folder, config, digests):
+                    print(line, file=sys.stderr)
+                drop_later(folder, trainer.done)
+            # With absolute paths, so that `--resume` and `evaluate` find the same files from another folder.
+            write_text(folder / "config.yaml", to_yaml(absolute(config)))
+            about = {**environment(device), "prompts": digests}
+            write_text(folder / "env.json", json.dumps(about, indent=2) + "\n")
         print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
-    trackers.start(accelerator, config, folder)
+    trackers.start(accelerator, config, folder, trainer.done if checkpoint else None)
     held_out = None
     if parts.features and (config.report or config.eval_every):
         held_out = HeldOut(
@@ -120,7 +133,8 @@ def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
         return base, held_out.measure()
 
     accelerator = trainer.accelerator
-    reporter = progress.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare, accelerator)
+    with writing(folder):
+        reporter = progress.Reporter(folder, config.updates, trainer.done, names, draw_samples, compare, accelerator)
     try:
         trainer.train(reporter)
         reporter.close()
@@ -131,20 +145,39 @@ def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
         reporter.close()
         if main:
             print(f"tmpo_trainer: {stop}; saved, continue with --resume {folder}", file=sys.stderr)
-        accelerator.end_training()
+        trackers.end(accelerator)
         return 130
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        whole = checkpoints(folder)
-        kept = f"kept {whole[-1].name}, continue with --resume {folder}" if whole else "nothing saved yet"
-        text = one_line(error)
+    except KeyboardInterrupt:
+        reporter.close()
+        if main:
+            print(f"tmpo_trainer: interrupted after update {trainer.done} ({_kept(trainer)})", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError, SafetensorError, MemoryError) as error:
         reporter.close()
         if main or not isinstance(error, OtherProcessFailed):
+            text = one_line(error) or type(error).__name__
+            kept = _kept(trainer, isinstance(error, Diverged))
             print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)
         return 1
     finally:
         reporter.close()
-    accelerator.end_training()
+    trackers.end(accelerator)
     return 0
+
+
+def _kept(trainer: Trainer, diverged: bool = False) -> str:
+    """What a run that failed has left, and what to do with it, as a part of a line."""
+    folder = trainer.run
+    whole = [path for path in checkpoints(folder) if number(path)]
+    if not whole:
+        return "nothing saved yet; lower --learning-rate" if diverged else "nothing saved yet"
+    kept = f"kept {whole[-1].name}"
+    if not diverged:
+        return f"{kept}, continue with --resume {folder}"
+    before = [path for path in whole if number(path) < trainer.done]
+    if before:
+        return f"{kept}; the same settings fail again, continue with --resume {before[-1]} and a lower --learning-rate"
+    return f"{kept}; the same settings fail again, start a new run with a lower --learning-rate"
 
 
 def _export(trainer: Trainer) -> None:
@@ -188,12 +221,13 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
         f"seed {config.seed}. Base and trained model start from the same noise; intervals are bootstraps over prompts. "
         f"Diversity of pictures is measured on {held_out.protocol.features.name} features.",
     ]
-    metrics = read_metrics(trainer.run / "metrics.jsonl")
-    evaluations = read_metrics(trainer.run / "evaluations.jsonl")
+    metrics, evaluations = progress.metrics_lines(trainer.run, rewards), progress.evaluation_lines(trainer.run)
+    if not metrics:
+        raise ValueError(f"{trainer.run / 'metrics.jsonl'} has no line for the curves of the report")
     target = next(iter(base.scores))
     checks = report.write_report(trainer.run, base, trained, metrics, evaluations, rewards, about, target)
     for name, values in base.measures.items():
         print(f"{name}: {values.mean():.3f} -> {trained.measures[name].mean():.3f}", file=sys.stderr)
-    for claim, holds in checks.items():
-        print(f"{'yes' if holds else 'NO '} {claim}", file=sys.stderr)
+    for statement, holds in checks.items():
+        print(f"{'yes' if holds else 'NO '} {statement}", file=sys.stderr)
     print(f"report: {trainer.run / 'report.md'}", file=sys.stderr)

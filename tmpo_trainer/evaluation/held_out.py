@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .. import diversity, tree
 from ..backbones.base import Backbone
+from ..files import replacing
 from ..prompts.lists import PromptList, about
 from ..rewards import Scorer, score_all
 from .features import Features
@@ -304,8 +304,8 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
                 shown=stored["shown"].tolist(),
                 images=stored["images"],
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        # The file only saves time: a damaged one is replaced.
+    except Exception:
+        # The file only saves time: a damaged one is replaced, and numpy and zipfile have many errors for those.
         return None
 
 
@@ -318,7 +318,5 @@ def _write(file: Path, evaluation: Evaluation, key: str) -> None:
         **{f"score/{name}": values for name, values in evaluation.scores.items()},
         **{f"diversity/{name}": values for name, values in evaluation.diversity.items()},
     }
-    temporary = file.with_name(f".{file.name}")
-    with temporary.open("wb") as out:
-        np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]

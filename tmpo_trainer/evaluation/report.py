@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import write_text
+from ..files import replacing, write_text
 from ..pictures.grids import grid, zoom
 from .held_out import Evaluation
 from .statistics import Interval, interval, paired_gain, summary, verdict
@@ -95,7 +95,8 @@ def curves(
     for axis in axes:
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def running_mean(values: np.ndarray, share: int) -> np.ndarray:
@@ -124,7 +125,8 @@ def side_by_side(base: Evaluation, trained: Evaluation, path: Path, images: int 
     pairs = zip(base.images, trained.images, strict=True)
     rows = [np.concatenate([before[:images], gap, after[:images]]) for before, after in pairs]
     labels = [f"{base.prompts[i]}   (left: base, right: trained, same seeds)" for i in base.shown]
-    grid(rows, labels, zoom(base.images[0])).save(path)
+    with replacing(path) as temporary:
+        grid(rows, labels, zoom(base.images[0])).save(temporary)
 
 
 def write_report(

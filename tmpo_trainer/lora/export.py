@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import __version__
 from ..backbones.base import Backbone
+from ..files import flush
 from ..processes import whole
 from .file import FILE_NAME
 
@@ -46,11 +47,15 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
         return changed
     adapter = {**config.to_dict(), "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    # A name of its own, so that what a kill leaves is found here the next time.
+    temporary = folder / ".lora.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
         backbone.pipeline.save_lora_weights(
             temporary, transformer_lora_layers=layers, transformer_lora_adapter_metadata=adapter
         )
-        written = Path(temporary) / FILE_NAME
+        written = temporary / FILE_NAME
         with safe_open(written, "pt") as file:
             metadata = dict(file.metadata())
         metadata |= {
@@ -66,9 +71,12 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
         umask = os.umask(0)
         os.umask(umask)
         written.chmod(0o666 & ~umask)
+        reloaded = load_file(written)
+        expected = {f"transformer.{name}": value for name, value in layers.items()}
+        if reloaded.keys() != expected.keys() or not all(torch.equal(reloaded[k], v) for k, v in expected.items()):
+            raise RuntimeError(f"{folder / FILE_NAME} does not read back as written: is the disk full?")
+        flush(written)
         written.replace(folder / FILE_NAME)
-    reloaded = load_file(folder / FILE_NAME)
-    expected = {f"transformer.{name}": value for name, value in layers.items()}
-    if reloaded.keys() != expected.keys() or not all(torch.equal(reloaded[k], v) for k, v in expected.items()):
-        raise RuntimeError(f"{folder / FILE_NAME} does not read back as written: is the disk full?")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return changed

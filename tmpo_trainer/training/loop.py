@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import reduce
+from safetensors import SafetensorError
 
 from .. import methods
 from ..backbones.base import Backbone
@@ -27,12 +28,12 @@ from ..processes import Processes, like, whole
 from ..prompts.lists import PromptList, as_list, prompt_index
 from ..rewards import Scorer
 from ..settings.config import TrainConfig
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from ..tree import TreePlan
 from . import checkpoint
 from .progress import Reporter
 from .prompt_batch import Judges, Roller
-from .weights import Weights, trainable
+from .weights import Diverged, Weights, trainable
 
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
@@ -120,14 +121,20 @@ class Trainer:
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Writes a checkpoint of the updates done so far: the same files whatever the number of processes."""
+    def save(self, least: int = 1) -> Path:
+        """Writes a checkpoint of the updates done so far: the same files whatever the number of processes.
+
+        Args:
+            least: how many checkpoints to keep at least, whatever the settings say.
+        """
+        keep = max(self.config.checkpoints_kept, least)
         main, weights = self.processes.main, self.weights
         lora, ema = weights.whole(weights.lora, main), weights.whole(weights.ema, main)
         tensors = weights.whole(self.method.tensors(), main)
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {key: weights.whole(values, main) for key, values in optimizer["state"].items()}
         path = self.run / f"checkpoint-{self.done}"
+        error = None
         if main:
             about = {
                 "seed": self.config.seed,
@@ -136,17 +143,18 @@ class Trainer:
                 "method": self.config.method,
                 "method_state": self.method.state(),
             }
-            checkpoint.save(self.run, self.done, lora, ema, optimizer, about, self.config.checkpoints_kept, tensors)
-        self.accelerator.wait_for_everyone()
+            try:
+                checkpoint.save(self.run, self.done, lora, ema, optimizer, about, keep, tensors)
+            except Exception as caught:
+                error = caught
+        self.processes.agree(error)
         return path
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint. Raises ConfigError if it is of another model, rank, seed or method."""
         saved = checkpoint.load(path)
         lora, state = self.weights.lora, saved.state
-        for name, parameter in lora.items():
-            if name not in saved.lora or saved.lora[name].shape != parameter.shape or len(saved.lora) != len(lora):
-                raise ConfigError(f"checkpoint {path} is of another model or LoRA rank (at {name})")
+        moments = saved.moments(path, lora)
         if state["seed"] != self.config.seed:
             raise ConfigError(f"checkpoint {path} has seed {state['seed']}, the settings say {self.config.seed}")
         count = self.processes.count
@@ -157,14 +165,16 @@ class Trainer:
             )
         # Earlier versions kept the state of GARDO's gate alone, and no method's name.
         method, kept = state.get("method", self.config.method), state.get("method_state", state.get("gate", {}))
-        if method != self.config.method or kept.keys() != self.method.state().keys():
+        if method != self.config.method or not isinstance(kept, dict) or kept.keys() != self.method.state().keys():
             raise ConfigError(f"checkpoint {path} is of another method than {self.config.method}")
         self.weights.read(self.weights.share(saved.lora))
         self.weights.ema = self.weights.share(saved.ema)
-        for key, name in enumerate(lora):
-            values = saved.optimizer["state"].get(key, {})
-            saved.optimizer["state"][key] = {n: like(v, lora[name]) if v.dim() else v for n, v in values.items()}
-        self.optimizer.load_state_dict(saved.optimizer)
+        moments = {
+            key: {n: like(v, lora[name]) if v.dim() else v for n, v in moments.get(key, {}).items()}
+            for key, name in enumerate(lora)
+        }
+        # The groups hold settings, and those are of this run.
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.method.load(kept, self.weights.share(saved.tensors))
         self.done = state["update"]
 
@@ -189,10 +199,8 @@ class Trainer:
             rolled = self._roll_out(u, plan, clock, figures)
         _extend(figures, self.method.judge([batch for batch, _ in rolled], self.processes))
         self._optimise(u, rolled, figures)
-        self.done += 1
-        if self.done % self.config.ema_every == 0:
+        if (u + 1) % self.config.ema_every == 0:
             self.weights.average(self.config.ema_decay)
-        self._whole = True
         for batch, network in rolled:
             _extend(
                 figures,
@@ -202,6 +210,7 @@ class Trainer:
         merged = {name: summarise(name, [value for part in everyone for value in part[name]]) for name in figures}
         self.method.end(merged)
         self._method_before = self.method.state()
+        self.done, self._whole = u + 1, True
         seconds = time.perf_counter() - start
         return {
             "update": self.done,
@@ -266,10 +275,13 @@ class Trainer:
             if not torch.isfinite(norm):
                 # The norm is that of all processes' gradient.
                 self.processes.agreed = True
-                raise ValueError(f"the gradient of update {update + 1} is {norm.item()}")
+                raise Diverged(f"the gradient of update {update + 1} is {norm.item()}")
             figures["grad_norm"].append(norm.item())
             self._whole = False
             self.optimizer.step()
+        if not all(self.processes.gather(self.weights.finite())):
+            self.processes.agreed = True
+            raise Diverged(f"the LoRA is not finite after update {update + 1}")
 
     def _gradient(self, rolled: Rolled, inner: int) -> Figures:
         """The gradient of all batches. Out of memory, on any process, it is begun again with half the batch on all.
@@ -332,6 +344,7 @@ class Trainer:
         """
         config = self.config
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        saving = False
         try:
             while self.done < config.updates:
                 metrics = self.update()
@@ -348,7 +361,9 @@ class Trainer:
                 stop = self._stopped()
                 due = config.checkpoint_every and self.done % config.checkpoint_every == 0
                 if due or self.done == config.updates or stop:
+                    saving = True
                     self.save()
+                    saving = False
                 if stop:
                     raise Interrupted(f"stopped by {signal.Signals(stop).name} after update {self.done}")
         except Interrupted:
@@ -356,10 +371,17 @@ class Trainer:
         except BaseException:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
             saved = self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
-            if self._whole and self.processes.agreed and not saved:
+            # Before the first update there is nothing to lose either.
+            if self.done and self._whole and self.processes.agreed and not saved and not saving:
                 # An update that failed has moved it; it will be done again.
                 self.method.load(self._method_before, self.method.tensors())
-                self.save()
+                try:
+                    # The one before stays too: of a run that diverged, this one may already be spoilt.
+                    self.save(least=2)
+                except (OSError, RuntimeError, SafetensorError) as error:
+                    # The first error is the one to report.
+                    if self.processes.main:
+                        print(f"\nupdate {self.done} cannot be saved: {one_line(error)}", file=sys.stderr)
             raise
         finally:
             for number, handler in handlers.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,22 @@ from tqdm import tqdm
 
 from ..evaluation.held_out import Evaluation
 from ..evaluation.statistics import summary
-from ..files import read_metrics, write_text
+from ..files import read_metrics, replacing, write_text
 from ..pictures.grids import grid, zoom
 from . import trackers
+
+
+def metrics_lines(run: Path, rewards: Sequence[str]) -> list[dict[str, Any]]:
+    """A run's lines of metrics.jsonl that have the figures of the report: a damaged line may lack some."""
+    needed = (*(f"reward/{name}" for name in rewards), "lgmd", "latent_std")
+    lines = read_metrics(run / "metrics.jsonl")
+    return [line for line in lines if all(isinstance(line.get(name), int | float) for name in needed)]
+
+
+def evaluation_lines(run: Path) -> list[dict[str, Any]]:
+    """A run's lines of evaluations.jsonl that have the figures of the report."""
+    lines = read_metrics(run / "evaluations.jsonl")
+    return [line for line in lines if all(isinstance(line.get(name), dict) for name in ("base", "trained", "gain"))]
 
 
 class Reporter:
@@ -73,7 +87,8 @@ class Reporter:
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
         sheet = grid(list(pictures), prompts, zoom(pictures))
-        sheet.save(folder / f"update-{update:06d}.png")
+        with replacing(folder / f"update-{update:06d}.png") as temporary:
+            sheet.save(temporary)
         trackers.log_image(self.accelerator, "samples", sheet, update)
 
     def evaluation(self, update: int) -> None:
@@ -93,4 +108,6 @@ class Reporter:
         """May be called twice."""
         self.bar.close()
         if self.main:
-            self.file.close()
+            # On a full disk the line that could not be written is tried once more, and its error is known already.
+            with suppress(OSError):
+                self.file.close()

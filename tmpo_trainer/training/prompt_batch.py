@@ -18,6 +18,7 @@ from ..methods.batch import Clock, Network, PromptBatch
 from ..prompts.lists import about
 from ..rewards import Scorer, combine, score_all
 from ..settings.config import TrainConfig
+from .weights import Diverged
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Roller:
             slots: (place among all prompts of the update on all processes, which keys the noise; prompt) each.
 
         Raises:
-            ValueError: a latent, log-probability or reward is not finite.
+            Diverged: a latent or log-probability is not finite. ValueError: a reward is not.
         """
         config, prompts = self.config, [prompt for _, prompt in slots]
         count, leaves = len(slots), plan.leaves
@@ -78,7 +79,7 @@ class Roller:
         )
         for name, value in (("latent", run.leaves), ("log-probability", run.log_probs)):
             if not torch.isfinite(value).all():
-                raise ValueError(f"non-finite {name} in the rollout of update {update + 1}, prompts {prompts}")
+                raise Diverged(f"non-finite {name} in the rollout of update {update + 1}, prompts {prompts}")
         with clock("decode"):
             images = self.backbone.decode(run.leaves, config.decode_batch)
         with clock("reward"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
-from ..settings.errors import ConfigError
+from ..processes import together
+from ..settings.errors import ConfigError, one_line
 from .checkpoint import checkpoints
+from .lock import LOCK, locked
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -34,15 +38,24 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns an error of the file system into a ConfigError that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run folder {folder} cannot be written: {one_line(error)}") from None
+
+
 def _make_folder(given: Path | None, preset: str) -> Path:
     """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
     folder = given or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if given and (folder / "metrics.jsonl").exists():
-        resume = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
-        raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
     name = folder.name
     for attempt in range(2, 100):
         try:
+            if given and (folder / "metrics.jsonl").exists():
+                resume = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
+                raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
             folder.mkdir(parents=True, exist_ok=given is not None)
             return folder
         except FileExistsError:
@@ -51,7 +64,7 @@ def _make_folder(given: Path | None, preset: str) -> Path:
             # Another run began in the same second.
             folder = folder.with_name(f"{name}-{attempt}")
         except OSError as error:
-            raise ConfigError(f"output folder {folder} cannot be made: {error.strerror}") from None
+            raise ConfigError(f"output folder {one_line(folder)} cannot be made: {error.strerror}") from None
     raise ConfigError(f"output folder {folder} exists already")
 
 
@@ -69,3 +82,13 @@ def agreed_folder(given: Path | None, preset: str, accelerator: Accelerator) -> 
     if isinstance(shared[0], ConfigError):
         raise shared[0]
     return shared[0]
+
+
+def claim(folder: Path, accelerator: Accelerator, held: ExitStack) -> None:
+    """Locks a run's folder, on the first process, until `held` closes.
+
+    Raises:
+        ConfigError: on all processes, if another run has the folder or it cannot be written.
+    """
+    main = accelerator.is_main_process
+    together(accelerator, lambda: held.enter_context(locked(folder / LOCK, folder)) if main else None)

@@ -13,6 +13,10 @@ from torch.distributed.tensor import DTensor
 from ..processes import like, whole
 
 
+class Diverged(ValueError):
+    """The LoRA, or what it leads to, is not finite. The same settings would lead there again."""
+
+
 def trainable(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: value for name, value in transformer.named_parameters() if value.requires_grad}
@@ -34,6 +38,11 @@ class Weights:
     def sharded(self) -> bool:
         """Whether the parameters are shards (FSDP2); every process must then make the same network calls."""
         return isinstance(next(iter(self.lora.values())), DTensor)
+
+    def finite(self) -> bool:
+        """Whether the parameters, or this process's shards of them, are finite."""
+        parts = [value.to_local() if isinstance(value, DTensor) else value for value in self.lora.values()]
+        return bool(torch.stack([torch.isfinite(part).all() for part in parts]).all())
 
     def copy(self) -> dict[str, Tensor]:
         """A copy of the parameters as they stand."""
