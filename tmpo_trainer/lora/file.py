@@ -126,6 +126,8 @@ def describe(path: Path) -> tuple[str, bool]:
     ]
     norms = sorted(((delta_norm(*pair), name) for name, pair in lora.layers.items()), reverse=True)
     rows += [("largest change" if i == 0 else "", f"{norm:.3g} {name}") for i, (norm, name) in enumerate(norms[:3])]
+    # Keys, values and names are the file's, and may hold anything.
+    rows = [(one_line(key), one_line(value, 1000)) for key, value in rows]
     width = max(len(key) for key, _ in rows)
     lines = [f"{key:{width}}  {value}" for key, value in rows]
     verdict = checks(lora)

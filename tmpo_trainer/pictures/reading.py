@@ -1,0 +1,44 @@
+"""Reads picture files that anyone may have made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ..settings.errors import ConfigError, one_line
+
+#: Pillow's names of the formats that are read. Pillow would hand others to a program (EPS to Ghostscript), or decode them in
+#: code that few people use.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+
+#: The most pixels of a picture, 8192 x 8192. A file of some kilobytes can claim billions.
+MOST_PIXELS = 2**26
+
+#: Pillow's modes that can become RGB without changing the picture. One with more than 8 bits would be clipped.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture file, decoded and rotated as a viewer shows it. An animation gives its first frame.
+
+    Raises:
+        ConfigError: the file cannot be read, is none of `FORMATS`, or has more than 8 bits or `MOST_PIXELS` pixels.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels: more than {MOST_PIXELS}, make it smaller")
+            if image.mode not in MODES:
+                raise ValueError(f"mode {image.mode} would be clipped: save it as RGB with 8 bits")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
+    except Image.UnidentifiedImageError:
+        raise ConfigError(
+            f"{path} cannot be read as a picture: it is damaged, or not one of {', '.join(FORMATS)}"
+        ) from None
+    except Exception as error:
+        # For a damaged file Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and others.
+        why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise ConfigError(f"{path} cannot be read as a picture: {one_line(why)}") from None
