@@ -15,6 +15,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 #: The most pixels of a picture, 8192 x 8192. A file of some kilobytes can claim billions.
 MOST_PIXELS = 2**26
 
+#: How many times as long as the other a side may be. Scorers resize the shorter one to some hundred pixels.
+MOST_RATIO = 2000
+
 #: Pillow's modes that can become RGB without changing the picture. One with more than 8 bits would be clipped.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 
@@ -23,12 +26,17 @@ def read_picture(path: Path) -> Image.Image:
     """A picture file, decoded and rotated as a viewer shows it. An animation gives its first frame.
 
     Raises:
-        ConfigError: the file cannot be read, is none of `FORMATS`, or has more than 8 bits or `MOST_PIXELS` pixels.
+        ConfigError: the file cannot be read, is none of `FORMATS`, or has more than 8 bits, more pixels than
+            `MOST_PIXELS` or a side that is too long.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels: more than {MOST_PIXELS}, make it smaller")
+            if max(image.size) > MOST_RATIO * min(image.size):
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels: one side is more than {MOST_RATIO} times the other"
+                )
             if image.mode not in MODES:
                 raise ValueError(f"mode {image.mode} would be clipped: save it as RGB with 8 bits")
             image.load()
