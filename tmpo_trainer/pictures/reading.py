@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -39,7 +42,8 @@ def read_picture(path: Path) -> Image.Image:
                 )
             if image.mode not in MODES:
                 raise ValueError(f"mode {image.mode} would be clipped: save it as RGB with 8 bits")
-            image.load()
+            with _without_libtiff() if image.format == "TIFF" else contextlib.nullcontext():
+                image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return image
     except Image.UnidentifiedImageError:
@@ -50,3 +54,16 @@ def read_picture(path: Path) -> Image.Image:
         # For a damaged file Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and others.
         why = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise ConfigError(f"{path} cannot be read as a picture: {one_line(why)}") from None
+
+
+@contextlib.contextmanager
+def _without_libtiff() -> Iterator[None]:
+    """Drops what is written to stderr past Python, as libtiff does for a damaged file. The error is raised as well."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
