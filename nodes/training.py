@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import yaml
 from comfy_api.latest import io, ui
-from PIL import Image
 from torch import Tensor
 
 from ..tmpo_trainer.files import read_metrics
 from ..tmpo_trainer.lora.file import FILE_NAME
+from ..tmpo_trainer.pictures.reading import read_picture
 from .images import to_image
 from .inputs import inside
 from .train_settings import AS_PRESET, NO_LAYER, NO_LORA, OWN, asked, choices
@@ -247,7 +247,7 @@ class TrainingMonitor(io.ComfyNode):
         series |= {"LGMD": [line["lgmd"] for line in lines], "gradient norm": [line["grad_norm"] for line in lines]}
         curves = charts.draw([line["update"] for line in lines], series)
         grids = sample_grids(folder)
-        samples = to_image(Image.open(grids[-1])) if grids else blank()
+        samples = to_image(read_picture(grids[-1])) if grids else blank()
         text = f"update {lines[-1]['update']} of {planned(folder)}\n" + "\n".join(
             f"{name}: {values[0]:.4f} -> {np.mean(values[-max(1, len(values) // 10) :]):.4f}"
             for name, values in series.items()

@@ -16,6 +16,7 @@ from tmpo_trainer import diversity
 from tmpo_trainer.commands import main
 from tmpo_trainer.demo import domain
 from tmpo_trainer.diversity import MEASURES, Measure
+from tmpo_trainer.evaluation import picture_files
 from tmpo_trainer.evaluation.features import EfficientNetLite
 from tmpo_trainer.evaluation.latents import LatentEncoder
 
@@ -148,6 +149,31 @@ def test_a_picture_that_cannot_be_scored_is_named(pictures: Path, capsys: pytest
     assert main.main(["score", "thin.png", "--reward", "ocr", "--prompt", 'a "sign"']) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("tmpo_trainer: thin.png: reward ocr cannot read image 0")
+
+
+@pytest.mark.parametrize("lost", ["output", "table"])
+def test_the_scores_survive_in_one_place(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    """The file is written although the table cannot be printed, and the other way round."""
+
+    def fail(*arguments: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(picture_files, "write" if lost == "output" else "text_table", fail)
+    assert main.main(["score", "pictures", "--reward", "shapes", "--output", "s.csv"]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "tmpo_trainer: [Errno 28] No space left on device"
+    assert Path("s.csv").exists() == (lost == "table") and ("mean of 3" in out) == (lost == "output")
+
+
+def test_a_file_name_in_another_encoding(pictures: Path) -> None:
+    try:
+        (pictures / "a.png").rename(pictures / "caf\udce9.png")
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("file names are UTF-8 here")
+    assert main.main(["score", "pictures", "--reward", "shapes", "--prompt", "a red circle", "--output", "s.csv"]) == 0
+    assert "caf\\udce9.png" in Path("s.csv").read_text(encoding="utf-8")
 
 
 BAD: list[tuple[str, list[str]]] = [

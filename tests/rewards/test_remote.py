@@ -249,7 +249,10 @@ def test_chunked_replies_and_those_that_end_with_the_connection_are_read(fake):
         ({"rewards": [1, None]}, "image 1 is null,"),
         ({"rewards": [True, 1]}, "image 0 is true,"),
         ({"rewards": [1, "1"]}, 'image 1 is "1",'),
-        ({"rewards": [1, [1]]}, r"image 1 is \[1\],"),
+        ({"rewards": [1, [1]]}, "image 1 is a list,"),
+        (b'{"rewards": [1, %s1%s]}' % (b"[" * 900, b"]" * 900), "image 1 is a list,|not JSON"),
+        ({"rewards": [1, {"a": 1}]}, "image 1 is an object,"),
+        (b'{"rewards": [1, 2], "rewards": [3, 4]}', "not JSON"),
         ({"rewards": "12"}, 'no list "rewards"'),
         ({"rewards": {"0": 1, "1": 2}}, 'no list "rewards"'),
         ({"reward": [1, 2]}, 'no list "rewards"'),
@@ -295,30 +298,28 @@ def test_a_pickle_is_not_opened(fake, tmp_path):
     assert not (tmp_path / "opened").exists()
 
 
-def endless(connection: socket.socket) -> None:
-    while True:
-        connection.sendall(b" " * 2**16)
-
-
 @pytest.mark.parametrize(
-    "start",
+    ("start", "piece"),
     [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
-        CHUNKED + b"3b9aca00\r\n",
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (CHUNKED + b"3b9aca00\r\n", b" "),
+        (CHUNKED, b"1;" + b"x" * 1000 + b"\r\n \r\n"),
+        (CHUNKED + b"0\r\n", b"x: y\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
     ],
-    ids=["declared", "undeclared", "negative", "chunked"],
+    ids=["declared", "undeclared", "chunked", "chunk extensions", "trailers", "continue"],
 )
-def test_a_reply_that_is_too_large_is_not_read(fake, start):
+def test_a_reply_that_is_too_large_is_not_read(fake, start, piece):
     def reply(connection: socket.socket) -> None:
         connection.sendall(start)
-        endless(connection)
+        while True:
+            connection.sendall(piece * (2**16 // len(piece)))
 
     server, began = fake(reply), time.monotonic()
     with pytest.raises(RemoteError, match=f"more than {2**20 + 2 * 256}"):
         ask(server.url)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 4
     assert len(server.asked) == 1
 
 
@@ -332,6 +333,32 @@ def test_the_largest_reply_depends_on_the_number_of_pictures(fake, monkeypatch):
             else:
                 with pytest.raises(RemoteError, match="more than 512"):
                     ask(fake(reply).url)
+
+
+@pytest.mark.parametrize(
+    ("headers", "cause"),
+    [
+        ("Content-Length: 23\r\nContent-Length: 23", "its length is stated twice"),
+        ("Content-Length: 23\r\nTransfer-Encoding: chunked", "its length is stated twice"),
+        ("Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "its length is stated twice"),
+        ("Content-Length: -23", "its Content-Length is not a number"),
+        ("Content-Length: +23", "its Content-Length is not a number"),
+        ("Content-Length: 23, 23", "its Content-Length is not a number"),
+        ("Content-Length: 2_3", "its Content-Length is not a number"),
+        ("Transfer-Encoding: gzip, chunked", "its Transfer-Encoding is not chunked"),
+    ],
+)
+def test_a_reply_states_its_length_in_one_way(fake, headers, cause):
+    server = fake(f'HTTP/1.1 200 OK\r\n{headers}\r\n\r\n{{"rewards": [0.5, 2.0]}}\n'.encode())
+    with pytest.raises(RemoteError, match=f"the reply is not HTTP: {cause}$"):
+        ask(server.url)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("size", [b"-5", b"-1", b"zz", b"1_0"])
+def test_sizes_of_chunks_that_are_none(fake, size):
+    with pytest.raises(RemoteError):
+        ask(fake(CHUNKED + size + b"\r\n" + FINE).url)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -590,6 +617,21 @@ def test_proxies_of_the_environment_are_not_used(fake, monkeypatch):
     ask(server.url)
     assert proxy.asked == []
     assert len(server.asked) == 1
+
+
+def test_the_token_goes_to_the_server_and_nowhere_else(fake, monkeypatch):
+    monkeypatch.setenv("TMPO_REWARD_TOKEN", "open-sesame")
+    target = fake(FINE)
+    server = fake(http(b"", "307 Moved", f"Location: {target.url}/compute\r\n"))
+    with pytest.raises(RemoteError, match="redirects are not followed") as caught:
+        ask(server.url)
+    assert server.asked[0][1]["authorization"] == "Bearer open-sesame"
+    assert target.asked == [] and "sesame" not in str(caught.value)
+    monkeypatch.setenv("TMPO_REWARD_TOKEN", "open\r\nX: sesame")
+    with pytest.raises(ConfigError, match=r"^TMPO_REWARD_TOKEN must be printable ASCII without spaces or line ends$"):
+        RemoteScorer(server.url)
+    monkeypatch.delenv("TMPO_REWARD_TOKEN")
+    assert ask(target.url) == [0.5, 2] and "authorization" not in target.asked[0][1]
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")

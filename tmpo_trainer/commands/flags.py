@@ -9,6 +9,7 @@ import re
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -192,6 +193,8 @@ def hush() -> None:
     # The libraries' advice about optional packages would bury our own log lines.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Pillow warns about damaged metadata, which the picture does not need, and sizes, which have a limit of ours.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # peft imports bitsandbytes where it is installed, which warns if there is no GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

@@ -104,9 +104,13 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
     def work() -> int:
         scores = scoring.score_images(pictures, metadata, scorers) if scorers else {}
         groups = scoring.measure_diversity(pictures, features, encoder) if features is not None else {}
-        print(scoring.text_table(pictures, scores, groups))
+        # If one of the two fails, as on a full disk or into a closed pipe, the other still holds the scores.
+        try:
+            if namespace.output:
+                scoring.write(namespace.output, pictures, scores, groups)
+        finally:
+            print(scoring.text_table(pictures, scores, groups))
         if namespace.output:
-            scoring.write(namespace.output, pictures, scores, groups)
             print(f"written: {namespace.output}", file=sys.stderr)
         return 0
 

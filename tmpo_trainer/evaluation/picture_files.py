@@ -8,15 +8,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from .. import diversity
 from ..files import write_text
+from ..pictures.reading import MOST_PIXELS, read_picture
 from ..prompts.lists import PromptList, about
 from ..rewards import Scorer, score_all
 from ..settings.errors import ConfigError, one_line
@@ -25,11 +26,11 @@ from .latents import LatentEncoder
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-#: Pillow's modes with more than 8 bits.
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-
-#: The largest number of pictures in memory at once.
+#: The largest number of pictures in memory at once. Large ones are fewer, see `batches`.
 BATCH = 32
+
+#: Characters of metadata that are searched for a prompt. ComfyUI's largest graphs have a tenth of it.
+LONGEST_TEXT = 2**22
 
 #: Inputs that hold a prompt in ComfyUI's text nodes, in order of preference.
 COMFY_TEXTS = ("text", "t5xxl", "clip_l", "clip_g", "text_l", "text_g", "user_prompt", "prompt", "string", "value")
@@ -48,19 +49,30 @@ class Picture:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The given files, and the pictures of given folders by name. Raises ConfigError for a path without pictures."""
+    """The given files, and the pictures of given folders by name, without hidden files such as macOS's `._a.png`.
+
+    Raises:
+        ConfigError: a path cannot be read, or leads to no picture.
+    """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
-            if not inside:
-                raise ConfigError(f"folder {path} holds no pictures ({', '.join(ENDINGS)})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ConfigError(f"{path} does not exist")
+        try:
+            if path.is_dir():
+                inside = sorted(file for file in path.iterdir() if _is_picture(file))
+                if not inside:
+                    raise ConfigError(f"folder {path} holds no pictures ({', '.join(ENDINGS)})")
+                found += inside
+            elif path.is_file():
+                found.append(path)
+            else:
+                raise ConfigError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     return found
+
+
+def _is_picture(file: Path) -> bool:
+    return not file.name.startswith(".") and file.suffix.lower() in ENDINGS and file.is_file()
 
 
 def comfy_prompt(graph: Mapping[str, Any]) -> str | None:
@@ -70,42 +82,42 @@ def comfy_prompt(graph: Mapping[str, Any]) -> str | None:
         None if there is none, or if there are several that differ.
     """
     nodes = {str(key): node for key, node in graph.items() if isinstance(node, dict)}
-
-    def texts(start: str) -> list[str]:
-        """The nearest texts upstream of a node."""
-        found, seen, waiting = [], {start}, [start]
-        while waiting:
-            inputs = nodes.get(waiting.pop(), {}).get("inputs", {})
-            if not isinstance(inputs, dict):
-                continue
-            own = next((inputs[n] for n in COMFY_TEXTS if isinstance(inputs.get(n), str) and inputs[n].strip()), None)
-            if own is not None:
-                found.append(own.strip())
-                continue
-            for name, link in inputs.items():
-                if name not in ("negative", "clip", "model", "vae") and _is_link(link) and str(link[0]) not in seen:
-                    seen.add(str(link[0]))
-                    waiting.append(str(link[0]))
-        return found
-
-    found: list[str] = []
+    waiting: list[str] = []
     for node in nodes.values():
-        inputs = node.get("inputs", {})
-        guider = "Guider" in str(node.get("class_type"))
+        inputs, kind = node.get("inputs"), node.get("class_type")
+        guider = isinstance(kind, str) and "Guider" in kind
         for name in ("positive", *(("conditioning",) if guider else ())):
             link = inputs.get(name) if isinstance(inputs, dict) else None
-            if link is not None and _is_link(link):
-                found += texts(str(link[0]))
-    return found[0] if len(set(found)) == 1 else None
+            if _is_link(link):
+                waiting.append(str(link[0]))
+    # One search from all starts, so that a node is visited once however many of them lead to it.
+    found, seen = set(), set(waiting)
+    while waiting:
+        inputs = nodes.get(waiting.pop(), {}).get("inputs")
+        if not isinstance(inputs, dict):
+            continue
+        own = next((inputs[n] for n in COMFY_TEXTS if isinstance(inputs.get(n), str) and inputs[n].strip()), None)
+        if own is not None:
+            found.add(own.strip())
+            continue
+        for name, link in inputs.items():
+            if name not in ("negative", "clip", "model", "vae") and _is_link(link) and str(link[0]) not in seen:
+                seen.add(str(link[0]))
+                waiting.append(str(link[0]))
+    return found.pop() if len(found) == 1 else None
 
 
-def _is_link(value: Any) -> bool:
+def _is_link(value: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int) and isinstance(value[1], int)
 
 
 def _exif_parameters(image: Image.Image) -> str | None:
     """The text that A1111 wrote into the EXIF of a JPEG or WebP; None for a comment by a camera or another program."""
-    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    try:
+        comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except Exception:
+        # Pillow raises struct.error, SyntaxError, TypeError and others for damaged EXIF.
+        return None
     if not isinstance(comment, bytes):
         return None
     # Exif 2.32, 4.6.5: eight bytes name the encoding. A1111's UTF-16 is big-endian; others use the EXIF's order.
@@ -116,16 +128,19 @@ def _exif_parameters(image: Image.Image) -> str | None:
 
 def embedded_prompt(image: Image.Image) -> str | None:
     """The prompt that ComfyUI (`prompt` of a PNG) or A1111 (`parameters` of a PNG, or EXIF) wrote into a file, or None."""
-    parameters, graph = image.info.get("parameters") or _exif_parameters(image), image.info.get("prompt")
-    if isinstance(parameters, str) and parameters.strip():
-        return A1111_END.split(f"\n{parameters}", maxsplit=1)[0].strip() or None
-    if isinstance(graph, str):
+    texts = (image.info.get("parameters") or _exif_parameters(image), image.info.get("prompt"))
+    parameters, graph = (text if isinstance(text, str) and len(text) <= LONGEST_TEXT else "" for text in texts)
+    prompt = None
+    if parameters.strip():
+        prompt = A1111_END.split(f"\n{parameters}", maxsplit=1)[0].strip()
+    elif graph:
         try:
             loaded = json.loads(graph)
         except (ValueError, RecursionError):
             return None
-        return comfy_prompt(loaded) if isinstance(loaded, dict) else None
-    return None
+        prompt = comfy_prompt(loaded) if isinstance(loaded, dict) else None
+    # JSON can hold half a character, which neither tokenizers nor files take.
+    return prompt.encode("utf-8", "replace").decode() if prompt else None
 
 
 def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | None) -> list[Picture]:
@@ -142,14 +157,8 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
         )
     found = []
     for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                image.load()
-                if image.mode in DEEP:
-                    raise ValueError(f"mode {image.mode} would be clipped: save it with 8 bits")
-                size, own = ImageOps.exif_transpose(image).size, embedded_prompt(image)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"{path} cannot be read as a picture: {one_line(error)}") from None
+        image = read_picture(path)
+        size, own = image.size, embedded_prompt(image)
         beside = path.with_suffix(".txt")
         if prompt is not None:
             own = prompt
@@ -159,7 +168,7 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
             try:
                 own = beside.read_text(encoding="utf-8-sig").strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{beside} cannot be read as UTF-8 text: {error}") from None
+                raise ConfigError(f"{beside} cannot be read as UTF-8 text: {one_line(error)}") from None
         if not own:
             raise ConfigError(
                 f"{path} has no prompt (in its metadata or {beside.name}): give --prompt or --prompts FILE"
@@ -172,24 +181,23 @@ def load(pictures: Sequence[Picture]) -> np.ndarray:
     """Reads pictures of one size: uint8 RGB `[N, H, W, 3]`. Transparent areas become white."""
     arrays = []
     for picture in pictures:
-        with Image.open(picture.path) as opened:
-            # The picture is rotated as a viewer shows it. An animation gives its first frame.
-            image: Image.Image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                clear = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
-            arrays.append(np.asarray(image.convert("RGB")))
+        image = read_picture(picture.path)
+        if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+            clear = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+        arrays.append(np.asarray(image.convert("RGB")))
     return np.stack(arrays)
 
 
 def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
-    """Numbers of pictures that fit into one array: they all have one size, and there are at most `BATCH`."""
+    """Numbers of pictures that fit into one array: of one size, at most `BATCH`, with at most `MOST_PIXELS` together."""
     sizes: dict[tuple[int, int], list[int]] = {}
     for i, picture in enumerate(pictures):
         sizes.setdefault(picture.size, []).append(i)
-    for numbers in sizes.values():
-        for first in range(0, len(numbers), BATCH):
-            yield numbers[first : first + BATCH]
+    for (width, height), numbers in sizes.items():
+        count = max(1, min(BATCH, MOST_PIXELS // (width * height)))
+        for first in range(0, len(numbers), count):
+            yield numbers[first : first + count]
 
 
 def score_images(
@@ -272,11 +280,6 @@ def measure_diversity(
     return {prompt: {"images": len(numbers), **measured(numbers)} for prompt, numbers in compared.items()}
 
 
-def _short(text: str, width: int) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 3] + "..."
-
-
 def text_table(
     pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], groups: Mapping[str, Mapping[str, float]]
 ) -> str:
@@ -290,7 +293,7 @@ def _scores_table(pictures: Sequence[Picture], scores: Mapping[str, np.ndarray])
     lines = [f"{'file':{width}}  {_columns(scores)}  prompt"]
     for i, picture in enumerate(pictures):
         row = _columns({name: values[i] for name, values in scores.items()}, ".4f")
-        lines.append(f"{_short(picture.path.name, width):{width}}  {row}  {_short(picture.prompt, 50)}")
+        lines.append(f"{one_line(picture.path.name, width):{width}}  {row}  {one_line(picture.prompt, 50)}")
     means = _columns({name: values.mean() for name, values in scores.items()}, ".4f")
     return "\n".join([*lines, f"{f'mean of {len(pictures)}':{width}}  {means}"])
 
@@ -300,7 +303,7 @@ def _diversity_table(groups: Mapping[str, Mapping[str, float]]) -> str:
     names = list(next(iter(values.values())))
     lines = [f"images  {_columns(dict.fromkeys(names, 0))}  prompt"]
     for prompt, own in values.items():
-        lines.append(f"{groups[prompt]['images']:>6}  {_columns(own, '.4f')}  {_short(prompt, 50)}")
+        lines.append(f"{groups[prompt]['images']:>6}  {_columns(own, '.4f')}  {one_line(prompt, 50)}")
     if len(values) > 1:
         means = {name: float(np.mean([own[name] for own in values.values()])) for name in names}
         lines.append(f"{'mean':>6}  {_columns(means, '.4f')}  of {len(values)} prompts")
@@ -332,7 +335,8 @@ def write(
         means = {name: float(values.mean()) for name, values in scores.items()}
         write_text(path, json.dumps({"images": rows, "mean": means, "diversity": groups}, indent=2) + "\n")
         return
-    with path.open("w", newline="", encoding="utf-8") as file:
+    # A file name need not be UTF-8.
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

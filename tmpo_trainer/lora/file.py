@@ -329,6 +329,7 @@ def describe(lora: LoraFile, more: Mapping[str, bool] | None = None) -> tuple[st
         rows.append(("strength", said))
     norms = sorted(((delta_norm(*pair), name) for name, pair in lora.layers.items()), reverse=True)
     rows += [("largest change" if i == 0 else "", f"{norm:.3g} {name}") for i, (norm, name) in enumerate(norms[:3])]
+    # Keys, values and names are the file's, and may hold anything.
     rows = [(one_line(key, 40), one_line(value)) for key, value in rows]
     width = max(len(key) for key, _ in rows)
     lines = [f"{key:{width}}  {value}" for key, value in rows]

@@ -4,6 +4,9 @@
 `{"rewards": [number, ...]}`, and `GET {url}/health`. Both directions are JSON; nothing is ever unpickled. The server is not
 trusted. Only allowed hosts are asked, and redirects and proxies are not followed. A reply has a deadline and a size limit.
 Anything but one finite number per picture is an error, never a score of 0.
+
+A server that others can reach may ask for a token, which both sides take from the environment variable TMPO_REWARD_TOKEN. It is
+no setting, because settings are stored with a run and flags are shown in the list of processes.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import http.client
 import io
 import ipaddress
 import json
+import os
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
@@ -42,6 +47,10 @@ CONNECT_TIMEOUT = 10.0
 MOST_PICTURES, MOST_PIXELS = 32, 2**25
 #: Limit of a reply in bytes: a constant, and an amount for each picture.
 REPLY_LIMIT, REPLY_LIMIT_EACH = 2**20, 256
+#: Limit in bytes of what surrounds the content of a message: its headers, and what chunks add.
+HEAD_LIMIT = 2**17
+#: The environment variable that holds the token.
+TOKEN = "TMPO_REWARD_TOKEN"
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -53,14 +62,26 @@ class _Unavailable(Exception):
     """There was no reply, or one that asks to try again: another try may help."""
 
 
+class Oversized(Exception):
+    """The other side sends more than is allowed."""
+
+
 class Timed(io.RawIOBase):
     """A connected socket whose reads and writes must finish within some seconds, however slowly the bytes arrive.
 
     After that time every call raises TimeoutError. Closing this object leaves the socket open.
+
+    Attributes:
+        most: bytes that may still be read. Beyond them, reading raises Oversized.
     """
 
-    def __init__(self, connection: socket.socket, seconds: float):
-        self._connection, self._deadline = connection, time.monotonic() + seconds
+    def __init__(self, connection: socket.socket, seconds: float, most: int = sys.maxsize):
+        self._connection, self.most = connection, most
+        self.allow(seconds)
+
+    def allow(self, seconds: float) -> None:
+        """Counts the seconds from now on."""
+        self._deadline = time.monotonic() + seconds
 
     def _use(self) -> socket.socket:
         left = self._deadline - time.monotonic()
@@ -73,7 +94,11 @@ class Timed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        return self._use().recv_into(buffer)
+        count = self._use().recv_into(buffer)
+        self.most -= count
+        if self.most < 0:
+            raise Oversized
+        return count
 
     def sendall(self, data: bytes) -> None:
         # With TLS, a timeout applies to one record, not to all the data.
@@ -94,6 +119,14 @@ def is_loopback(host: str) -> bool:
     return address in ipaddress.ip_network("127.0.0.0/8" if address.version == 4 else "::1/128")
 
 
+def shared_token() -> str | None:
+    """The token in the environment, or None. Raises ConfigError, which does not show it, if a header cannot hold it."""
+    token = os.environ.get(TOKEN)
+    if token and not all("!" <= c <= "~" for c in token):
+        raise ConfigError(f"{TOKEN} must be printable ASCII without spaces or line ends")
+    return token or None
+
+
 class RemoteScorer:
     """Scores by asking a server.
 
@@ -103,7 +136,8 @@ class RemoteScorer:
         timeout: seconds from the request to the end of the reply. name: the reward's.
 
     Raises:
-        ConfigError: the URL is not http(s), its host is not allowed, or it has a part that does not belong there.
+        ConfigError: the URL is not http(s), its host is not allowed, or it has a part that does not belong there; or the token
+            in the environment cannot be sent.
     """
 
     #: See `rewards.score_all`.
@@ -132,6 +166,9 @@ class RemoteScorer:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         default = 443 if self._tls else 80
         self._host, self._port, self._path = host, default if port is None else port, parts.path
+        self._headers = {"Content-Type": "application/json", "Connection": "close"}
+        if token := shared_token():
+            self._headers["Authorization"] = f"Bearer {token}"
 
     def health(self) -> bytes:
         """The body of the server's /health. Raises RemoteError after one failed try."""
@@ -193,23 +230,26 @@ class RemoteScorer:
                 raise _Unavailable(f"cannot connect within {CONNECT_TIMEOUT:g} s") from None
             with connection:
                 # These methods are all that http.client calls of a socket.
-                timed = cast(Any, Timed(connection, self._timeout))
+                timed = cast(Any, Timed(connection, self._timeout, HEAD_LIMIT + limit))
                 request = http.client.HTTPConnection(self._host, self._port)
                 request.sock = timed
                 # A server that refuses a request may reply and close before all of it is sent. The reply gives the reason.
                 with contextlib.suppress(ConnectionError):
-                    request.request(method, path, body, {"Content-Type": "application/json", "Connection": "close"})
+                    request.request(method, path, body, self._headers)
                 response = http.client.HTTPResponse(timed, method=method)
                 response.begin()
+                _check_length(response)
                 if response.status != 200:
                     self._refused(response)
                 data = response.read(limit + 1)
                 if len(data) > limit:
-                    raise RemoteError(f"{self._what}: the reply has more than {limit} bytes")
+                    raise Oversized
                 # http.client raises no error for a truncated head, nor for a truncated body.
                 if response.length or (response.length is None and not data):
                     raise _Unavailable("the connection closed before the reply's end")
                 return data
+        except Oversized:
+            raise RemoteError(f"{self._what}: the reply has more than {limit} bytes") from None
         except TimeoutError:
             raise RemoteError(f"{self._what}: no complete reply within {self._timeout:g} s") from None
         except ssl.SSLError as error:
@@ -218,8 +258,9 @@ class RemoteScorer:
             raise _Unavailable("the connection closed before the reply's end") from None
         except OSError as error:
             raise _Unavailable(one_line(error.strerror or str(error))) from None
-        except http.client.HTTPException as error:
-            raise RemoteError(f"{self._what}: the reply is not HTTP: {one_line(repr(error))}") from None
+        except (http.client.HTTPException, ValueError) as error:
+            # ValueError is http.client's for some wrong sizes of chunks.
+            raise RemoteError(f"{self._what}: the reply is not HTTP: {one_line(str(error) or repr(error))}") from None
 
     def _connect(self) -> socket.socket:
         plain = socket.create_connection((self._host, self._port), CONNECT_TIMEOUT)
@@ -228,7 +269,7 @@ class RemoteScorer:
     def _refused(self, response: http.client.HTTPResponse) -> NoReturn:
         """Raises the error that a status other than 200 stands for, with the text of its `{"error": ...}`."""
         text = "redirects are not followed" if 300 <= response.status < 400 else ""
-        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError):
+        with contextlib.suppress(OSError, http.client.HTTPException, Oversized, ValueError, RecursionError):
             reply = json.loads(response.read(REPLY_LIMIT))
             if isinstance(reply, dict) and isinstance(reply.get("error"), str):
                 text = one_line(reply["error"])
@@ -238,6 +279,18 @@ class RemoteScorer:
         raise RemoteError(f"{self._what}: {failure}")
 
 
+def _check_length(response: http.client.HTTPResponse) -> None:
+    """Raises HTTPException unless a reply states the length of its body in one way, or not at all (RFC 9112, 6.3)."""
+    lengths = response.headers.get_all("Content-Length", [])
+    codings = response.headers.get_all("Transfer-Encoding", [])
+    if len(lengths) + len(codings) > 1:
+        raise http.client.HTTPException("its length is stated twice")
+    if any(not (length.isascii() and length.isdigit()) for length in lengths):
+        raise http.client.HTTPException("its Content-Length is not a number")
+    if any(coding.lower() != "chunked" for coding in codings):
+        raise http.client.HTTPException("its Transfer-Encoding is not chunked")
+
+
 def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     # Between server and client, time matters more than size.
@@ -245,10 +298,18 @@ def _png(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
 def _rewards(reply: bytes, count: int, first: int) -> list[float]:
     """The numbers in a reply for `count` pictures. `first` is the number of the first one. Raises ValueError."""
     try:
-        content = json.loads(reply)
+        content = json.loads(reply, object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         raise ValueError("the reply is not JSON") from None
     rewards = content.get("rewards") if isinstance(content, dict) else None
@@ -259,7 +320,11 @@ def _rewards(reply: bytes, count: int, first: int) -> list[float]:
     for i, value in enumerate(rewards):
         # The comparison is False for NaN as well. A finite number beyond float32's range would become infinite.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FLOAT32_MAX:
-            raise ValueError(f"the reward of image {first + i} is {one_line(json.dumps(value))}, not a finite number")
+            # What is nested too deeply cannot be shown.
+            shown = (
+                "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else json.dumps(value)
+            )
+            raise ValueError(f"the reward of image {first + i} is {one_line(shown)}, not a finite number")
     return [float(value) for value in rewards]
 
 
@@ -301,7 +366,7 @@ def load(
         # Another kind of server may answer anything here.
         about = None
     hosted = about.get("rewards") if isinstance(about, dict) else None
-    if isinstance(hosted, list) and len(hosted) > 1:
+    if isinstance(hosted, list) and len(hosted) > 1 and all(isinstance(each, str) for each in hosted):
         names = [one_line(each) for each in hosted]
         what = f"reward {name} at {scorer.url}"
         raise ConfigError(f"{what} hosts {', '.join(names)}: add one of them to the URL, as in {scorer.url}/{names[0]}")

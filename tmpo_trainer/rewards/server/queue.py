@@ -64,14 +64,15 @@ class Queue:
             self._waiting.append(job)
             self._changed.notify()
 
-    def stop(self) -> None:
-        """Finishes the call in progress and refuses the jobs that wait."""
+    def stop(self, seconds: float) -> bool:
+        """Refuses the jobs that wait and finishes the call in progress. Returns whether that took at most some seconds."""
         with self._changed:
             self._stopping = True
             for job in self._waiting:
                 job.scores.set_exception(Refused(503, "the server is stopping"))
             self._changed.notify()
-        self.thread.join()
+        self.thread.join(seconds)
+        return not self.thread.is_alive()
 
     def _work(self) -> None:
         while True:

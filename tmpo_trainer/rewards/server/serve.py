@@ -5,15 +5,12 @@ Every request has a thread that reads, checks and replies. In between, it waits 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import io
 import json
 import signal
 import socket
 import socketserver
-import struct
 import sys
 import threading
 import time
@@ -24,59 +21,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from ... import __version__
 from ...settings.errors import ConfigError, one_line
 from .. import Scorer, check_reward, load_scorer
-from ..remote import Timed, is_loopback
+from ..remote import HEAD_LIMIT, TOKEN, Oversized, Timed, is_loopback, shared_token
+from .checks import MOST_PIXELS, Budget, Wanted, check_sender, parse
 from .queue import Job, Queue, Refused
 
-#: Limit of the pixels in a request: 192 MiB as RGB. PNG can compress a thousandfold, so a limit in bytes is not enough.
-MOST_PIXELS = 2**26
+#: Connections that are served at the same time. As many more are refused in words, and the rest is closed at once.
+MOST_CONNECTIONS = 128
 
-#: Seconds for a request to arrive in full, and for its reply to be sent.
-READ_TIMEOUT, WRITE_TIMEOUT = 60.0, 30.0
+#: Limits of what all requests hold together: bytes of bodies, and pixels that wait to be scored.
+ALL_BYTES, ALL_PIXELS = 2**29, 2 * MOST_PIXELS
+
+#: Seconds for a request's headers and then its body to arrive, and for its reply to be sent.
+HEAD_TIMEOUT, READ_TIMEOUT, WRITE_TIMEOUT = 10.0, 60.0, 30.0
+
+#: Seconds that a request waits while others hold the memory that it needs.
+BUSY_TIMEOUT = 30.0
 
 #: Seconds to go on reading a refused request. Closing earlier could reset the connection before the reply is read.
 LINGER = 2.0
 
-#: Seconds allowed for the last replies when the server stops.
-FAREWELL = 5.0
-
-#: Pillow's modes that can become RGB without changing the picture. Grey with 16 bits would be clipped to white.
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-
-
-def decode(text: str, most_pixels: int) -> np.ndarray:
-    """Decodes a base64 PNG to uint8 RGB `[H, W, 3]`; transparency is dropped.
-
-    Raises:
-        ValueError: the text is not a readable PNG. Refused: it has more pixels than `most_pixels`.
-    """
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError("not base64") from None
-    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
-        raise ValueError("not a PNG")
-    # This comes before Pillow, which has a limit of its own but only warns.
-    width, height = struct.unpack(">II", data[16:24])
-    if width * height > most_pixels:
-        raise Refused(413, f"{width} x {height} pixels: more than {MOST_PIXELS} in a request")
-    try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-            # Pillow would follow a second header.
-            if image.size != (width, height):
-                raise ValueError("two sizes")
-            if image.mode not in MODES:
-                raise ValueError(f"mode {image.mode}, not one of {', '.join(MODES)}")
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError("not a readable PNG") from None
-    except Exception as error:
-        # Pillow raises OSError, SyntaxError, struct.error and others for a damaged file.
-        raise ValueError(f"not a readable PNG: {error}") from None
+#: Seconds allowed when the server stops: for the call in progress, and for the last replies.
+FINISH, FAREWELL = 60.0, 5.0
 
 
 class _Http(ThreadingHTTPServer):
@@ -85,14 +54,43 @@ class _Http(ThreadingHTTPServer):
 
     def __init__(self, scorers: Mapping[str, Scorer], host: str, port: int, max_images: int, max_bytes: int):
         self.scorers, self.max_images, self.max_bytes = scorers, max_images, max_bytes
+        self.names: set[str] = {"localhost", host.lower()}
+        self.token: str | None = None
         self.queue = Queue(scorers)
-        self.changed, self.open = threading.Condition(), 0
+        self.bodies, self.pixels = Budget(max(ALL_BYTES, max_bytes), BUSY_TIMEOUT), Budget(ALL_PIXELS, BUSY_TIMEOUT)
+        # open: requests that are being answered. connections: all of them.
+        self.changed, self.open, self.connections = threading.Condition(), 0, 0
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler, bind_and_activate=False)
 
     def server_bind(self) -> None:
         # HTTPServer's own method looks up the host's name, which can take long.
         socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.changed:
+            self.connections += 1
+            too_many = self.connections > 2 * MOST_CONNECTIONS
+        if too_many:
+            self.shutdown_request(request)
+            self.connection_ended()
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            # No thread could be started.
+            self.connection_ended()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.connection_ended()
+
+    def connection_ended(self) -> None:
+        with self.changed:
+            self.connections -= 1
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"connection lost: {one_line(repr(sys.exception()))}")
@@ -113,8 +111,16 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.started, self.images, self.all_read = time.monotonic(), 0, False
+        self.busy = self.server.connections > MOST_CONNECTIONS
         self.rfile.close()
-        self.rfile = io.BufferedReader(Timed(self.connection, READ_TIMEOUT))
+        self.incoming = Timed(self.connection, LINGER if self.busy else HEAD_TIMEOUT, HEAD_LIMIT)
+        self.rfile = io.BufferedReader(self.incoming)
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except Oversized:
+            self.send_error(431)
 
     def do_GET(self) -> None:
         with self.server.changed:
@@ -124,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as error:
             status, reply = error.status, {"error": one_line(error)}
         except TimeoutError:
-            status, reply = 408, {"error": f"the request took more than {READ_TIMEOUT:g} s to arrive"}
+            status, reply = 408, {"error": f"the body took more than {READ_TIMEOUT:g} s to arrive"}
         except Exception as error:
             status, reply = 500, {"error": one_line(f"{type(error).__name__}: {error}")}
         try:
@@ -146,6 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = json.dumps(content).encode()
         self.connection.settimeout(WRITE_TIMEOUT)
         self.send_response(status)
+        if status == 401:
+            self.send_header("WWW-Authenticate", "Bearer")
         if status == 405:
             self.send_header("Allow", "GET, POST")
         self.send_header("Content-Type", "application/json")
@@ -173,6 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> dict[str, Any]:
         """The content of a 200 reply. Raises Refused."""
+        if self.busy:
+            raise Refused(503, f"{MOST_CONNECTIONS} connections are open: try again later")
+        check_sender(self.headers, self.server.names, self.server.token)
         path = self.path.split("?")[0]
         *name, what = path.strip("/").split("/")
         known = list(self.server.scorers)
@@ -188,54 +199,44 @@ class _Handler(BaseHTTPRequestHandler):
             return {"status": "ok", "rewards": name or known, "version": __version__}
         if not name and len(known) > 1:
             raise Refused(400, f"the server has several rewards: use {', '.join(computes)}")
-        return {"rewards": self.compute((name or known)[0], self.body())}
+        length = self.length()
+        with self.server.bodies.take(length):
+            return {"rewards": self.compute((name or known)[0], self.body(length))}
 
-    def body(self) -> Any:
-        """The request's JSON."""
-        length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not length:
+    def length(self) -> int:
+        """The size of the body in bytes."""
+        lengths = self.headers.get_all("Content-Length", [])
+        if "Transfer-Encoding" in self.headers or not any(lengths):
             raise Refused(411, "give the body's size as Content-Length; it may not be chunked")
-        if not (length.isascii() and length.isdigit()):
+        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
             raise Refused(400, "Content-Length is not a number")
         # int() itself limits the number of digits.
-        if len(length) > 18 or int(length) > self.server.max_bytes:
+        if len(lengths[0]) > 18 or int(lengths[0]) > self.server.max_bytes:
             raise Refused(
                 413,
-                f"the body has {length} bytes, at most {self.server.max_bytes} are allowed: send fewer images at a time",
+                f"the body has {lengths[0]} bytes, at most {self.server.max_bytes} are allowed: send fewer images at a time",
             )
-        data = self.rfile.read(int(length))
+        return int(lengths[0])
+
+    def body(self, length: int) -> Any:
+        """The request's JSON."""
+        self.incoming.allow(READ_TIMEOUT)
+        self.incoming.most = length
+        data = self.rfile.read(length)
         self.all_read = True
-        if len(data) < int(length):
+        if len(data) < length:
             raise Refused(400, f"the body ended after {len(data)} of {length} bytes")
-        try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the body is not JSON: {error}") from None
+        return parse(data)
 
     def compute(self, name: str, content: Any) -> list[float]:
         """The scores of a request's images, in their order."""
-        if not isinstance(content, dict) or content.keys() - {"images", "prompts", "metadata"}:
-            raise Refused(400, "the body must be an object with images, prompts and optionally metadata")
-        texts, prompts = content.get("images"), content.get("prompts")
-        for key, value in (("images", texts), ("prompts", prompts)):
-            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-                raise Refused(400, f"{key} must be a list of strings")
-        assert isinstance(texts, list) and isinstance(prompts, list)
-        metadata = content.get("metadata")
-        if metadata is None:
-            metadata = [None] * len(texts)
-        if not texts or not isinstance(metadata, list) or not len(texts) == len(prompts) == len(metadata):
-            raise Refused(400, "images, prompts and metadata must be lists of the same length, and not empty")
-        if len(texts) > self.server.max_images:
-            raise Refused(413, f"the request has {len(texts)} images, at most {self.server.max_images} are allowed")
-        self.images = len(texts)
-        left, images = MOST_PIXELS, []
-        for i, text in enumerate(texts):
-            try:
-                images.append(decode(text, left))
-            except ValueError as error:
-                raise Refused(400, f"image {i}: {error}") from None
-            left -= images[-1].shape[0] * images[-1].shape[1]
+        wanted = Wanted(content, self.server.max_images)
+        self.images = len(wanted.prompts)
+        with self.server.pixels.take(wanted.pixels):
+            return self.scores(name, wanted.decode(), wanted.prompts, wanted.metadata)
+
+    def scores(self, name: str, images: list[np.ndarray], prompts: list[str], metadata: list[Any]) -> list[float]:
+        """Queues one job for each size of the images, and waits for their scores."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, image in enumerate(images):
             groups.setdefault(image.shape, []).append(i)
@@ -250,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
             for group, job in zip(groups.values(), jobs, strict=True)
             for i, score in zip(group, job.scores.result(), strict=True)
         }
-        return [scores[i] for i in range(len(texts))]
+        return [scores[i] for i in range(len(images))]
 
 
 class RewardServer:
@@ -261,6 +262,8 @@ class RewardServer:
     Args:
         scorers: by name. /NAME/compute is the path of each; a single one also has /compute. Read from `start` on.
         port: 0 picks a free one, which the attribute `port` gives. max_images, max_bytes: limits of a request.
+        names: further names under which clients know the server, besides localhost, `host` and IP addresses.
+        token: what a request must bring as `Authorization: Bearer`; None if nothing.
 
     Raises:
         ConfigError: the address cannot be bound.
@@ -273,10 +276,14 @@ class RewardServer:
         port: int = 0,
         max_images: int = 256,
         max_bytes: int = 2**28,
+        names: Sequence[str] = (),
+        token: str | None = None,
     ):
         if not 0 <= port < 2**16:
             raise ConfigError(f"--port {port}: give a number up to 65535, or 0 for any that is free")
         self._http = _Http(scorers, host, port, max_images, max_bytes)
+        self._http.names |= {name.lower() for name in names}
+        self._http.token = token
         self._thread: threading.Thread | None = None
         try:
             self._http.server_bind()
@@ -301,14 +308,20 @@ class RewardServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops taking requests, finishes the call in progress, answers 503 to waiting requests and frees the port."""
+        """Stops taking requests, answers 503 to those that wait, finishes the call in progress and frees the port.
+
+        A call that takes more than `FINISH` seconds is given up, and so are its requests.
+        """
         if self._thread is not None:
             self._http.shutdown()
             self._thread.join()
             self._thread = None
             # The socket closes at once, so that no client waits for a connection that will not be answered.
             self._http.server_close()
-            self._http.queue.stop()
+            self._http.bodies.stop()
+            self._http.pixels.stop()
+            if not self._http.queue.stop(FINISH):
+                log(f"stopped, although a scorer has not finished within {FINISH:g} s")
             with self._http.changed:
                 self._http.changed.wait_for(lambda: self._http.open == 0, FAREWELL)
         self._http.server_close()
@@ -321,14 +334,22 @@ class RewardServer:
         self.stop()
 
 
-def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, paths: Mapping[str, str]) -> int:
+def serve(
+    rewards: Sequence[str],
+    host: str,
+    port: int,
+    device: torch.device,
+    paths: Mapping[str, str],
+    names: Sequence[str] = (),
+) -> int:
     """Serves rewards by name until SIGTERM or Ctrl-C; a second one ends it at once. Call it in the main thread. Returns 0.
 
     Args:
-        device, paths: the scorers', see `rewards.load_scorer`.
+        device, paths: the scorers', see `rewards.load_scorer`. names: the server's, see `RewardServer`.
 
     Raises:
-        ConfigError: a reward is unknown or cannot be loaded, or the address cannot be bound.
+        ConfigError: a reward is unknown or cannot be loaded, the address cannot be bound, or the token in the environment
+            cannot be used.
     """
     for name in paths:
         if name not in rewards:
@@ -336,7 +357,8 @@ def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, pa
     for name in rewards:
         check_reward(name, paths.get(name))
     scorers: dict[str, Scorer] = {}
-    server = RewardServer(scorers, host, port)
+    token = shared_token()
+    server = RewardServer(scorers, host, port, names=names, token=token)
     ended = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -345,9 +367,10 @@ def serve(rewards: Sequence[str], host: str, port: int, device: torch.device, pa
     try:
         for name in rewards:
             scorers[name] = load_scorer(name, device, paths.get(name))
-        if not is_loopback(host):
+        if not is_loopback(host) and token is None:
             print(
-                f"tmpo_trainer: warning: whoever reaches {server.url} can use it: there is no password", file=sys.stderr
+                f"tmpo_trainer: warning: whoever reaches {server.url} can use it: set {TOKEN} here and for the trainer",
+                file=sys.stderr,
             )
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
