@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
+from typing import Any
 
 from .settings.errors import ConfigError, one_line
 
@@ -80,5 +80,76 @@ def readable_errors(what: str, path: Path) -> Iterator[None]:
     """Turns a library's error about a path into a ConfigError of one line."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"{what}: {path} cannot be loaded: {one_line(error)}") from None
+    except ConfigError:
+        raise
+    # tokenizers raises bare Exceptions, and the errors of transformers' configs derive from nothing narrower.
+    except Exception as error:
+        unclear = isinstance(error, LookupError) or not str(error)
+        raise ConfigError(f"{what}: {path} cannot be loaded: {one_line(repr(error) if unclear else error)}") from None
+
+
+def read_json(what: str, path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError if the file is missing or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{what}: {path} cannot be read ({error.strerror}): download it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{what}: {path} is not JSON ({one_line(error)}): download it again") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{what}: {path} does not hold a JSON object: download it again")
+    return found
+
+
+def checked_tokenizer(kind: Any, what: str, folder: Path, rows: int) -> Any:
+    """A tokenizer in a folder, whose vocabulary has been checked.
+
+    Args:
+        kind: transformers' class. rows: see `check_vocabulary`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or its vocabulary is not the text encoder's.
+    """
+    with readable_errors(what, folder):
+        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    check_vocabulary(what, folder, tokenizer, rows)
+    return tokenizer
+
+
+def check_vocabulary(what: str, folder: Path, tokenizer: Any, rows: int) -> None:
+    """Checks that a tokenizer knows the text encoder's words.
+
+    Without the file of the vocabulary, transformers makes a tokenizer that knows no word, and says nothing. All prompts
+    would then be the same.
+
+    Args:
+        rows: of the text encoder's embedding. Some encoders have a few rows more than words: T5 32,128 for 32,100.
+
+    Raises:
+        ConfigError: the vocabulary is missing, is not complete, or is another model's.
+    """
+    added = tokenizer.get_added_vocab()
+    numbers = [number for word, number in tokenizer.get_vocab().items() if word not in added]
+    if len(numbers) < 0.8 * rows or max(numbers, default=0) >= rows:
+        raise ConfigError(
+            f"{what}: the tokenizer in {folder} knows {len(numbers)} words, its text encoder {rows}: the vocabulary "
+            "(tokenizer.json, or vocab.json and merges.txt, spiece.model, vocab.txt) is missing or is another model's: "
+            "download the folder again"
+        )
+
+
+def checked_model(kind: Any, what: str, folder: Path, **options: Any) -> Any:
+    """A transformers model in a folder. Weights that its file lacks would be random.
+
+    Args:
+        kind: transformers' class. options: for its `from_pretrained`.
+
+    Raises:
+        ConfigError: it cannot be loaded, or a weight is missing.
+    """
+    with readable_errors(what, folder):
+        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"] & dict(model.named_parameters()).keys())
+    if missing:
+        raise ConfigError(f"{what}: {folder} is not a complete {kind.__name__} ({missing[0]} is missing)")
+    return model

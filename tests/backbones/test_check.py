@@ -66,15 +66,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["names None as its transformer"],
     ),
     "no text encoder": (lambda f: shutil.rmtree(f / "text_encoder_2"), ["has no folder text_encoder_2/"]),
-    "config that is none": (lambda f: (f / "vae/config.json").write_text("{"), ["cannot be loaded", "vae"]),
+    "config that is none": (lambda f: (f / "vae/config.json").write_text("{"), ["vae/config.json is not JSON"]),
     "no weights": (
         lambda f: (f / "transformer/diffusion_pytorch_model.safetensors").unlink(),
-        ["has no weights in transformer/: the download is not complete"],
+        ["has no weights in transformer/ (diffusion_pytorch_model.safetensors or", "the download is not complete"],
     ),
     "a shard is missing": (split_weights, ["b.safetensors is missing: the download is not complete"]),
     "damaged index": (
-        lambda f: (f / "transformer/x.safetensors.index.json").write_text("[]"),
-        ["x.safetensors.index.json is damaged"],
+        lambda f: (f / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
+        ["diffusion_pytorch_model.safetensors.index.json is damaged"],
     ),
     "cut short": (
         lambda f: (f / "text_encoder_2/model.safetensors").write_bytes(

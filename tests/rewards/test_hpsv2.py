@@ -16,7 +16,7 @@ from tmpo_trainer.rewards.parts import openclip
 from tmpo_trainer.settings.errors import ConfigError
 
 CPU = torch.device("cpu")
-WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 50, 12
+WIDTH, HEAD, VOCABULARY, POSITIONS = 128, 64, 120, 12
 
 
 class OpenClip(nn.Module):

@@ -8,13 +8,12 @@ other change, see `settings.discovery`.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..hub import read_json, readable_errors
 from ..settings import discovery
 from ..settings.errors import ConfigError, one_line
 
@@ -25,10 +24,14 @@ if TYPE_CHECKING:
 
 #: Files that are not backbones, see `settings.discovery`.
 SHARED = ("base", "check", "text")
-#: The files of a hub repository that a pipeline needs. Single-file checkpoints at the top level would double the download.
-HUB_FILES = ("model_index.json", "*/*")
-#: The same without the weights.
-HUB_CONFIGS = ("model_index.json", "*/*.json")
+#: The files that are taken of a pipeline's part on the hub: its configs, and its vocabulary.
+HUB_CONFIGS = ("*.json", "*.txt", "*.model")
+#: Its weights, without other precisions (`model.fp16.safetensors`), which nothing reads.
+HUB_WEIGHTS = tuple(
+    f"{stem}{ending}"
+    for stem in ("model", "diffusion_pytorch_model")
+    for ending in (".safetensors", "-*-of-*.safetensors")
+)
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
@@ -49,9 +52,7 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
     """
     folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
     if is_hub_id(model):
-        folder = _from_hub(
-            model, HUB_FILES if weights else HUB_CONFIGS, () if transformer else ("transformer/*.safetensors",)
-        )
+        folder = _from_hub(model, weights, transformer)
     index = folder / "model_index.json"
     if not index.is_file():
         what = "is a folder without model_index.json" if folder.is_dir() else "is not a folder"
@@ -62,13 +63,21 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
     return folder
 
 
-def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
+def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
     """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(model, allow_patterns=list(files), ignore_patterns=list(without)))
+        index = Path(hf_hub_download(model, "model_index.json"))
+        return Path(snapshot_download(model, allow_patterns=hub_files(model, index.parent, weights, transformer)))
+    except ConfigError:
+        raise
     except GatedRepoError:
         raise ConfigError(
             f"model {model} is gated: accept its licence at https://huggingface.co/{model}, then run `hf auth login`"
@@ -77,7 +86,11 @@ def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
         raise ConfigError(
             f"model {model} is neither a folder nor a repository on the hub; a private one needs `hf auth login`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ConfigError(
+                f"model {model} has no model_index.json on the hub: give a repository with a diffusers pipeline"
+            ) from None
         reason = (str(error).split("\n") or [""])[0]
         raise ConfigError(
             f"model {model} is not in the hub cache and cannot be downloaded ({reason}): on a machine that can, run "
@@ -85,13 +98,27 @@ def _from_hub(model: str, files: Sequence[str], without: Sequence[str]) -> Path:
         ) from None
 
 
+def hub_files(model: str, folder: Path, weights: bool, transformer: bool) -> list[str]:
+    """Patterns of the files that a pipeline needs of its hub repository.
+
+    Repositories also hold the same weights in other precisions and in single files for other programs.
+
+    Args:
+        folder: holds the repository's model_index.json. weights, transformer: see `find_model`.
+    """
+    from .check import parts
+
+    found = ["model_index.json"]
+    for part in parts(model, folder):
+        with_weights = weights and (transformer or part != "transformer")
+        found += [f"{part}/{pattern}" for pattern in (*HUB_CONFIGS, *(HUB_WEIGHTS if with_weights else ()))]
+    return found
+
+
 def _backbone(model: str, folder: Path) -> type[Backbone]:
     """The class that trains a pipeline folder. Raises ConfigError if there is none."""
     index = folder / "model_index.json"
-    try:
-        pipeline: Any = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        pipeline = None
+    pipeline = read_json(f"model {model}", index).get("_class_name")
     if not isinstance(pipeline, str):
         raise ConfigError(f"{index} has no _class_name: give a diffusers pipeline folder")
     for name in discovery.names("backbones"):
@@ -103,7 +130,9 @@ def _backbone(model: str, folder: Path) -> type[Backbone]:
                 return declared[pipeline]
     known = [kind for name in discovery.names("backbones") for kind in discovery.load("backbones", name).PIPELINES]
     *others, last = known
-    raise ConfigError(f"model {model} is a {pipeline}: this version trains {', '.join(others)} and {last} models")
+    raise ConfigError(
+        f"model {model} is a {one_line(pipeline)}: this version trains {', '.join(others)} and {last} models"
+    )
 
 
 def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> Backbone:
@@ -114,6 +143,21 @@ def load_skeleton(model: str, dtype: torch.dtype, max_sequence_length: int) -> B
     return check.skeleton(model, folder, _backbone(model, folder), dtype, max_sequence_length)
 
 
+def check_model(model: str) -> Path:
+    """Downloads a model if it is on the hub, and checks its files. Raises ConfigError for one that cannot be trained.
+
+    Returns:
+        its folder.
+    """
+    import torch
+
+    from . import check
+
+    folder = find_model(model)
+    check.check_weights(model, folder, load_skeleton(model, torch.float32, 0))
+    return folder
+
+
 def load_backbone(model: str, options: LoadOptions) -> Backbone:
     """Loads a model, after the checks that need no weights. Raises ConfigError for one that cannot be loaded."""
     from . import check
@@ -122,8 +166,8 @@ def load_backbone(model: str, options: LoadOptions) -> Backbone:
     if options.transformer is not None:
         check.check_transformer(options.transformer, skeleton, options.nf4)
     encode_text(model, skeleton, options)
-    folder = _with_weights(model, options)
-    with _one_line(model):
+    folder = _with_weights(model, skeleton, options)
+    with readable_errors("model", folder):
         return type(skeleton).load(folder, options)
 
 
@@ -137,8 +181,8 @@ def encode_text(model: str, skeleton: Backbone, options: LoadOptions, share: sli
         ConfigError: the text cache cannot be written, which is checked first, or the text encoders cannot be loaded.
     """
     if check_text_cache(model, skeleton, options):
-        folder = _with_weights(model, options)
-        with _one_line(model):
+        folder = _with_weights(model, skeleton, options)
+        with readable_errors("model", folder):
             skeleton.encode_text(_texts(options)[share], folder, options)
 
 
@@ -165,24 +209,11 @@ def _texts(options: LoadOptions) -> list[str]:
     return list(dict.fromkeys([*(options.prompts or ()), ""]))
 
 
-def _with_weights(model: str, options: LoadOptions) -> Path:
+def _with_weights(model: str, skeleton: Backbone, options: LoadOptions) -> Path:
     """The model's folder, with the weights that it needs. Raises ConfigError if any are missing."""
     from . import check
 
     own = options.transformer is None
     folder = find_model(model, transformer=own)
-    check.check_weights(model, folder, () if own else ("transformer",))
+    check.check_weights(model, folder, skeleton, () if own else ("transformer",))
     return folder
-
-
-@contextmanager
-def _one_line(model: str) -> Iterator[None]:
-    """Turns what diffusers and transformers raise while they load into a ConfigError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"model {model} cannot be loaded: {one_line(error)}") from None

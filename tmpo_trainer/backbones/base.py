@@ -15,11 +15,13 @@ import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import tree
+from ..hub import readable_errors
 from ..settings.config import LoraTargets
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, size
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
@@ -104,7 +106,7 @@ class Backbone(ABC):
         left_out = cls._absent(folder)
         text = cls.text_cache(folder, options)
         if text is not None:
-            left_out |= dict.fromkeys(cls._text_parts())
+            left_out |= dict.fromkeys(cls.text_parts())
         network = cls.load_transformer(folder, options)
         pipeline: Any = cls.pipeline_class.from_pretrained(
             folder, dtype=options.dtype, local_files_only=True, transformer=network, **left_out
@@ -146,33 +148,45 @@ class Backbone(ABC):
             return kind.from_pretrained(folder, subfolder="transformer", **how)
         try:
             return kind.from_single_file(cls.single_file(file), config=str(folder), subfolder="transformer", **how)
-        except (LookupError, RuntimeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             # diffusers' conversion raises these for names that it does not find, and for weights that stay empty.
-            raise ValueError(
-                f"--transformer {file} is not this model's {kind.__name__} in ComfyUI's or the original names ({error})"
+            raise ConfigError(
+                f"--transformer {file} is not this model's {kind.__name__} in ComfyUI's or the original names "
+                f"({one_line(error)})"
             ) from None
 
-    @staticmethod
-    def single_file(file: Path) -> str | dict[str, Tensor]:
-        """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first."""
-        return str(file)
+    @classmethod
+    def single_file(cls, file: Path) -> str | dict[str, Tensor]:
+        """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
+
+        diffusers goes by the ending of the name, and does not know ComfyUI's `.sft`.
+        """
+        return str(file) if file.suffix == ".safetensors" else load_file(file)
 
     @classmethod
     def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:
         """A backbone from a folder's configs alone, on the meta device: no weights, no text encoders.
 
         Its geometry, names and sizes are the model's, so that they can be checked and counted before anything is loaded.
+
+        Raises:
+            ConfigError: a part cannot be built from its config.
         """
 
         def build(kind: Any, name: str) -> Any:
-            with torch.device("meta"):
-                return kind.from_config(kind.load_config(folder, subfolder=name, local_files_only=True)).to(dtype)
+            with readable_errors("model", folder / name / "config.json"), torch.device("meta"):
+                found = kind.from_config(kind.load_config(folder, subfolder=name, local_files_only=True))
+                return found.to(dtype).requires_grad_(False)
 
-        parts: dict[str, Any] = dict.fromkeys(cls._text_parts())
-        parts["transformer"] = build(cls.transformer_class, "transformer").requires_grad_(False)
-        parts["vae"] = build(cls.vae_class, "vae").requires_grad_(False)
-        parts["scheduler"] = cls.scheduler_class.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
-        return cls(cls.pipeline_class(**parts), max_sequence_length)
+        parts: dict[str, Any] = dict.fromkeys(cls.text_parts())
+        parts["transformer"] = build(cls.transformer_class, "transformer")
+        parts["vae"] = build(cls.vae_class, "vae")
+        with readable_errors("model", folder / "scheduler" / "scheduler_config.json"):
+            parts["scheduler"] = cls.scheduler_class.from_pretrained(
+                folder, subfolder="scheduler", local_files_only=True
+            )
+        with readable_errors("model", folder):
+            return cls(cls.pipeline_class(**parts), max_sequence_length)
 
     @property
     def device(self) -> torch.device:
@@ -231,7 +245,7 @@ class Backbone(ABC):
     # Text
 
     @classmethod
-    def _text_parts(cls) -> list[str]:
+    def text_parts(cls) -> list[str]:
         """The names of the pipeline's text encoders and tokenizers."""
         return [name for name in inspect.signature(cls.pipeline_class).parameters if name.startswith(TEXT_PARTS)]
 
@@ -247,7 +261,7 @@ class Backbone(ABC):
 
         index = json.loads((folder / "model_index.json").read_text())
         total = 0
-        for name in cls._text_parts():
+        for name in cls.text_parts():
             config = folder / name / "config.json"
             if name.startswith("text_encoder") and config.is_file():
                 kind = getattr(transformers, (index.get(name) or [None, None])[1] or "", None)

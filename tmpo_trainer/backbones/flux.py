@@ -43,17 +43,15 @@ class FluxBackbone(Backbone):
         """The name that modelspec metadata gives this kind of model."""
         return "flux-1-dev" if self.transformer.config.guidance_embeds else "flux-1-schnell"
 
-    @staticmethod
-    def single_file(file: Path) -> str | dict[str, Tensor]:
+    @classmethod
+    def single_file(cls, file: Path) -> str | dict[str, Tensor]:
         """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
 
         Newer ComfyUI (0.33) names the query and key norms `weight` in the files it saves; diffusers knows `scale`.
         """
-        if file.suffix != ".safetensors":
-            return str(file)
         with safe_open(file, "pt") as opened:
             if not any(name.endswith("query_norm.weight") for name in opened.keys()):  # noqa: SIM118
-                return str(file)
+                return super().single_file(file)
         return {re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", k): v for k, v in load_file(file).items()}
 
     def check_single_file(self, where: str, names: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from .. import tree
+from ..hub import read_json
 from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_prompt
 from .text import Conditioning, stack
 
@@ -69,7 +69,7 @@ class SD3Backbone(Backbone):
     def blank_conditioning(self, folder: Path) -> Conditioning:
         """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
         config, dtype = self.transformer.config, self.transformer.dtype
-        settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+        settings = read_json("model", folder / "tokenizer" / "tokenizer_config.json")
         # CLIP's tokens, then T5's, or zeros in their place.
         tokens = settings["model_max_length"] + self.max_sequence_length
         return {

@@ -29,6 +29,8 @@ def dry_run(config: TrainConfig) -> int:
         device, here = torch.device("cuda"), " (none here)"
     train_prompts, heldout, skeleton = check(config, device)
     folder = find_model(config.model, weights=False)
+    if not is_hub_id(config.model):
+        check_weights(config.model, folder, skeleton, ("transformer",) if config.transformer else ())
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
     method = methods.make(config, sigmas)
     parameters = sum(p.numel() for p in skeleton.transformer.parameters())
@@ -57,8 +59,6 @@ def dry_run(config: TrainConfig) -> int:
     for phase, parts in memory.estimate(skeleton, folder, config, method, plans).items():
         listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
         print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
-    if not is_hub_id(config.model):
-        check_weights(config.model, folder, ("transformer",) if config.transformer else ())
     return 0
 
 

@@ -154,7 +154,7 @@ def fetch_all(
     rewards: Sequence[str], prompts: Sequence[str], models: Sequence[str], features: str | None, folder: Path
 ) -> int:
     """Runs `python -m tmpo_trainer fetch`. Returns the exit code. Raises ConfigError."""
-    from ..backbones import find_model
+    from ..backbones import check_model
 
     if features is not None:
         from ..evaluation.features import EfficientNetLite, check_features
@@ -173,7 +173,7 @@ def fetch_all(
         if not found:
             print(f"reward {name}: has no weights to fetch")
     for model in models:
-        print(f"model {model}: {find_model(model)}")
+        print(f"model {model}: {check_model(model)}")
     if features is not None:
         from ..evaluation.features import FILES
         from ..hub import hub_file

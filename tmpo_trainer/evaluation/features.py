@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..hub import checked_model, hub_file
 from ..settings.errors import ConfigError, suggest
 
 #: ImageNet's channel means and standard deviations.
@@ -84,6 +85,9 @@ class DinoV2:
 
     Args:
         folder: holds a transformers `Dinov2Model`. device: where it runs, in float16 on a GPU. name: for reports.
+
+    Raises:
+        ConfigError: the folder does not hold the whole model.
     """
 
     def __init__(self, folder: Path, device: torch.device, name: str = "dinov2"):
@@ -92,7 +96,7 @@ class DinoV2:
 
         self.name, self.device = name, device
         self._dtype = torch.float16 if device.type == "cuda" else torch.float32
-        model: Any = Dinov2Model.from_pretrained(folder, dtype=self._dtype, local_files_only=True)
+        model: Any = checked_model(Dinov2Model, "features", folder, dtype=self._dtype)
         # With a table of the picture's own size, transformers interpolates nothing.
         table = positions(model.embeddings.position_embeddings.data, SIDE // model.config.patch_size)
         model.embeddings.position_embeddings = torch.nn.Parameter(table)
@@ -125,8 +129,6 @@ def check_features(name: str) -> None:
 
 def load_features(name: str, device: torch.device) -> Features:
     """`efficientnet-lite0`, or a DINOv2 from a folder or the hub. Raises ConfigError if weights cannot be loaded."""
-    from ..hub import hub_file, readable_errors
-
     check_features(name)
     if name == EfficientNetLite.name:
         return EfficientNetLite(device)
@@ -135,5 +137,4 @@ def load_features(name: str, device: torch.device) -> Features:
         # Reports name the repository, but never a local path.
         files = [hub_file("features", name, file, "--features FOLDER") for file in FILES]
         folder, label = files[0].parent, name
-    with readable_errors("features", folder):
-        return DinoV2(folder, device, label)
+    return DinoV2(folder, device, label)

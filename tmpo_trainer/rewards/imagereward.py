@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..hub import readable_errors
+from ..hub import checked_tokenizer
 from ..settings.errors import ConfigError
 from .parts.clip import BATCH, crop
 from .parts.weights import Source, existing, fill, hub_folder, state
@@ -28,6 +28,8 @@ SOURCES: tuple[Source, ...] = (
 #: Mean and standard deviation of the raw scores on the authors' data.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
+#: Rows of the embedding: BERT's 30,522 words and BLIP's two.
+WORDS = 30524
 VISION = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -154,7 +156,7 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
         hidden_act="gelu",
     )
     text = BlipTextConfig(
-        vocab_size=30524,
+        vocab_size=WORDS,
         hidden_size=768,
         encoder_hidden_size=1024,
         intermediate_size=3072,
@@ -163,11 +165,10 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
         layer_norm_eps=1e-12,
         hidden_act="gelu",
     )
-    network = ImageReward(vision, text)
-    fill("imagereward", file, network, tensors)
     folder = file.parent
     if not (folder / "tokenizer_config.json").is_file():
         folder = hub_folder("imagereward", SOURCES[1])
-    with readable_errors("reward imagereward", folder):
-        tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = checked_tokenizer(BertTokenizer, "reward imagereward", folder, WORDS)
+    network = ImageReward(vision, text)
+    fill("imagereward", file, network, tensors)
     return ImageRewardScorer(network, tokenizer, device)

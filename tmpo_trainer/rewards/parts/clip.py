@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ...hub import readable_errors
+from ...hub import check_vocabulary, checked_model, checked_tokenizer, readable_errors
 from . import clip_file
 from .weights import Source, hub_folder
 
@@ -97,15 +97,19 @@ def open_clip_tokenizer() -> CLIPTokenizer | None:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
-def load_tokenizer(scorer: str, folder: Path) -> CLIPTokenizer:
-    """The tokenizer in a model's folder, or CLIP's: from open_clip's package, or the hub."""
+def load_tokenizer(scorer: str, folder: Path, rows: int) -> CLIPTokenizer:
+    """The tokenizer in a model's folder, or CLIP's: from open_clip's package, or the hub.
+
+    Args:
+        rows: of the model's embedding of words. Raises ConfigError if the tokenizer's vocabulary is another one.
+    """
     if not (folder / "tokenizer_config.json").is_file():
         found = open_clip_tokenizer()
         if found is not None:
+            check_vocabulary(f"reward {scorer}", folder, found, rows)
             return found
         folder = hub_folder(scorer, TOKENIZER)
-    with readable_errors(f"reward {scorer}", folder):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return checked_tokenizer(CLIPTokenizer, f"reward {scorer}", folder, rows)
 
 
 class ClipTowers:
@@ -207,9 +211,11 @@ def load_clip(scorer: str, folder: Path, device: torch.device, offset: Callable[
     """
     if folder.is_file():
         model: Any = clip_file.build(scorer, folder)
-        folder = folder.parent
+        tokenizer = load_tokenizer(scorer, folder.parent, model.config.text_config.vocab_size)
     else:
         with readable_errors(f"reward {scorer}", folder):
-            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(scorer, folder, config.text_config.vocab_size)
+        model = checked_model(CLIPModel, f"reward {scorer}", folder, dtype=torch.float32)
     prepare = crop(model.config.vision_config.image_size, offset=offset)
-    return ClipTowers(model, load_tokenizer(scorer, folder), prepare, device)
+    return ClipTowers(model, tokenizer, prepare, device)

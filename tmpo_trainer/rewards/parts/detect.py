@@ -20,7 +20,7 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from ...hub import readable_errors
+from ...hub import checked_model
 from ...prompts.compositional import CLASSES, COLORS
 from ...settings.errors import ConfigError
 from .clip import ClipTowers
@@ -204,18 +204,10 @@ class ColorClassifier:
 
 def load_detector(folder: Path, device: torch.device) -> Detector:
     """The detector in a folder with transformers' Mask2Former for COCO. Raises ConfigError if the folder has none."""
-    with readable_errors("reward geneval", folder):
-        loaded: Any = Mask2Former.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    network, report = loaded
+    network = checked_model(Mask2Former, "reward geneval", folder, dtype=torch.float32)
     if network.config.num_labels != len(CLASSES):
         raise ConfigError(
             f"reward geneval: {folder} has {network.config.num_labels} classes, not COCO's {len(CLASSES)}: "
             "use facebook/mask2former-swin-small-coco-instance"
         )
-    # Weights that are missing in the file would be random.
-    missing = sorted(report["missing_keys"] & dict(network.named_parameters()).keys())
-    if missing:
-        raise ConfigError(f"reward geneval: {folder} is not a complete Mask2Former ({missing[0]} is missing)")
     return Detector(network, device)

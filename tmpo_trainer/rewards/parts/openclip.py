@@ -208,7 +208,7 @@ def load_checkpoint(
     open_clip = package() if text.vocab_size == VOCABULARY else None
     if open_clip is None:
         model = build_transformers(scorer, file, tensors, config)
-        return ClipTowers(model, load_tokenizer(scorer, file.parent), pixels, device, clean)
+        return ClipTowers(model, load_tokenizer(scorer, file.parent, text.vocab_size), pixels, device, clean)
     tokenizer = open_clip.SimpleTokenizer(context_length=text.max_position_embeddings)
     return OpenClipTowers(build_open_clip(open_clip, scorer, file, tensors, config), tokenizer, pixels, device)
 
