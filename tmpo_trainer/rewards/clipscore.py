@@ -5,6 +5,8 @@ Other papers call the plain cosine, or 2.5 max(cos, 0), by the same name.
 
 from __future__ import annotations
 
+from math import floor
+
 import torch
 
 from .parts.clip import TOKENIZER, ClipScorer
@@ -17,4 +19,4 @@ SOURCES: tuple[Source, ...] = (("openai/clip-vit-large-patch14", ("config.json",
 def load(device: torch.device, path: str | None = None) -> ClipScorer:
     """The scorer. A `path` replaces the hub's model, see `openclip.load_towers`. Raises ConfigError without weights."""
     folder = existing("clipscore", path) if path else hub_folder("clipscore", SOURCES[0])
-    return ClipScorer("clipscore", load_towers("clipscore", folder, device), divisor=30)
+    return ClipScorer("clipscore", load_towers("clipscore", folder, device, floor), divisor=30)

@@ -49,13 +49,13 @@ def test_the_crop_is_the_originals(size: tuple[int, int], apart: bool) -> None:
 
 
 def test_each_scorer_crops_as_its_original(clip_folder: Path, network: imagereward.ImageReward, bert: Any) -> None:
-    """PickScore's authors crop with transformers, all others with torchvision. A picture of 47 x 32 tells them apart."""
+    """PickScore and CLIP score with transformers, the others with torchvision; a picture of 47 x 32 tells them apart."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 47, 3), dtype=np.uint8))
     low, even = (clip.crop(32, offset=offset)([picture]) for offset in (math.floor, round))
     assert not torch.equal(low, even)
-    assert torch.equal(pickscore.load(CPU, str(clip_folder)).towers.prepare([picture]), low)
+    for module in (pickscore, clipscore):
+        assert torch.equal(module.load(CPU, str(clip_folder)).towers.prepare([picture]), low)
     for prepare in (
-        clipscore.load(CPU, str(clip_folder)).towers.prepare,
         clip.load_clip("geneval", clip_folder, CPU).prepare,
         imagereward.ImageRewardScorer(network, bert, CPU)._prepare,
     ):

@@ -46,7 +46,7 @@ def crop(
 
     Args:
         offset: makes a whole number of half the pixels that are cut off. `round`, half to even, is torchvision's, with
-            which OpenAI's CLIP, ImageReward and GenEval crop. `math.floor` is transformers', with which PickScore crops.
+            which ImageReward and GenEval crop. `math.floor` is transformers', with which PickScore and CLIP score crop.
     """
     processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, image_mean=list(mean), image_std=list(std))
 
