@@ -69,8 +69,8 @@ def _scorer(name: str, path: str | None, changed: int) -> Any:
 
 
 def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
-    """One prompt per picture. Each line is a prompt if there is one line per prompt of the tree, or per picture without a
-    tree. Otherwise the lines are one prompt.
+    """One prompt per picture. Each line is a prompt if a tree of as many prompts is given. Otherwise all lines are one
+    prompt for all pictures, however many there are of either.
 
     Raises:
         ValueError: the text is empty, or the number of pictures is not the tree's.
@@ -80,7 +80,7 @@ def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
         raise ValueError("the prompt is empty: write what the pictures should show")
     if tree is not None:
         tree.check(count, "images")
-    if len(lines) not in (count if tree is None else tree.prompts, 1):
+    if tree is None or len(lines) != tree.prompts:
         lines = [" ".join(lines)]
     return [lines[i % len(lines)] for i in range(count)]
 
@@ -119,8 +119,8 @@ class ScoreImages(io.ComfyNode):
                 io.Image.Input("images", tooltip="A batch of pictures."),
                 io.String.Input(
                     "prompt", multiline=True, default="",
-                    tooltip="What the pictures should show. For a tree of several prompts, connect the tree and write one "
-                    "line per prompt.",
+                    tooltip="What all pictures should show; it may have several lines. Only with a tree of several prompts: as "
+                    "many lines as it has prompts are one prompt each.",
                 ),
                 io.Combo.Input(
                     "reward", options=REWARDS, default="pickscore",
@@ -137,7 +137,10 @@ class ScoreImages(io.ComfyNode):
                     "metadata", multiline=True, default="", optional=True,
                     tooltip='JSON: {"target": "text"} for ocr, {"tag": ..., "include": [...]} for geneval.',
                 ),
-                TreeSocket.Input("tree", optional=True, tooltip="The tree of these images, if it has several prompts."),
+                TreeSocket.Input(
+                    "tree", optional=True,
+                    tooltip="The tree of these images, if it has several prompts: each line of the prompt then belongs to one.",
+                ),
             ],
             outputs=[
                 ScoresSocket.Output(display_name="scores", tooltip="For Select Branches, Tree View, Compare."),

@@ -505,14 +505,14 @@ def test_sigmas_that_stand_still_are_refused(pack: Any) -> None:
         )
 
 
-def test_lines_are_prompts_only_where_there_are_as_many(pack: Any) -> None:
+def test_lines_are_prompts_only_for_a_tree_of_as_many(pack: Any) -> None:
     from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
 
     _, two = sample(pack, PROMPTS)
     text = "\n".join(PROMPTS)
     assert scoring.prompts_of(text, 54, two) == list(PROMPTS) * 27
-    assert scoring.prompts_of(text, 2) == list(PROMPTS)
-    # A prompt that is written on several lines is one.
+    # A prompt that is written on several lines is one, also for as many pictures.
+    assert scoring.prompts_of(text, 2) == [" ".join(PROMPTS)] * 2
     assert scoring.prompts_of("a\nb\n\nc", 27) == ["a b c"] * 27
     assert scoring.prompts_of("a\nb\nc", 54, two) == ["a b c"] * 54
     with pytest.raises(ValueError, match="images has 3 entries, but the tree has 54 leaves"):

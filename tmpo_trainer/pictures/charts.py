@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .fonts import font_for
+
 PANEL, MARGIN = (420, 220), (52, 30, 14, 26)
 
 INK, GRID, FAINT, LINE = "#222222", "#e2e2e2", "#b9d4ea", "#1f77b4"
@@ -41,7 +43,7 @@ def _panel(x: np.ndarray, y: np.ndarray, name: str) -> Image.Image:
         level = bottom - share * (bottom - top)
         pen.line([(left, level), (right, level)], GRID)
         pen.text((left - 6, level), f"{low + share * (high - low):.3g}", INK, font, anchor="rm")
-    pen.text((left, top - 10), name, INK, ImageFont.load_default(14), anchor="ls")
+    pen.text((left, top - 10), name, INK, font_for(name, 14), anchor="ls")
     for value, anchor in ((first, "lt"), (last, "rt")):
         pen.text((left if anchor == "lt" else right, bottom + 6), f"{value:g}", INK, font, anchor=anchor)
     window = max(1, len(y) // 12)

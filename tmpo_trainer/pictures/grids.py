@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .fonts import font_for
+
 #: Colours of a heat map from 0 to its largest value: dark blue, teal, yellow. They differ in lightness too.
 RAMP = np.array([(32, 24, 72), (38, 96, 134), (60, 168, 132), (250, 230, 80)], float)
 
@@ -17,11 +19,12 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1)
     gap, head = 2, 14 if labels else 0
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap + head) - gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    draw = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
         top = y * (height + gap + head)
         if labels:
-            draw.text((2, top), labels[y], fill="black", font=font)
+            # All fonts have their baseline in the same place.
+            draw.text((2, top + 11), labels[y], fill="black", font=font_for(labels[y], 11), anchor="ls")
         for x, picture in enumerate(row):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(tile, (x * (width + gap), top + head))
