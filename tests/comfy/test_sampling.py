@@ -325,6 +325,9 @@ def test_scores_are_combined_and_weighed_as_in_training(pack: Any) -> None:
             x, y = values[:, start::2]
             expected = rewards.combine({"x": x, "y": y}, [1, 0.5], "zscore" if zscore else "none")
             torch.testing.assert_close(found[start::2], expected, atol=0, rtol=0)
+    averaged = scoring.CombineScores.execute(first, "", True, second).result[0].first()
+    expected = rewards.combine({"x": values[0, ::2], "y": values[1, ::2]}, None, "zscore")
+    torch.testing.assert_close(averaged[::2], expected, atol=0, rtol=0)
     weighed = scoring.BoltzmannWeights.execute(first, 1.5).result
     logs = [(1.5 * objectives.zscore(values[0, start::2].double())).log_softmax(0) for start in (0, 1)]
     assert weighed[1] == pytest.approx(sum(math.exp(-(log.exp() * log).sum()) for log in logs) / 2)
