@@ -65,6 +65,7 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:
         digests = {"training": resuming.digest(train_prompts), "held-out": resuming.digest(heldout)}
+        print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
         if checkpoint:
             for line in resuming.notices(folder, config, digests):
                 print(line, file=sys.stderr)
@@ -73,7 +74,6 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
         write_text(folder / "config.yaml", to_yaml(absolute(config)))
         about = {**environment(device), "prompts": digests}
         write_text(folder / "env.json", json.dumps(about, indent=2) + "\n")
-        print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
     trackers.start(accelerator, config, folder)
     held_out = None
     if parts.features and (config.report or config.eval_every):
