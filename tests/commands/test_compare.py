@@ -144,14 +144,22 @@ def test_a_budget_of_seconds_is_tried_first(flags: list[str]) -> None:
     assert len(Path("out/tmpo-seed0/metrics.jsonl").read_text().splitlines()) == updates
 
 
-def test_one_that_fails_does_not_stop_the_others(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    # A learning rate that overflows at once.
-    Path("arms.yaml").write_text("bad: {learning_rate: 1.0e+30}\ngood: {learning_rate: 1.0e-3}\n")
+def test_one_that_fails_does_not_stop_the_others(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("no_number.py").write_text(
+        "import torch\n\nclass NoNumber:\n    def __init__(self, device): pass\n\n"
+        "    def score(self, images, prompts, metadata=None): return torch.full((len(images),), torch.nan)\n"
+    )
+    Path("arms.yaml").write_text(
+        "bad: {method: gardo, auxiliary: ['no_number:NoNumber']}\ngood: {learning_rate: 1.0e-3}\n"
+    )
     assert start(flags, "--arms", "arms.yaml", "--updates", "3") == 1
     out, err = capsys.readouterr()
     assert "bad-seed0 failed, see" in err and "| good | 1 | 3 |" in out and "| bad |" not in out
     assert "Failed and not in the table: bad-seed0" in Path("out/table.md").read_text()
-    assert "the gradient of update 1 is nan" in Path("out/bad-seed0/log.txt").read_text()
+    assert "reward no_number:NoNumber gave nan" in Path("out/bad-seed0/log.txt").read_text()
 
 
 def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

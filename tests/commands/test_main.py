@@ -149,7 +149,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--config list.yaml", ["list.yaml is not a mapping"]),
     ("--config value.yaml", ["value.yaml", "updates 'many'"]),
     ("--config none.yaml", ["cannot read none.yaml"]),
-    ("--config latin.txt", ["latin.txt is not YAML"]),
+    ("--config latin.txt", ["latin.txt is not YAML: byte 0xfc in line 1 is not UTF-8: save it as UTF-8"]),
     ("--preset demi", ["unknown preset demi", "did you mean demo?", "pickscore"]),
     ("--learning-rate fast", ["flags: learning_rate 'fast'"]),
     ("--updates 1.5", ["updates '1.5'"]),
@@ -169,6 +169,11 @@ BAD: list[tuple[str, list[str]]] = [
     ("--prompts none.txt", ["prompt file none.txt does not exist"]),
     ("--prompts empty.txt", ["prompt file empty.txt is empty"]),
     ("--prompts latin.txt", ["prompt file latin.txt cannot be read as UTF-8"]),
+    ("--prompts good.yaml", ["prompt file good.yaml: .yaml is not read, give a .txt"]),
+    ("--prompts ~nobody/x.txt", ["flags: prompts '~nobody/x.txt': the home folder ~nobody is not known", "./~nobody"]),
+    ("--config ~nobody/x.yaml", ["argument --config: ~nobody/x.yaml: the home folder ~nobody is not known"]),
+    ("--resume ~nobody/x", ["the home folder ~nobody is not known"]),
+    ("--resume run --output-dir none", ["--resume run: not a checkpoint"]),
     ("--prompts foreign.txt", ["foreign.txt", "'a photo of a cat'", "two red circles"]),
     ("--eval-prompts foreign.txt", ["foreign.txt", "'a photo of a cat'"]),
     ("--resume no-pipeline", ["--resume no-pipeline", "not a checkpoint"]),
@@ -545,10 +550,11 @@ def test_what_a_run_leaves_behind(
         "update-000001.png", "update-000002.png"
     ]  # fmt: skip
     settings = yaml.safe_load((place / "out" / "config.yaml").read_text())
-    assert settings == {**printed(capsys, *base, *more)}
+    typed = printed(capsys, *base, *more)
+    assert settings == typed | {key: str(place / typed[key]) for key in ("prompts", "eval_prompts", "output_dir")}
     environment = json.loads((place / "out" / "env.json").read_text())
     assert environment["tmpo_trainer"] == __version__ and environment["torch"] == torch.__version__
-    assert str(Path.home()) not in json.dumps(environment)
+    assert str(Path.home()) not in json.dumps(environment) and str(place) not in json.dumps(environment)
     report = (place / "out" / "report.md").read_text()
     assert all(f"| {name} |" in report for name in ("red", *MEASURES)) and "2 held-out prompts x 3 images" in report
     summary = json.loads((place / "out" / "report.json").read_text())
@@ -641,6 +647,16 @@ def test_torchvision_is_not_needed_and_a_broken_one_is_told(tmp_path: Path, brok
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert ("torchvision is installed but broken (operator nms" if broken else "nowhere.png does not exist") in last
+
+
+def test_a_terminal_without_the_letters(tmp_path: Path) -> None:
+    """A file name that the encoding of stdout does not have, as on Windows with stdout in a file or pipe."""
+    code = "from tmpo_trainer.commands import main as m; m._run = lambda a: print('一只猫') or 0; print(m.main([]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert done.stdout.split() == [b"???", b"0"], done.stderr
 
 
 def test_an_unknown_command_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -285,8 +285,8 @@ def test_resuming_with_more_updates_goes_on(copied: Path, scorer: Scorer) -> Non
 @pytest.mark.parametrize(
     ("more", "blame"),
     [
-        (["--lora-rank", "8"], "is of another model or LoRA rank"),
-        (["--seed", "1"], "has seed 0, the settings say 1"),
+        (["--lora-rank", "8"], "continues with lora_rank 4: for 8, start a new run"),
+        (["--seed", "1"], "continues with seed 0: for 1, start a new run"),
         (["--model", "OTHER"], "is of another model or LoRA rank"),
         (["--preset", "demo"], "no --config or --preset"),
     ],

@@ -81,6 +81,7 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: Exit
         trainer.resume(checkpoint)
     if accelerator.is_main_process:
         digests = {"training": resuming.digest(train_prompts), "held-out": resuming.digest(heldout)}
+        print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
         with writing(folder):
             if checkpoint:
                 for line in resuming.notices(folder, config, digests):
@@ -89,8 +90,8 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: Exit
             # With absolute paths, so that `--resume` and `evaluate` find the same files from another folder.
             write_text(folder / "config.yaml", to_yaml(absolute(config)))
             about = {**environment(device), "prompts": digests}
-            write_text(folder / "env.json", json.dumps(about, indent=2) + "\n")
-        print(f"{'resuming' if checkpoint else 'training'} in {folder}", file=sys.stderr)
+            write_text(folder / "env.json", json.dumps(about, indent=2) + "
+")
     trackers.start(accelerator, config, folder, trainer.done if checkpoint else None)
     held_out = None
     if parts.features and (config.report or config.eval_every):

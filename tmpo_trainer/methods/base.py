@@ -113,7 +113,7 @@ class TransitionSettings(TrainConfig):
     """Noise level of the stochastic steps; at most 1 for cps."""
     logp_reduce: Literal["mean", "sum"] = "mean"
     """How log-probabilities are reduced over latent dimensions (paper: mean)."""
-    clip: float = Field(0.2, ge=1e-7, le=1000)
+    clip: float = Field(0.2, gt=0, le=1000)
     """PPO's epsilon."""
     kl_weight: float = Field(0.0, ge=0, le=1e4)
     """Weight of the KL penalty to the pretrained model. With the GRPO family the KL is measured as Flow-GRPO does, see

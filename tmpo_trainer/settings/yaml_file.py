@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,14 +24,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if len(data) > MOST_BYTES:
         raise ConfigError(f"{path} has more than {MOST_BYTES} bytes: give a file of settings")
     try:
-        loaded = _load(decode(data))
+        loaded = _load(path, decode(data))
+    except ConfigError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where} is not YAML: {one_line(error.problem or error.context or error)}") from None
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{path} is not YAML: {where}{one_line(error.problem or error)}") from None
     except RecursionError:
-        raise ConfigError(f"{path} is not a file of settings: it is nested too deeply") from None
-    # The constructors of YAML's types raise whatever int, float, date and their like do: `!!bool x` is a KeyError.
+        raise ConfigError(f"{path} is nested too deeply for settings") from None
+    # The constructors of YAML's types raise whatever int, float and date raise; `!!bool x` is a KeyError.
     except Exception as error:
         raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(loaded, dict):
@@ -39,27 +41,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _load(text: str) -> Any:
+def _load(path: Path, text: str) -> Any:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _count(node, {})
+        _count(path, node, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
+def _count(path: Path, node: yaml.Node, known: dict[int, int]) -> int:
     """The number of values below a node, with those behind aliases counted each time that they are used.
 
     Raises:
-        MarkedYAMLError: too many, an alias inside of what it stands for, a key twice, an integer too long to print.
+        ConfigError: too many, an alias inside of what it stands for, a key twice, an integer too long to print.
     """
+
+    def refuse(why: str, at: yaml.Node = node) -> NoReturn:
+        raise ConfigError(f"{path}, line {at.start_mark.line + 1}: {why}")
+
     if id(node) in known:
         if not known[id(node)]:
-            raise _refused("an alias stands for something that contains it", node)
+            refuse("an alias stands for something that contains it")
         return known[id(node)]
     known[id(node)] = 0
     children: list[yaml.Node] = []
@@ -68,21 +74,17 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise _refused(f"key {quoted(key.value)} is there twice, keep one", key)
+                    refuse(f"key {quoted(key.value)} is there twice: keep one", key)
                 seen.add((key.tag, key.value))
             children += [key, value]
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
     elif node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
-        raise _refused(f"an integer of {len(node.value)} digits", node)
+        refuse(f"an integer of {len(node.value)} digits")
     total = 1
     for child in children:
-        total += _count(child, known)
+        total += _count(path, child, known)
         if total > MOST_VALUES:
-            raise _refused(f"more than {MOST_VALUES} values", node)
+            refuse(f"more than {MOST_VALUES} values")
     known[id(node)] = total
     return total
-
-
-def _refused(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
