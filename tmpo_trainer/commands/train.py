@@ -90,8 +90,7 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: Exit
             # With absolute paths, so that `--resume` and `evaluate` find the same files from another folder.
             write_text(folder / "config.yaml", to_yaml(absolute(config)))
             about = {**environment(device), "prompts": digests}
-            write_text(folder / "env.json", json.dumps(about, indent=2) + "
-")
+            write_text(folder / "env.json", json.dumps(about, indent=2) + "\n")
     trackers.start(accelerator, config, folder, trainer.done if checkpoint else None)
     held_out = None
     if parts.features and (config.report or config.eval_every):
