@@ -112,8 +112,8 @@ def test_positions_without_noise_are_told_before_weights_are_loaded(
 @pytest.mark.parametrize(
     ("module", "shape", "blame"),
     [
-        ("transformer_blocks.0.attn.to_q", (32, 48), "to_q is 32 x 48 and does not fit FluxTransformer2DModel, where it is 32 x 32: give a LoRA"),
-        ("transformer_blocks.7.attn.to_q", (32, 32), "transformer_blocks.7.attn.to_q is no linear layer of FluxTransformer2DModel"),
+        ("transformer_blocks.0.attn.to_q", (32, 48), "32 x 48 and does not fit FluxTransformer2DModel, where it is 32 x 32"),
+        ("transformer_blocks.7.attn.to_q", (32, 32), "blocks.7.attn.to_q is no linear layer of FluxTransformer2DModel"),
     ],
 )  # fmt: skip
 def test_a_lora_of_another_model(

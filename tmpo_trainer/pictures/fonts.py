@@ -47,7 +47,7 @@ def missing(font: ImageFont.FreeTypeFont, letters: frozenset[str]) -> set[str]:
 
 def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(letter)
-    return mask.size, bytes(mask)
+    return mask.size, bytes(mask)  # type: ignore[arg-type]
 
 
 @lru_cache
