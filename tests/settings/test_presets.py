@@ -123,7 +123,7 @@ def test_later_layers_win_and_the_method_says_whose_settings() -> None:
         ({3: 1}, "second: unknown key 3 (--help lists them)"),
         ({"updates": 0}, "second: updates 0: input should be greater than or equal to 1"),
         ({"resolution": "big"}, "second: resolution 'big': "),
-        ({"clip": -1}, "second: clip -1: input should be greater than or equal to"),
+        ({"clip": -1}, "second: clip -1: input should be greater than 0"),
         ({"method": 3}, "second: method 3: input should be a valid string"),
         ({"method": "grpo"}, "method 'grpo' is not known"),
         # Of another method, which checks it all the same.
@@ -245,12 +245,12 @@ def test_presets_of_methods_go_with_their_method() -> None:
 
 def test_files_that_are_no_settings(tmp_path: Path) -> None:
     for name, text, told in (
-        ("broken.yaml", "updates: [1\nseed: }", ", line 2 is not YAML"),
+        ("broken.yaml", "updates: [1\nseed: }", "is not YAML"),
         ("list.yaml", "- updates", "is not a mapping"),
         ("empty.yaml", "", "is not a mapping"),
     ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(ConfigError, match=f"{name} ?{told}") as caught:
+        with pytest.raises(ConfigError, match=f"{name} {told}") as caught:
             presets.read_yaml(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot read"):
