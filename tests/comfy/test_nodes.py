@@ -314,6 +314,37 @@ def test_a_scorer_from_comfyuis_clip_vision(comfy: Any) -> None:
         comfy.run(scoring)
 
 
+def test_a_lora_in_float8_with_layers_of_a_text_encoder(comfy: Any) -> None:
+    """The pictures of the same numbers in float32, without those layers, which the node names. NaN is refused."""
+    from safetensors.torch import load_file, save_file
+
+    folder = comfy.base / "models" / "loras"
+    lora_file(comfy, "wide8.safetensors", "transformer_blocks.0.attn.to_q", 192)
+    small = {key: value.to(torch.float8_e5m2) for key, value in load_file(folder / "wide8.safetensors").items()}
+    save_file({key: value.float() for key, value in small.items()}, folder / "wide32.safetensors")
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    both = {f"{text}.lora_A.weight": torch.ones(2, 8), f"{text}.lora_B.weight": torch.ones(8, 2)}
+    save_file(small | {k: v.to(torch.float8_e5m2) for k, v in both.items()}, folder / "wide8.safetensors")
+    pictures = []
+    for name in (None, "wide8.safetensors", "wide32.safetensors"):
+        whole = {**graph(), "16": node("PreviewImage", images=["5", 0])}
+        if name:
+            whole["20"] = node("TMPO_LoadLora", model=["1", 0], lora=name, strength=1.0)
+            whole["4"]["inputs"]["model"] = ["20", 0]
+        found = comfy.run(whole)
+        pictures.append(comfy.image(found["16"]["images"][3]))
+        if name:
+            assert ("1 of the modules: tmpo_trainer leaves these out" in found["20"]["text"][0]) == ("8" in name)
+    assert (pictures[1] == pictures[2]).all() and (pictures[1] != pictures[0]).any()
+    key = next(iter(small))
+    save_file(small | {key: torch.full(small[key].shape, torch.nan)}, folder / "nan.safetensors")
+    with pytest.raises(Exception, match=r"to_q.* has numbers that are not finite"):
+        comfy.run({
+            "1": node("TMPO_DemoModelLoader"),
+            "2": node("TMPO_LoadLora", model=["1", 0], lora="nan.safetensors", strength=1.0),
+        })  # fmt: skip
+
+
 def test_a_lora_of_other_sizes_is_refused_and_none_is_none(comfy: Any) -> None:
     """The layers have the same names, as those of another size of the same family."""
     lora_file(comfy, "wide.safetensors", "transformer_blocks.0.attn.to_q", 384)
