@@ -179,6 +179,16 @@ def test_the_change_of_a_module_is_measured() -> None:
     assert lora_file.delta_norm(down, up) == pytest.approx((up @ down).norm().item(), rel=1e-5)
 
 
+def test_metadata_cannot_command_the_terminal_or_add_lines(tmp_path: Path) -> None:
+    name = "transformer.blocks.0.\x1b[2Ja"
+    state = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}
+    foreign = {"modelspec.architecture": "flux\nyes  all fine", "tmpo.\x1b]0;x\x07": "\x1b[31m"}
+    save_file(state, tmp_path / "lora.safetensors", foreign)
+    text, _ = lora_file.describe(tmp_path / "lora.safetensors")
+    assert text.replace("\n", "").isprintable()
+    assert not any(line.startswith("yes  all fine") for line in text.splitlines())
+
+
 def test_the_architecture_is_the_metadatas(tmp_path: Path) -> None:
     name = "transformer.blocks.0.a"
     state = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}

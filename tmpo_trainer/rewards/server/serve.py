@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import FrameType
 from typing import Any
 
@@ -48,8 +48,7 @@ LINGER = 2.0
 FINISH, FAREWELL = 60.0, 5.0
 
 
-class _Http(ThreadingHTTPServer):
-    daemon_threads = True
+class _Http(HTTPServer):
     request_queue_size = 128
 
     def __init__(self, scorers: Mapping[str, Scorer], host: str, port: int, max_images: int, max_bytes: int):
@@ -58,8 +57,9 @@ class _Http(ThreadingHTTPServer):
         self.token: str | None = None
         self.queue = Queue(scorers)
         self.bodies, self.pixels = Budget(max(ALL_BYTES, max_bytes), BUSY_TIMEOUT), Budget(ALL_PIXELS, BUSY_TIMEOUT)
-        # open: requests that are being answered. connections: all of them.
-        self.changed, self.open, self.connections = threading.Condition(), 0, 0
+        # open: requests that are being answered. served, refused: connections, each of which has a thread.
+        self.changed = threading.Condition()
+        self.open = self.served = self.refused = 0
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler, bind_and_activate=False)
 
@@ -69,28 +69,35 @@ class _Http(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.changed:
-            self.connections += 1
-            too_many = self.connections > 2 * MOST_CONNECTIONS
+            busy = self.served >= MOST_CONNECTIONS
+            too_many = busy and self.refused >= MOST_CONNECTIONS
+            if not too_many:
+                self._count(busy, 1)
         if too_many:
             self.shutdown_request(request)
-            self.connection_ended()
             return
         try:
-            super().process_request(request, client_address)
+            threading.Thread(target=self._work, args=(request, client_address, busy), daemon=True).start()
         except RuntimeError:
-            # No thread could be started.
-            self.connection_ended()
+            # The system gives no further thread.
+            self._count(busy, -1)
             raise
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def _work(self, request: Any, client_address: Any, busy: bool) -> None:
         try:
-            super().process_request_thread(request, client_address)
+            _Handler(request, client_address, self, busy)
+        except Exception:
+            self.handle_error(request, client_address)
         finally:
-            self.connection_ended()
+            self.shutdown_request(request)
+            self._count(busy, -1)
 
-    def connection_ended(self) -> None:
+    def _count(self, busy: bool, change: int) -> None:
         with self.changed:
-            self.connections -= 1
+            if busy:
+                self.refused += change
+            else:
+                self.served += change
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log(f"connection lost: {one_line(repr(sys.exception()))}")
@@ -108,10 +115,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = f"tmpo_trainer/{__version__}", ""
 
+    def __init__(self, request: Any, client_address: Any, server: _Http, busy: bool = False):
+        """busy: whether the request is refused, because too many others are being served."""
+        self.busy = busy
+        super().__init__(request, client_address, server)
+
     def setup(self) -> None:
         super().setup()
         self.started, self.images, self.all_read = time.monotonic(), 0, False
-        self.busy = self.server.connections > MOST_CONNECTIONS
         self.rfile.close()
         self.incoming = Timed(self.connection, LINGER if self.busy else HEAD_TIMEOUT, HEAD_LIMIT)
         self.rfile = io.BufferedReader(self.incoming)
