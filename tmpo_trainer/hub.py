@@ -128,13 +128,16 @@ def check_vocabulary(what: str, folder: Path, tokenizer: Any, rows: int) -> None
     Raises:
         ConfigError: the vocabulary is missing, is not complete, or is another model's.
     """
-    added = tokenizer.get_added_vocab()
-    numbers = [number for word, number in tokenizer.get_vocab().items() if word not in added]
-    if len(numbers) < 0.8 * rows or max(numbers, default=0) >= rows:
+    with readable_errors(what, folder):
+        added = tokenizer.get_added_vocab()
+        numbers = [number for word, number in tokenizer.get_vocab().items() if word not in added]
+        # Begin, end and padding alone.
+        marks = tokenizer("", padding="max_length", truncation=True, max_length=4)["input_ids"]
+    if len(numbers) < 0.8 * rows or max([*numbers, *marks]) >= rows:
         raise ConfigError(
-            f"{what}: the tokenizer in {folder} knows {len(numbers)} words, its text encoder {rows}: the vocabulary "
-            "(tokenizer.json, or vocab.json and merges.txt, spiece.model, vocab.txt) is missing or is another model's: "
-            "download the folder again"
+            f"{what}: the tokenizer in {folder} knows {len(numbers)} words with numbers up to {max([*numbers, *marks])}, its "
+            f"text encoder {rows} words: the vocabulary (tokenizer.json, or vocab.json and merges.txt, spiece.model, "
+            "vocab.txt) is missing or is another model's: download the folder again"
         )
 
 

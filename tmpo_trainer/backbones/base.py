@@ -199,7 +199,7 @@ class Backbone(ABC):
                 f"model {model}: its VAE makes {config.latent_channels} channels, its transformer takes {channels}: the "
                 "VAE belongs to another model; take both from the same one"
             )
-        if config.scaling_factor is None or config.shift_factor is None:
+        if not config.scaling_factor or config.shift_factor is None:
             raise ConfigError(
                 f"model {model}: vae/config.json lacks scaling_factor or shift_factor: take it from the model"
             )
