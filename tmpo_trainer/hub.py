@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from .settings.errors import ConfigError, one_line
+
+#: More layers, a larger whole number or a longer list are a damaged config. They would take the memory or hours.
+MOST_LAYERS, MOST, LONGEST = 200, 10_000_000, 1000
+
+#: Other limits. A tokenizer's length is checked against its text encoder.
+LIMITS = {"extra_ids": LONGEST, "model_max_length": math.inf}
+
+#: The numbers of layers that cannot be 0.
+DEPTH = ("num_layers", "num_hidden_layers")
 
 
 def git_blob(content: bytes) -> str:
@@ -60,7 +70,7 @@ def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None 
             "`hf auth login`"
         ) from None
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error).split("\n") or [""])[0]
+        reason = one_line(str(error).partition("\n")[0])
         raise ConfigError(
             f"{what} needs {name} of https://huggingface.co/{repository}, which is not in the hub's cache and cannot be "
             f"downloaded ({reason}): on a machine that can, run `hf download {repository} {name}`, then copy it here and "
@@ -101,6 +111,25 @@ def read_json(what: str, path: Path) -> dict[str, Any]:
     return found
 
 
+def read_config(what: str, path: Path) -> dict[str, Any]:
+    """The object in a config. Raises ConfigError if it cannot be read, or has a number that no model has."""
+    found = read_json(what, path)
+    left: list[tuple[str, Any]] = list(found.items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, item) for item in value[: LONGEST + 1])
+        many = isinstance(value, list) and len(value) > LONGEST
+        least, most = (int(key in DEPTH), MOST_LAYERS) if "layers" in key else (-MOST, LIMITS.get(key, MOST))
+        if many or (isinstance(value, (int, float)) and not least <= value <= most):
+            raise ConfigError(
+                f"{what}: {path}: {one_line(key, 40)} {one_line(value, 40)} is not possible: download it again"
+            )
+    return found
+
+
 def checked_tokenizer(kind: Any, what: str, folder: Path, rows: int) -> Any:
     """A tokenizer in a folder, whose vocabulary has been checked.
 
@@ -128,13 +157,16 @@ def check_vocabulary(what: str, folder: Path, tokenizer: Any, rows: int) -> None
     Raises:
         ConfigError: the vocabulary is missing, is not complete, or is another model's.
     """
-    added = tokenizer.get_added_vocab()
-    numbers = [number for word, number in tokenizer.get_vocab().items() if word not in added]
-    if len(numbers) < 0.8 * rows or max(numbers, default=0) >= rows:
+    with readable_errors(what, folder):
+        added = tokenizer.get_added_vocab()
+        numbers = [number for word, number in tokenizer.get_vocab().items() if word not in added]
+        # Begin, end and padding alone.
+        marks = tokenizer("", padding="max_length", truncation=True, max_length=4)["input_ids"]
+    if len(numbers) < 0.8 * rows or max([*numbers, *marks]) >= rows:
         raise ConfigError(
-            f"{what}: the tokenizer in {folder} knows {len(numbers)} words, its text encoder {rows}: the vocabulary "
-            "(tokenizer.json, or vocab.json and merges.txt, spiece.model, vocab.txt) is missing or is another model's: "
-            "download the folder again"
+            f"{what}: the tokenizer in {folder} knows {len(numbers)} words with numbers up to {max([*numbers, *marks])}, its "
+            f"text encoder {rows} words: the vocabulary (tokenizer.json, or vocab.json and merges.txt, spiece.model, "
+            "vocab.txt) is missing or is another model's: download the folder again"
         )
 
 
@@ -147,6 +179,7 @@ def checked_model(kind: Any, what: str, folder: Path, **options: Any) -> Any:
     Raises:
         ConfigError: it cannot be loaded, or a weight is missing.
     """
+    read_config(what, folder / "config.json")
     with readable_errors(what, folder):
         model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"] & dict(model.named_parameters()).keys())

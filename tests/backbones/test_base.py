@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,12 +149,56 @@ def test_a_single_file_that_lacks_something_is_refused(tiny_sd35: Path, tmp_path
         load(tiny_sd35, transformer=file)
 
 
+@pytest.mark.parametrize("name", ["transformer.sft", "whole.safetensors"])
+def test_a_single_file_as_comfyui_has_it(tiny_sd35: Path, tmp_path: Path, name: str) -> None:
+    """Another ending, or a whole model whose T5 alone is in scaled 8 bits."""
+    state = load_file(tiny_sd35 / "transformer" / "diffusion_pytorch_model.safetensors")
+    tensors = {key: value.contiguous() for key, value in original_names(state).items()}
+    if name.startswith("whole"):
+        tensors = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
+        for key in ("x.weight", "x.scale_weight", "scaled_fp8"):
+            tensors[f"text_encoders.t5xxl.transformer.{key}"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / name)
+    loaded = load(tiny_sd35, transformer=tmp_path / name).transformer.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("q8.gguf", "a GGUF file"), ("bare.ckpt", "a torch file"), ("lfs.safetensors", "only a pointer")]
+)
+def test_a_single_file_of_another_format_is_named(tiny_sd35: Path, tmp_path: Path, name: str, kind: str) -> None:
+    file = tmp_path / name
+    torch.save({"x": torch.zeros(2)}, file)
+    if not name.endswith("ckpt"):
+        file.write_bytes(b"GGUF\3" if name.endswith("gguf") else b"version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(ConfigError, match=f"{name} is {kind}.*: take the model's safetensors file"):
+        load(tiny_sd35, transformer=file)
+
+
 def test_a_single_file_of_another_model_is_one_line(tiny_sd35: Path, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3)}, file)
     with pytest.raises(ConfigError, match=r"other\.safetensors") as caught:
         load(tiny_sd35, transformer=file)
     assert "\n" not in str(caught.value)
+
+
+# Numbers that are none
+
+
+def test_weights_that_are_not_finite(tiny_sd35: Path, tmp_path: Path) -> None:
+    """Its pictures would be black."""
+    shutil.copytree(tiny_sd35, tmp_path / "model")
+    file = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "decoder.conv_in.bias": torch.full((16,), torch.nan)}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model/vae: decoder\.conv_in\.bias is not finite"):
+        load(tmp_path / "model")
+
+
+def test_pixels_that_are_not_finite(tiny_sd35: Path) -> None:
+    backbone = load(tiny_sd35)
+    with pytest.raises(ValueError, match="pixels that are not finite"):
+        backbone.decode(torch.full((1, 16, 4, 4), torch.inf), 1)
 
 
 # Guidance in two calls

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tmpo_trainer.backbones import load_backbone, load_skeleton
+from tmpo_trainer.backbones import check_model, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.commands import main
+from tmpo_trainer.settings.errors import ConfigError
 
 
 @pytest.fixture
@@ -33,6 +34,13 @@ def copy(tiny_flux: Callable[[bool], Path], tmp_path: Path, monkeypatch: pytest.
 
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def change(file: Path, name: str, value: torch.Tensor | None) -> None:
+    """Replaces a tensor of a file, or leaves it out."""
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors if value is None else {**tensors, name: value}, file, {"format": "pt"})
 
 
 def split_weights(folder: Path) -> None:
@@ -76,6 +84,62 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (f / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text("{}"),
         ["diffusion_pytorch_model.safetensors.index.json is damaged"],
     ),
+    "tokenizer without vocabulary": (
+        lambda f: (f / "tokenizer_2/tokenizer.json").unlink(),
+        ["the tokenizer in flux/tokenizer_2 knows 1 words", "its text encoder 30 words", "download the folder again"],
+    ),
+    "tokenizer of another model": (
+        lambda f: edit(f / "text_encoder_2/config.json", vocab_size=20),
+        ["the tokenizer in flux/tokenizer_2 knows 27 words with numbers up to 29", "its text encoder 20 words"],
+    ),
+    "tokenizer that is too long": (
+        lambda f: edit(f / "tokenizer/tokenizer_config.json", model_max_length=77),
+        ["tokenizer_config.json: model_max_length 77, but text_encoder takes 12 tokens"],
+    ),
+    "code of another module": (
+        lambda f: edit(f / "model_index.json", text_encoder=["subprocess", "Popen"]),
+        ["model_index.json: text_encoder is from 'subprocess'", "only parts of diffusers and transformers are loaded"],
+    ),
+    "tokenizer as text encoder": (
+        lambda f: edit(f / "model_index.json", text_encoder=["transformers", "CLIPTokenizer"]),
+        ["names transformers's CLIPTokenizer as its text_encoder, which is not a PreTrainedModel"],
+    ),
+    "text as number": (
+        lambda f: edit(f / "vae/config.json", scaling_factor="x"),
+        ['vae/config.json: scaling_factor "x" is not possible: AutoencoderKL takes float'],
+    ),
+    "a thousand million layers": (
+        lambda f: edit(f / "text_encoder_2/config.json", num_layers=10**9),
+        ["text_encoder_2/config.json: num_layers 1000000000 is not possible"],
+    ),
+    "a layer less": (
+        lambda f: edit(f / "transformer/config.json", num_layers=1),
+        ["transformer: transformer_blocks.1 is in the weights, but not by config.json"],
+    ),
+    "another width of the heads": (
+        lambda f: edit(f / "transformer/config.json", attention_head_dim=8, num_attention_heads=4),
+        ["transformer/config.json cannot be loaded"],
+    ),
+    "transformer without a weight": (
+        lambda f: change(f / "transformer/diffusion_pytorch_model.safetensors", "proj_out.bias", None),
+        ["transformer: proj_out.bias is missing in the weights"],
+    ),
+    "text encoder without a weight": (
+        lambda f: change(f / "text_encoder_2/model.safetensors", "encoder.final_layer_norm.weight", None),
+        ["text_encoder_2: the weights are 7,232 numbers, but 7,264 by config.json"],
+    ),
+    "weight of another shape": (
+        lambda f: change(f / "text_encoder_2/model.safetensors", "encoder.final_layer_norm.weight", torch.ones(31)),
+        ["text_encoder_2: encoder.final_layer_norm.weight is [31] in the weights, but [32] by config.json"],
+    ),
+    "whole numbers": (
+        lambda f: change(f / "vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.bias", torch.ones(16).int()),
+        ["vae: decoder.conv_in.bias is stored as whole numbers (I32)"],
+    ),
+    "a torch file in its place": (
+        lambda f: torch.save({}, f / "vae/diffusion_pytorch_model.safetensors"),
+        ["diffusion_pytorch_model.safetensors is a torch file", "take the model's safetensors file"],
+    ),
     "cut short": (
         lambda f: (f / "text_encoder_2/model.safetensors").write_bytes(
             (f / "text_encoder_2/model.safetensors").read_bytes()[:-10]
@@ -98,6 +162,29 @@ def test_a_fault_is_told_before_weights_are_loaded(
     for part in blame:
         assert part in line
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("lost", [["tokenizer", "tokenizer_2"], ["tokenizer_3"]])
+def test_sd3s_tokenizers_without_vocabulary(tiny_sd35: Path, tmp_path: Path, lost: list[str]) -> None:
+    shutil.copytree(tiny_sd35, tmp_path / "sd3")
+    for name in lost:
+        (tmp_path / "sd3" / name / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=f"the tokenizer in .*sd3/{lost[0]} knows . words"):
+        check_model(str(tmp_path / "sd3"))
+
+
+def test_files_that_nobody_reads(copy: Path) -> None:
+    """Of a Mac, of a browser, or of another precision: all of them broken."""
+    for part in list(copy.iterdir()):
+        if part.is_dir():
+            for name in ("._model.safetensors", ".DS_Store", "model (1).safetensors", "model.fp16.safetensors",
+                         "diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors.index.json"):  # fmt: skip
+                (part / name).write_bytes(b"\0\0")
+    assert check_model(str(copy)) == copy
+    weights = copy / "vae/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(ConfigError, match=r"has no weights in vae/ \(diffusion_pytorch_model.safetensors or"):
+        check_model(str(copy))
 
 
 def test_positions_without_noise_are_told_before_weights_are_loaded(

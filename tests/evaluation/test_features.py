@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from tmpo_trainer.evaluation.features import MEAN, STD, DinoV2, check_features, load_features, positions
@@ -91,5 +94,19 @@ def test_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         load_features("owner/name", CPU)
     with pytest.raises(ConfigError, match="no such folder, did you mean facebook/dinov2-large"):
         check_features("dinov2-large")
-    with pytest.raises(ConfigError, match=f"features: {tmp_path} cannot be loaded"):
+    with pytest.raises(ConfigError, match=f"features: {tmp_path}/config.json cannot be read"):
         load_features(str(tmp_path), CPU)
+
+
+def test_a_folder_that_damage_or_a_missing_weight_makes_useless(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "dino")
+    file = tmp_path / "dino" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["layernorm.bias"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"dino is not a complete Dinov2Model .layernorm.bias is missing"):
+        load_features(str(tmp_path / "dino"), CPU)
+    config = tmp_path / "dino" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 10**9}))
+    with pytest.raises(ConfigError, match=r"config\.json: num_hidden_layers 1000000000 is not possible"):
+        load_features(str(tmp_path / "dino"), CPU)

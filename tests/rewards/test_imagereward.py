@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from tmpo_trainer.rewards import imagereward
+from tmpo_trainer.settings.errors import ConfigError
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a red circle", "a green triangle"]
@@ -104,3 +108,10 @@ def test_imagereward_key_map_is_complete(network: imagereward.ImageReward) -> No
     mapped = imagereward.from_original(original_names(network))
     own = network.state_dict()
     assert mapped.keys() == own.keys() and all(torch.equal(mapped[key], own[key]) for key in own)
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(tmp_path: Path) -> None:
+    save_file({"blip.text_encoder.x": torch.zeros(1)}, tmp_path / "ImageReward.safetensors")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"reward imagereward: the tokenizer in .* knows 0 words"):
+        imagereward.load(CPU, str(tmp_path / "ImageReward.safetensors"))

@@ -90,7 +90,7 @@ def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
             raise ConfigError(
                 f"model {model} has no model_index.json on the hub: give a repository with a diffusers pipeline"
             ) from None
-        reason = (str(error).split("\n") or [""])[0]
+        reason = one_line(str(error).partition("\n")[0])
         raise ConfigError(
             f"model {model} is not in the hub cache and cannot be downloaded ({reason}): on a machine that can, run "
             f"`hf download {model} --local-dir DIR`, then give --model DIR"

@@ -117,9 +117,9 @@ class Backbone(ABC):
         if options.device.type == "cpu":
             # Convolutions on a CPU are about 1.4 times faster in this layout.
             pipeline.vae.to(memory_format=torch.channels_last)
-        for part in pipeline.components.values():
+        for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).eval()
+                _check_finite(folder / name, part.requires_grad_(False).eval())
         pipeline.set_progress_bar_config(disable=True)
         backbone = cls(pipeline, options.max_sequence_length)
         backbone._text = text
@@ -203,7 +203,7 @@ class Backbone(ABC):
                 f"model {model}: its VAE makes {config.latent_channels} channels, its transformer takes {channels}: the "
                 "VAE belongs to another model; take both from the same one"
             )
-        if config.scaling_factor is None or config.shift_factor is None:
+        if not config.scaling_factor or config.shift_factor is None:
             raise ConfigError(
                 f"model {model}: vae/config.json lacks scaling_factor or shift_factor: take it from the model"
             )
@@ -401,12 +401,25 @@ class Backbone(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int) -> np.ndarray:
-        """Latents `[N, ...]` -> uint8 RGB `[N, H, W, 3]`, rounded as diffusers does; `batch` at a time."""
+        """Latents `[N, ...]` -> uint8 RGB `[N, H, W, 3]`, rounded as diffusers does; `batch` at a time.
+
+        Raises:
+            ValueError: a pixel is not finite, which would look black.
+        """
         images = []
         for part in latents.split(batch):
             pixels = self.vae_pixels(self.unscale(part)).float()
+            if not pixels.isfinite().all():
+                raise ValueError("the VAE gave pixels that are not finite: use --dtype bfloat16 or float32")
             images.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(images).numpy()
+
+
+def _check_finite(folder: Path, module: torch.nn.Module) -> None:
+    """Raises ConfigError for a weight that is not finite. A VAE's would only make its pictures black."""
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
+            raise ConfigError(f"model: {folder}: {name} is not finite: the weights are damaged, download them again")
 
 
 def rows_per_prompt(rows: int, prompts: int) -> int:

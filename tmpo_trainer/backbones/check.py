@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 
-from ..hub import checked_tokenizer, read_json, readable_errors
+from ..hub import checked_tokenizer, read_config, read_json, readable_errors
 from ..settings.errors import ConfigError, one_line
 from .base import Backbone
 from .text import TEXT_PARTS
@@ -21,8 +23,15 @@ from .text import TEXT_PARTS
 #: The libraries that a part's class may come from. No other module is ever imported for a folder.
 LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 
-#: More layers, a larger whole number or a longer list are a damaged config. They would take the memory or hours.
-MOST_LAYERS, MOST, LONGEST = 200, 10_000_000, 1000
+#: Configs of parts that are not called config.json.
+CONFIGS = {
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "feature": "preprocessor_config.json",
+}
+
+#: Sides of a picture in pixels, of which every model takes one.
+SIZES = (64, 32, 16, 128, 256, 512, 1024)
 
 #: The fix for a folder whose weights and config differ.
 AGAIN = "take both from the same model, or download the folder again"
@@ -44,9 +53,9 @@ def parts(model: str, folder: Path) -> dict[str, tuple[str, str]]:
     index = folder / "model_index.json"
     found = {}
     for name, value in read_json(f"model {model}", index).items():
-        # Others are settings of the pipeline, or parts that it lacks: [null, null].
-        if isinstance(value, list) and any(value):
-            if len(value) != 2 or not all(isinstance(word, str) for word in value):
+        # Others are about the file, switches of the pipeline, or parts that it lacks.
+        if not name.startswith("_") and not isinstance(value, bool) and value not in (None, [None, None]):
+            if not isinstance(value, list) or [type(word) for word in value] != [str, str]:
                 raise ConfigError(f"model {model}: {index}: {name} must be [library, class]: download it again")
             if value[0] not in LIBRARIES:
                 raise ConfigError(
@@ -77,29 +86,77 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
         if not (folder / name).is_dir() and name not in kind.optional_parts:
             raise ConfigError(f"model {model} has no folder {name}/, which its model_index.json names: copy it there")
     for name in named:
-        config = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
-        if not name.startswith("tokenizer") and config.parent.is_dir():
-            _check_numbers(f"model {model}", config)
+        config = folder / name / CONFIGS.get(name.partition("_")[0], "config.json")
+        if config.parent.is_dir():
+            found = read_config(f"model {model}", config)
+            if name in expected:
+                _check_types(f"model {model}: {config}", found, expected[name])
     built = kind.skeleton(folder, dtype, max_sequence_length)
-    _check_text_parts(model, folder, kind, named)
-    built.blank_conditioning(folder)
     built.check_vae(model)
+    _check_text_parts(model, folder, kind, named)
+    _check_network(model, folder, built)
     return built
 
 
-def _check_numbers(what: str, config: Path) -> None:
-    """Raises ConfigError for a config with a number that no model has."""
-    left: list[tuple[str, Any]] = list(read_json(what, config).items())
-    while left:
-        key, value = left.pop()
-        if isinstance(value, dict):
-            left += value.items()
-        elif isinstance(value, list) and len(value) <= LONGEST:
-            left += ((key, item) for item in value)
-        elif isinstance(value, list):
-            raise ConfigError(f"{what}: {config}: {key} has {len(value)} entries: download it again")
-        elif isinstance(value, (int, float)) and not abs(value) <= (MOST_LAYERS if "layers" in key else MOST):
-            raise ConfigError(f"{what}: {config}: {key} {one_line(value, 20)} is not possible: download it again")
+def _check_types(where: str, config: dict[str, Any], kind: Any) -> None:
+    """Raises ConfigError for a value that is not of the type that diffusers' class takes."""
+    for key, hint in typing.get_type_hints(kind.__init__).items():
+        if not _fits(config.get(key), hint):
+            raise ConfigError(
+                f"{where}: {key} {one_line(json.dumps(config[key]), 40)} is not possible: {kind.__name__} takes "
+                f"{one_line(hint.__name__ if isinstance(hint, type) else hint)}"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of an annotated type. null always is, as diffusers often leaves it out."""
+    inner = typing.get_args(hint)
+    if value is None or hint in (Any, type(None)):
+        return value is None or hint is Any
+    if typing.get_origin(hint) is tuple:
+        # diffusers writes tuple[int] for any length.
+        return (
+            isinstance(value, list)
+            and (len(inner) == 1 or ... in inner or len(value) == len(inner))
+            and all(_fits(item, inner[0]) for item in value)
+        )
+    if typing.get_origin(hint) is typing.Literal:
+        return value in inner
+    if inner:
+        return any(_fits(value, part) for part in inner)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
+def _check_network(model: str, folder: Path, built: Backbone) -> None:
+    """Runs everything once without numbers. Raises ConfigError for parts that do not fit each other or themselves."""
+    name = f"model {model}"
+    with readable_errors(name, folder / "model_index.json"):
+        size = next((size for size in SIZES if _takes(built, size)), 0)
+        if not size:
+            raise ValueError(f"no picture of {SIZES} pixels a side fits")
+    with readable_errors(name, folder / "scheduler" / "scheduler_config.json"):
+        sigmas = built.sigmas(4, size, size)
+        if not ((sigmas[1:] < sigmas[:-1]).all() and sigmas.min() >= 0 and sigmas.max() <= 1):
+            raise ValueError(
+                f"sigmas must fall from 1 to 0, not {' '.join(f'{sigma:.3g}' for sigma in sigmas.tolist())}"
+            )
+    latent = torch.empty(1, *built.latent_shape(size, size), device="meta")
+    with readable_errors(name, folder / "transformer" / "config.json"), torch.no_grad():
+        built.keep("", built.blank_conditioning(folder))
+        output = built.velocity([""], 1.0)(latent, torch.empty(1, device="meta"))
+        if output.shape != latent.shape:
+            raise ValueError(f"it makes {list(output.shape)} of latents {list(latent.shape)}")
+    with readable_errors(name, folder / "vae" / "config.json"), torch.no_grad():
+        pixels = built.vae_pixels(built.unscale(latent))
+        if pixels.shape != (1, 3, size, size):
+            raise ValueError(f"it makes {list(pixels.shape)} of a picture of {size} x {size}")
+
+
+def _takes(built: Backbone, size: int) -> bool:
+    try:
+        return bool(built.latent_shape(size, size))
+    except ValueError:
+        return False
 
 
 def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Mapping[str, tuple[str, str]]) -> None:
@@ -117,12 +174,14 @@ def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Map
                     f"model {model} has no {name}, which a {kind.pipeline_class.__name__} needs: copy it there"
                 )
         built = _text_encoder(model, folder, encoder, named[encoder])
+        with readable_errors(f"model {model}", folder / encoder / "config.json"), torch.no_grad():
+            built(torch.zeros(1, 2, dtype=torch.long, device="meta"))
         sizes = built.config.to_dict()
         cls = _class(model, tokenizer, named[tokenizer], transformers.PreTrainedTokenizerBase)
         found = checked_tokenizer(cls, f"model {model}", folder / tokenizer, sizes["vocab_size"])
         # T5 has no learned positions.
         length, most = found.model_max_length, sizes.get("max_position_embeddings", math.inf)
-        if not isinstance(length, (int, float)) or not 0 < length <= most:
+        if not isinstance(length, int) or not 0 < length <= most:
             raise ConfigError(
                 f"model {model}: {folder / tokenizer / 'tokenizer_config.json'}: model_max_length {one_line(length, 20)}, but "
                 f"{encoder} takes {most} tokens: take both from the same model"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tmpo_trainer.rewards import clipscore, imagereward, pickscore
 from tmpo_trainer.rewards.parts import clip
@@ -114,3 +115,20 @@ def test_a_folder_that_is_no_clip_is_one_line(tmp_path: Path, clip_folder: Path)
             with pytest.raises(ConfigError, match=folder.name) as caught:
                 load(CPU, str(folder))
             assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_vocabulary_or_weight_is_missing(tmp_path: Path, clip_folder: Path) -> None:
+    """Every prompt would be the same, or a weight random."""
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    words, file = folder / "tokenizer.json", folder / "model.safetensors"
+    words.rename(tmp_path / "words")
+    for path in (folder, file):
+        with pytest.raises(ConfigError, match=r"the tokenizer in .*clip knows 0 words.* its text encoder 120 words"):
+            pickscore.load(CPU, str(path))
+    (tmp_path / "words").rename(words)
+    tensors = load_file(file)
+    del tensors["text_projection.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"clip is not a complete CLIPModel .text_projection.weight is missing"):
+        pickscore.load(CPU, str(folder))

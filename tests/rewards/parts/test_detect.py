@@ -496,9 +496,9 @@ def test_folders_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "detector").mkdir()
     refused(tmp_path, f"{tmp_path / 'classifier'} does not exist", "openai/clip-vit-large-patch14")
     (tmp_path / "classifier").mkdir()
-    refused(tmp_path, f"{tmp_path / 'detector'} cannot be loaded")
+    refused(tmp_path, f"{tmp_path / 'detector' / 'config.json'} cannot be read")
     shutil.copytree(folder / "detector", tmp_path / "detector", dirs_exist_ok=True)
-    refused(tmp_path, f"{tmp_path / 'classifier'} cannot be loaded")
+    refused(tmp_path, f"{tmp_path / 'classifier' / 'config.json'} cannot be read")
     (tmp_path / "detector" / "model.safetensors").unlink()
     refused(tmp_path, f"{tmp_path / 'detector'} cannot be loaded")
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
@@ -38,8 +39,10 @@ def build(scorer: str, file: Path) -> CLIPModel:
     tensors = {k: v.float() for k, v in state(scorer, file).items() if not k.endswith("position_ids")}
     try:
         model = CLIPModel(config_of(tensors))
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"reward {scorer}: {file} is not a CLIP model in transformers' names (at {error})") from None
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"reward {scorer}: {file} is not a CLIP model in transformers' names (at {one_line(error)})"
+        ) from None
     own = {k: v for k, v in model.state_dict().items() if k.endswith("position_ids")}
     fill(scorer, file, model, tensors | own)
     return model

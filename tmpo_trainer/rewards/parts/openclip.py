@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...hub import readable_errors
-from ...settings.errors import ConfigError
+from ...settings.errors import ConfigError, one_line
 from .clip import VOCABULARY, ClipTowers, Prepare, crop, load_clip, load_tokenizer
 from .clip_file import header
 from .weights import fill, state
@@ -197,9 +198,9 @@ def load_checkpoint(
     tensors = {key: value.float() for key, value in state(scorer, file, "state_dict").items() if key != "attn_mask"}
     try:
         config = config_of(tensors, quick_gelu)
-    except (KeyError, ValueError, IndexError) as error:
+    except (LookupError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise ConfigError(
-            f"reward {scorer}: {file} is not its checkpoint (not a CLIP in open_clip's names: at {error})"
+            f"reward {scorer}: {file} is not its checkpoint (not a CLIP in open_clip's names: at {one_line(error)})"
         ) from None
     text: Any = config.text_config
     vision: Any = config.vision_config
@@ -207,10 +208,13 @@ def load_checkpoint(
     # open_clip's tokenizer has only this vocabulary. A model with another one comes with its own tokenizer.
     open_clip = package() if text.vocab_size == VOCABULARY else None
     if open_clip is None:
-        model = build_transformers(scorer, file, tensors, config)
+        with readable_errors(f"reward {scorer}", file):
+            model = build_transformers(scorer, file, tensors, config)
         return ClipTowers(model, load_tokenizer(scorer, file.parent, text.vocab_size), pixels, device, clean)
     tokenizer = open_clip.SimpleTokenizer(context_length=text.max_position_embeddings)
-    return OpenClipTowers(build_open_clip(open_clip, scorer, file, tensors, config), tokenizer, pixels, device)
+    with readable_errors(f"reward {scorer}", file):
+        model = build_open_clip(open_clip, scorer, file, tensors, config)
+    return OpenClipTowers(model, tokenizer, pixels, device)
 
 
 def described(scorer: str, file: Path) -> tuple[bool, Callable[..., Prepare]]:

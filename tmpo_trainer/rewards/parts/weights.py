@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,16 +49,11 @@ def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
         if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
             raise ValueError("it holds more than named tensors")
         return found
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, EOFError, KeyError) as error:
-        reason = one_line(error)
-        raise ConfigError(f"reward {scorer}: {file} cannot be read ({reason}): download it again") from None
+    # Damaged bytes make torch's unpickler raise anything, and its own error is not public.
     except Exception as error:
-        # torch's own unpickler error is not public.
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise ConfigError(
-            f"reward {scorer}: {file} holds more than tensors, or is damaged: download it again"
-        ) from None
+        more = type(error).__name__ == "UnpicklingError"
+        reason = "it holds more than tensors, or is damaged" if more else one_line(error)
+        raise ConfigError(f"reward {scorer}: {file} cannot be read ({reason}): download it again") from None
 
 
 def fill(scorer: str, file: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
