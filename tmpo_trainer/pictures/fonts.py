@@ -47,7 +47,8 @@ def missing(font: ImageFont.FreeTypeFont, letters: frozenset[str]) -> set[str]:
 
 def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(letter)
-    return mask.size, bytes(mask)
+    # Pillow's type of a mask does not say that it is a sequence of bytes.
+    return mask.size, bytes(mask)  # type: ignore[arg-type, call-overload]
 
 
 @lru_cache
