@@ -47,6 +47,7 @@ def missing(font: ImageFont.FreeTypeFont, letters: frozenset[str]) -> set[str]:
 
 def _drawn(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
     mask = font.getmask(letter)
+    # Pillow's type of a mask does not say that it is a sequence of bytes.
     return mask.size, bytes(mask)  # type: ignore[arg-type]
 
 
