@@ -22,6 +22,7 @@ from tmpo_trainer import methods
 from tmpo_trainer.commands import arms, main
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.presets import make_config
+from tmpo_trainer.training.lock import LOCK, locked
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -164,8 +165,6 @@ def test_one_that_fails_does_not_stop_the_others(
 
 def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A run that still goes on, and one with other settings in a folder of that name."""
-    import fcntl
-
     other = Path("out/tmpo-seed0")
     other.mkdir(parents=True)
     (other / "config.yaml").write_text("method: tmpo\nupdates: 7\n")
@@ -176,10 +175,15 @@ def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.Capt
     assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
     assert "config.yaml: unknown key future" in capsys.readouterr().err
     (other / "config.yaml").unlink()
-    with Path("out/settings/tmpo-seed0.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(Path("out/settings/tmpo-seed0.lock"), other):
         assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
         assert "tmpo-seed0 is still being trained by another process" in capsys.readouterr().err
+    # A run that was started by itself has the lock of its folder alone, and must not be emptied.
+    (other / "half").touch()
+    with locked(other / LOCK, other):
+        assert start(flags, "--methods", "tmpo", "--updates", "1") == 1
+        assert "tmpo-seed0 is still being trained by another process" in capsys.readouterr().err
+    assert (other / "half").exists()
     assert start(flags, "--methods", "tmpo", "--updates", "1") == 0
 
 

@@ -222,6 +222,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
     ("--device cuda:99", ["device cuda:99", "CUDA devices"]),
     ("--output-dir good.txt/run", ["output folder good.txt/run cannot be made", "Not a directory"]),
+    (f"--output-dir {300 * 'x'}", ["output folder xxx", "cannot be made: File name too long"]),
+    (f"--resume {300 * 'x'}", ["--resume xxx", "File name too long"]),
     ("--output-dir run", ["run already holds a run", "give another --output-dir"]),
 ]  # fmt: skip
 
@@ -545,7 +547,7 @@ def test_what_a_run_leaves_behind(
     assert "red: " in err and "largest: " in err and "report: out/report.md" in err
     names = {path.name for path in (place / "out").iterdir()}
     assert {"config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoint-2", "report.md", "report.json",
-            "curves.png", "samples.png", "pytorch_lora_weights.safetensors"} == names  # fmt: skip
+            "curves.png", "samples.png", "pytorch_lora_weights.safetensors", ".lock"} == names  # fmt: skip
     assert sorted(path.name for path in (place / "out" / "samples").iterdir()) == [
         "update-000001.png", "update-000002.png"
     ]  # fmt: skip
@@ -617,7 +619,10 @@ def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> No
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main.main([*base, "--tracker", "tensorboard", "--sample-every", "1", "--eval-steps", "2"]) == 0
+    more = ["--tracker", "tensorboard", "--sample-every", "1", "--eval-steps", "2", "--checkpoint-every", "1"]
+    assert main.main([*base, *more]) == 0
+    # The second update is sent again, and shown once.
+    assert main.main(["--resume", "out/checkpoint-1"]) == 0
     events = EventAccumulator(str(place / "out" / "tmpo")).Reload()
     written = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
     for name in ("reward/shapes", "lgmd", "grad_norm"):

@@ -197,3 +197,25 @@ def test_a_file_that_lacks_a_measure_is_not_taken(
     assert base(backbone, file, red_scorer).diversity["spread"].shape == (3,) and len(measured) == 3
     base(backbone, file, red_scorer)
     assert len(measured) == 3
+
+
+def test_a_damaged_file_is_replaced(
+    backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int]
+) -> None:
+    """Whatever numpy and zipfile raise for it: a cut file, compressed data that are none, another kind of file."""
+    file = tmp_path / "base.npz"
+    base(backbone, file, red_scorer)
+    good = file.read_bytes()
+    first = good.index(b"key.npy") + len(b"key.npy") + 20
+    for damaged in (
+        good[: len(good) // 2],
+        good[:first] + bytes([good[first] ^ 255]) + good[first + 1 :],
+        b"\x93NUMPY",
+    ):
+        file.write_bytes(damaged)
+        base(backbone, file, red_scorer)
+    np.save(file.open("wb"), np.zeros(3))
+    base(backbone, file, red_scorer)
+    assert len(measured) == 5
+    base(backbone, file, red_scorer)
+    assert len(measured) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,8 @@ from tmpo_trainer.commands import loading, main
 from tmpo_trainer.files import read_metrics
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.errors import ConfigError
-from tmpo_trainer.training import checkpoint
+from tmpo_trainer.training import checkpoint, lock
+from tmpo_trainer.training.lock import LOCK, locked
 from tmpo_trainer.training.progress import Reporter
 
 REPOSITORY = Path(__file__).parents[2]
@@ -409,3 +411,186 @@ def test_reporter_drops_what_will_be_written_again(tmp_path: Path) -> None:
     reporter.update({"update": 4, **line})
     reporter.close()
     assert [entry["update"] for entry in metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe\x00 not UTF-8\n",
+        b"[1, 2]\n",
+        b"null\n",
+        b'{"reward/red": 1.0}\n',
+        b"NaN\n",
+        b'{"update": NaN}\n',
+        b'{"update": "3"}\n',
+        b"[" * 100_000 + b"\n",
+    ],
+    ids=["bytes", "list", "null", "no update", "NaN", "NaN update", "text", "deep"],
+)
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"update": 1}\n' + line + b'{"update": 2}\n')
+    assert read_metrics(path) == [{"update": 1}, {"update": 2}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_an_error_once(tmp_path: Path) -> None:
+    """The line that could not be written is still in memory when the file is closed, which must not raise again."""
+    unasked = lambda: pytest.fail("nothing to draw was asked for")  # noqa: E731
+    reporter = Reporter(tmp_path, 10, 0, ["red"], unasked, unasked, Accelerator(cpu=True))
+    reporter.file.close()
+    reporter.file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        reporter.update({"update": 1})
+    reporter.close()
+
+
+# -- damaged and crafted checkpoints -------------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("harm", [flip, cut, Path.unlink], ids=["flip", "cut", "delete"])
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, harm: Callable[[Path], None]
+) -> None:
+    older, newest = save(tmp_path / "run", 5), save(tmp_path / "run", 10)
+    harm(newest / name)
+    for resume in ("latest", str(tmp_path / "run")):
+        assert checkpoint.find(resume, tmp_path) == older
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"tmpo_trainer: checkpoint-10 of {tmp_path / 'run'} is damaged ({name} ")
+        assert line.endswith("continuing from checkpoint-5")
+    with pytest.raises(
+        ConfigError, match=f"checkpoint-10 is damaged .{name}.*--resume .*run takes the run's last whole"
+    ):
+        checkpoint.find(str(newest), tmp_path)
+    flip(older / "optimizer.pt")
+    with pytest.raises(
+        ConfigError, match=r"optimizer.pt differs from its checksum.*no whole checkpoint, start a new run"
+    ):
+        checkpoint.find(str(tmp_path / "run"), tmp_path)
+
+
+def test_checksums_survive_a_copy_and_damage_of_their_own_is_seen(tmp_path: Path) -> None:
+    folder = save(tmp_path / "run", 5)
+    moved = Path(shutil.copytree(folder, tmp_path / "elsewhere" / "checkpoint-5"))
+    sums = moved / checkpoint.SUMS
+    sums.write_bytes(sums.read_bytes().replace(b"\n", b"\r\n"))
+    assert checkpoint.damage(moved) is None
+    sums.write_bytes(b"")
+    assert checkpoint.damage(moved) == "SHA256SUMS is damaged"
+
+
+def test_a_checkpoint_without_checksums_is_read_instead(tmp_path: Path) -> None:
+    """Earlier versions wrote none, and could save a LoRA that had become infinite."""
+    older, newest = save(tmp_path, 5), save(tmp_path, 10)
+    for path in (older, newest):
+        (path / checkpoint.SUMS).unlink()
+    assert checkpoint.find(str(tmp_path), tmp_path) == newest
+    checkpoint.save_file({"a": torch.tensor([1.0, torch.inf, 0.0])}, newest / "lora.safetensors")
+    assert "a is not finite" in (checkpoint.damage(newest) or "")
+    assert checkpoint.find(str(tmp_path), tmp_path) == older
+
+
+def test_a_crafted_optimizer_file_is_refused(tmp_path: Path) -> None:
+    """Neither code nor compressed zeros nor other shapes than the LoRA's."""
+    import zipfile
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = save(tmp_path, 5)
+    file, good = folder / "optimizer.pt", (folder / "optimizer.pt").read_bytes()
+    torch.save({"state": {}, "code": Code()}, file)
+    with pytest.raises(ConfigError, match=r"optimizer.pt cannot be read"):
+        checkpoint.load(folder)
+    assert not (tmp_path / "ran").exists()
+    file.write_bytes(good)
+    with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as parts:
+        parts.writestr("optimizer/data/9", bytes(10_000))
+    with pytest.raises(ConfigError, match="compressed parts"):
+        checkpoint.load(folder)
+    torch.save({"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(1).expand(1 << 40)}}}, file)
+    with pytest.raises(ConfigError, match="not of this LoRA's optimiser"):
+        checkpoint.load(folder).moments(folder, {"a": torch.zeros(3)})
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 5)
+
+    def full(*arguments: Any) -> None:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"optimizer.pt cannot be written, is the disk full"):
+        save(tmp_path, 10)
+    assert names(tmp_path) == ["checkpoint-5"]
+
+
+# -- one process in a run's folder ---------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused(whole: Path, flags: list[str], copied: Path, capsys: pytest.CaptureFixture[str],
+                                     tmp_path: Path) -> None:  # fmt: skip
+    for folder, arguments in ((copied, ["--resume", str(copied)]), (tmp_path / "new", [*flags])):
+        folder.mkdir(exist_ok=True)
+        with locked(folder / LOCK, folder):
+            assert main.main([*arguments, "--output-dir", str(folder)]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tmpo_trainer")]
+        assert lines == [
+            f"tmpo_trainer: another process is training in {folder}: wait for it, stop it, or give another --output-dir"
+        ]
+
+
+def test_a_file_system_without_locks_is_used_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take(file: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_take", take)
+    with locked(tmp_path / LOCK, tmp_path):
+        assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().err
+
+
+# -- a run that diverges -------------------------------------------------------------------------------------------
+
+
+def test_a_diverged_run_advises_an_earlier_checkpoint(
+    flags: list[str], copied: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = ["--learning-rate", "1e30"]
+    assert main.main(["--resume", str(copied / "checkpoint-15"), *huge, "--checkpoints-kept", "1"]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("tmpo_trainer: failed after update 16: non-finite ")
+    assert last.endswith(
+        "(kept checkpoint-16; the same settings fail again, continue with --resume "
+        f"{copied / 'checkpoint-15'} and a lower --learning-rate)"
+    )
+    assert main.main(["--resume", str(copied / "checkpoint-15"), "--learning-rate", "1e-2"]) == 0
+    capsys.readouterr()
+    assert main.main([*flags, *huge, "--output-dir", str(tmp_path / "new")]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.endswith(
+        "(kept checkpoint-1; the same settings fail again, start a new run with a lower --learning-rate)"
+    )
+
+
+def test_a_lora_that_is_not_finite_is_not_saved(
+    copied: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--resume", str(copied / "checkpoint-15"), "--learning-rate", "1e38", "--weight-decay", "1e38"]
+    assert main.main(arguments) == 1
+    assert "failed after update 15: the LoRA is not finite after update 16" in capsys.readouterr().err
+    assert names(copied) == ["checkpoint-15"]
