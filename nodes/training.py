@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,7 @@ def run(python: str, words: list[str], folder: Path) -> None:
     places = [str(PACK), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     bar = comfy.utils.ProgressBar(1)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+    with (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as errors:
         windows = os.name == "nt"
         process = subprocess.Popen(
             [python, "-P", "-m", "tmpo_trainer", *words],

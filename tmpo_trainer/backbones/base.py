@@ -410,7 +410,7 @@ class Backbone(ABC):
         for part in latents.split(batch):
             pixels = self.vae_pixels(self.unscale(part)).float()
             if not pixels.isfinite().all():
-                raise ValueError("the VAE gave pixels that are not finite: use --dtype bfloat16 or float32")
+                raise ValueError("the VAE gave pixels that are not finite: use --dtype float32")
             images.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(images).numpy()
 

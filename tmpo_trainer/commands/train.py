@@ -156,6 +156,9 @@ def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
         reporter.close()
         if main or not isinstance(error, OtherProcessFailed):
             text = one_line(error) or type(error).__name__
+            if isinstance(error, torch.OutOfMemoryError):
+                # The replay's own line says what to do there. Elsewhere memory depends on these.
+                text += "; a smaller --max-batch or --decode-batch, or --offload-scorers, needs less"
             kept = _kept(trainer, isinstance(error, Diverged))
             print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)
         return 1

@@ -21,10 +21,11 @@ from ..pictures.reading import MOST_PIXELS, read_picture
 from ..prompts.lists import PromptList, about
 from ..rewards import Scorer, score_all
 from ..settings.errors import ConfigError, one_line
+from ..settings.text import decode
 from .features import Features
 from .latents import LatentEncoder
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 #: The largest number of pictures in memory at once. Large ones are fewer, see `batches`.
 BATCH = 32
@@ -166,8 +167,8 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
             own = listed.texts[i]
         elif beside.is_file():
             try:
-                own = beside.read_text(encoding="utf-8-sig").strip()
-            except (OSError, UnicodeDecodeError) as error:
+                own = decode(beside.read_bytes()).strip()
+            except (OSError, ValueError) as error:
                 raise ConfigError(f"{beside} cannot be read as UTF-8 text: {one_line(error)}") from None
         if not own:
             raise ConfigError(

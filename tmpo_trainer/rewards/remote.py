@@ -357,6 +357,9 @@ def load(
     try:
         reply = scorer.health()
     except RemoteError as error:
+        if ": replied " in str(error):
+            # It runs, and its words say what is wrong.
+            raise ConfigError(str(error)) from None
         port = urlsplit(scorer.url).port or 18085
         start = f"`python -m tmpo_trainer serve --reward NAME --port {port}`"
         raise ConfigError(f"{error}; is it running? To start one: {start}") from None

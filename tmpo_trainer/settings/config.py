@@ -139,8 +139,8 @@ class TrainConfig(BaseModel):
     lora_alpha: float = Field(128, ge=1e-3, le=1e5)
     """The LoRA is scaled by alpha / rank; the export folds that into the weights."""
     init_lora: LocalPath | None = None
-    """Start from this LoRA file (diffusers' names) instead of from zero. KL, anchor and report still compare with the
-    model without it."""
+    """Start from this LoRA file (any format that diffusers loads) instead of from zero. KL, anchor and report still compare
+    with the model without it."""
 
     # Numbers and pictures on the way
     eval_images: int = Field(8, ge=2, le=10_000)
