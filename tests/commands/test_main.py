@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import errors
 
 from tmpo_trainer import __version__
+from tmpo_trainer.backbones import hub_files
 from tmpo_trainer.commands import main
 from tmpo_trainer.commands.flags import make_parser
 from tmpo_trainer.rewards import Parked
@@ -292,7 +293,7 @@ def test_a_hub_model_that_cannot_be_had(
     def download(*arguments: Any, **options: Any) -> str:
         raise failure()
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert main.main([*base, "--model", "some/model", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("tmpo_trainer: model some/model") and blame in line
@@ -303,15 +304,15 @@ def test_a_hub_model_is_taken_from_where_the_hub_put_it(
 ) -> None:
     asked: list[tuple[str, list[str]]] = []
 
-    def download(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        assert ignore_patterns == []
+    def download(name: str, allow_patterns: list[str]) -> str:
         asked.append((name, allow_patterns))
         return str(tiny_model)
 
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model, name: str(tiny_model / name))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert main.main([*base, "--model", "some/model", "--device", "cpu", "--updates", "1"]) == 0
     # The configs first: what they tell against a run is told before gigabytes are downloaded.
-    configs, everything = ["model_index.json", "*/*.json"], ["model_index.json", "*/*"]
+    configs, everything = (hub_files("some/model", tiny_model, weights, True) for weights in (False, True))
     assert asked[0] == ("some/model", configs) and asked[-1] == ("some/model", everything)
     assert all(call in (asked[0], asked[-1]) for call in asked)
 

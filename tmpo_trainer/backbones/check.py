@@ -55,14 +55,18 @@ def parts(model: str, folder: Path) -> dict[str, tuple[str, str]]:
     for name, value in read_json(f"model {model}", index).items():
         # Others are about the file, switches of the pipeline, or parts that it lacks.
         if not name.startswith("_") and not isinstance(value, bool) and value not in (None, [None, None]):
-            if not isinstance(value, list) or [type(word) for word in value] != [str, str]:
-                raise ConfigError(f"model {model}: {index}: {name} must be [library, class]: download it again")
+            if not isinstance(value, list) or len(value) != 2 or not all(map(_is_name, (name, *value))):
+                raise ConfigError(f"model {model}: {index}: {one_line(name, 40)} must be [library, class]: download it again")
             if value[0] not in LIBRARIES:
                 raise ConfigError(
                     f"model {model}: {index}: {name} is from {value[0]!r}: only parts of {' and '.join(LIBRARIES)} are loaded"
                 )
             found[name] = (value[0], value[1])
     return found
+
+
+def _is_name(word: Any) -> bool:
+    return isinstance(word, str) and word.isidentifier()
 
 
 def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype, max_sequence_length: int) -> Backbone:
@@ -136,7 +140,7 @@ def _check_network(model: str, folder: Path, built: Backbone) -> None:
             raise ValueError(f"no picture of {SIZES} pixels a side fits")
     with readable_errors(name, folder / "scheduler" / "scheduler_config.json"):
         sigmas = built.sigmas(4, size, size)
-        if not ((sigmas[1:] < sigmas[:-1]).all() and sigmas.min() >= 0 and sigmas.max() <= 1):
+        if not ((sigmas[1:] < sigmas[:-1]).all() and sigmas.min() >= 0 and sigmas.max() < 1.001):
             raise ValueError(
                 f"sigmas must fall from 1 to 0, not {' '.join(f'{sigma:.3g}' for sigma in sigmas.tolist())}"
             )
@@ -235,7 +239,7 @@ def _weight_files(model: str, part: Path, library: str) -> list[Path]:
         return [whole]
     if index.is_file():
         shards = read_json(f"model {model}", index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        if not isinstance(shards, dict) or not all(map(_is_file_name, shards.values())):
             raise ConfigError(f"model {model}: {index} is damaged (no weight_map): download it again")
         return sorted({part / shard for shard in shards.values()})
     if not any((part / f"{old}.bin").is_file() for old in (stem, "pytorch_model")):
@@ -243,6 +247,10 @@ def _weight_files(model: str, part: Path, library: str) -> list[Path]:
             f"model {model} has no weights in {part.name}/ ({whole.name} or {index.name}): the download is not complete"
         )
     return []
+
+
+def _is_file_name(word: Any) -> bool:
+    return isinstance(word, str) and word.isprintable() and Path(word).name == word
 
 
 def _check_tensors(where: str, files: list[Path], module: torch.nn.Module, renamed: bool) -> None:
@@ -261,7 +269,7 @@ def _check_tensors(where: str, files: list[Path], module: torch.nn.Module, renam
     for name in sorted(own.keys() & stored.keys()):
         shape, dtype = stored[name]
         if shape != own[name]:
-            raise ConfigError(f"{where}: {name} is {shape} in the weights, but {own[name]} by config.json: {AGAIN}")
+            raise ConfigError(f"{where}: {one_line(name)} is {shape} in the weights, but {own[name]} by config.json: {AGAIN}")
         if not dtype.startswith(("F", "BF")):
             raise ConfigError(f"{where}: {name} is stored as whole numbers ({dtype}): {AGAIN}")
     missing = [] if renamed else sorted(own.keys() - stored.keys())
@@ -275,7 +283,7 @@ def _check_tensors(where: str, files: list[Path], module: torch.nn.Module, renam
     for name in sorted(stored):
         block = _block(name)
         if block and block not in {*map(_block, own)} and block.rpartition(".")[0] in stems:
-            raise ConfigError(f"{where}: {block} is in the weights, but not by config.json: {AGAIN}")
+            raise ConfigError(f"{where}: {one_line(block)} is in the weights, but not by config.json: {AGAIN}")
 
 
 def _block(name: str) -> str:

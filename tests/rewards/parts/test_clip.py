@@ -123,9 +123,8 @@ def test_a_folder_whose_vocabulary_or_weight_is_missing(tmp_path: Path, clip_fol
     shutil.copytree(clip_folder, folder)
     words, file = folder / "tokenizer.json", folder / "model.safetensors"
     words.rename(tmp_path / "words")
-    for path in (folder, file):
-        with pytest.raises(ConfigError, match=r"the tokenizer in .*clip knows 0 words.* its text encoder 120 words"):
-            pickscore.load(CPU, str(path))
+    with pytest.raises(ConfigError, match=r"the tokenizer in .*clip knows 0 words.* its text encoder 120 words"):
+        pickscore.load(CPU, str(folder))
     (tmp_path / "words").rename(words)
     tensors = load_file(file)
     del tensors["text_projection.weight"]

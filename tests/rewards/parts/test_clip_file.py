@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,13 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tensors["text_model.embeddings.position_ids"] = torch.arange(tokenizer.model_max_length)[None]
     save_file(tensors, found / "clip_vision" / "a.safetensors")
     return found
+
+
+def test_a_tokenizer_beside_it_without_vocabulary_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "clip_vision", tmp_path / "clip_vision")
+    (tmp_path / "clip_vision" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"the tokenizer in .*clip_vision knows 0 words"):
+        pickscore.load(CPU, str(tmp_path / "clip_vision" / "a.safetensors"))
 
 
 def test_a_file_scores_as_the_folder_does(folder: Path) -> None:
