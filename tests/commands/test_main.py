@@ -209,8 +209,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--reward shapes-partial --reward-models shapes-partial=x --dry-run", ["shapes-partial has no weights"]),
     ("--reward beautiful-remote", ["unknown reward beautiful-remote"]),
     ("--reward pickscore --reward-models pickscore=nowhere", ["pickscore=nowhere: nowhere does not exist"]),
-    ("--reward ocr", ["good.txt: prompt 'a red circle' has no text to render", "double quotes"]),
-    ("--reward ocr --reward-models ocr=x --prompts signs.jsonl --eval-prompts signs.jsonl", ["ocr has its weights from"]),
+    ("--reward ocr", ["good.txt: prompt 'a red circle' has no text to render", "between quotation marks"]),
+    ("--reward ocr --reward-models ocr=x --prompts signs.jsonl --eval-prompts signs.jsonl", ["ocr=x: x does not exist"]),
     ("--reward remote", ["reward remote needs its address: --reward-models remote=http"]),
     ("--reward shapes remote --reward-models remote=ftp://x --dry-run", ["give a URL such as"]),
     ("--reward shapes remote --reward-models remote=http://example.org --dry-run", ["--remote-hosts example.org"]),
@@ -223,8 +223,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
     ("--device cuda:99", ["device cuda:99", "CUDA devices"]),
     ("--output-dir good.txt/run", ["output folder good.txt/run cannot be made", "Not a directory"]),
-    (f"--output-dir {300 * 'x'}", ["output folder xxx", "cannot be made: File name too long"]),
-    (f"--resume {300 * 'x'}", ["--resume xxx", "File name too long"]),
+    (f"--output-dir {300 * 'x'}", ["flags: output_dir 'xxx", "no name of more than 255 bytes"]),
+    (f"--resume {300 * 'x'}", ["argument --resume: xxx", "no name of more than 255 bytes"]),
     ("--output-dir run", ["run already holds a run", "give another --output-dir"]),
 ]  # fmt: skip
 

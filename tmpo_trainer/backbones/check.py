@@ -56,7 +56,9 @@ def parts(model: str, folder: Path) -> dict[str, tuple[str, str]]:
         # Others are about the file, switches of the pipeline, or parts that it lacks.
         if not name.startswith("_") and not isinstance(value, bool) and value not in (None, [None, None]):
             if not isinstance(value, list) or len(value) != 2 or not all(map(_is_name, (name, *value))):
-                raise ConfigError(f"model {model}: {index}: {one_line(name, 40)} must be [library, class]: download it again")
+                raise ConfigError(
+                    f"model {model}: {index}: {one_line(name, 40)} must be [library, class]: download it again"
+                )
             if value[0] not in LIBRARIES:
                 raise ConfigError(
                     f"model {model}: {index}: {name} is from {value[0]!r}: only parts of {' and '.join(LIBRARIES)} are loaded"
@@ -269,7 +271,9 @@ def _check_tensors(where: str, files: list[Path], module: torch.nn.Module, renam
     for name in sorted(own.keys() & stored.keys()):
         shape, dtype = stored[name]
         if shape != own[name]:
-            raise ConfigError(f"{where}: {one_line(name)} is {shape} in the weights, but {own[name]} by config.json: {AGAIN}")
+            raise ConfigError(
+                f"{where}: {one_line(name)} is {shape} in the weights, but {own[name]} by config.json: {AGAIN}"
+            )
         if not dtype.startswith(("F", "BF")):
             raise ConfigError(f"{where}: {name} is stored as whole numbers ({dtype}): {AGAIN}")
     missing = [] if renamed else sorted(own.keys() - stored.keys())

@@ -70,7 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
         "for a GPU's memory (flux-24gb, ...) overrides the reward's (pickscore by default); --method's settings override both",
     )
     parser.add_argument("--config", type=path_flag, metavar="FILE", help="a YAML file of settings")
-    parser.add_argument("--resume", metavar="latest|PATH", help="continue a run from its newest or a given checkpoint")
+    parser.add_argument(
+        "--resume",
+        type=lambda text: str(path_flag(text)),
+        metavar="latest|PATH",
+        help="continue a run from its newest or a given checkpoint",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check files, geometry and memory, then stop")
     parser.add_argument("--print-config", action="store_true", help="print all settings as YAML, then stop")
     parser.add_argument("--version", action="version", version=f"tmpo_trainer {__version__}")

@@ -40,7 +40,7 @@ def _run(arguments: Sequence[str]) -> int:
 
         given = flags.get("output_dir")
         folder = Path(expanded(given)) if given else None
-        checkpoint = find(expanded(actions.resume), folder or Path("outputs"))
+        checkpoint = find(actions.resume, folder or Path("outputs"))
         if actions.resume != "latest" and folder and folder.resolve() != checkpoint.parent:
             raise ConfigError(f"--resume continues in {checkpoint.parent}: leave out --output-dir")
         flags["output_dir"] = str(checkpoint.parent)
