@@ -25,7 +25,7 @@ def make_parser() -> Parser:
         "--prompts",
         type=path_flag,
         metavar="FILE",
-        help="a .txt or .jsonl with a prompt per picture, in order of names",
+        help="a prompt file with a prompt per picture, in order of names",
     )
     add_scorer_flags(parser, ())
     parser.add_argument("--remote-hosts", nargs="+", default=[], metavar="HOST", help="hosts that `remote` may use")
