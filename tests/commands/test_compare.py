@@ -154,7 +154,7 @@ def test_one_that_fails_does_not_stop_the_others(
         "    def score(self, images, prompts, metadata=None): return torch.full((len(images),), torch.nan)\n"
     )
     Path("arms.yaml").write_text(
-        "bad: {method: gardo, auxiliary: ['no_number:NoNumber']}\ngood: {learning_rate: 1.0e-3}\n"
+        "bad: {method: gardo, auxiliary: ['no_number:NoNumber'], pickscore_scale: raw}\ngood: {learning_rate: 1.0e-3}\n"
     )
     assert start(flags, "--arms", "arms.yaml", "--updates", "3") == 1
     out, err = capsys.readouterr()

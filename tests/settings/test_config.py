@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tmpo_trainer.settings.config import TrainConfig, to_yaml
-from tmpo_trainer.settings.presets import make_config
+from tmpo_trainer.settings.config import TrainConfig, absolute, to_yaml
+from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.settings.presets import all_settings, make_config
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,85 @@ def test_yaml_gives_the_same_settings_back(method: str) -> None:
     text = to_yaml(made)
     assert make_config([("yaml", yaml.safe_load(text))]) == made
     assert list(yaml.safe_load(text)) == list(type(made).model_fields)
+
+
+#: The largest or the smallest value that is accepted, and one beyond: these fail in an update, or fill the memory before one.
+BOUNDS = [
+    ("eta", 0.01, 1e-300), ("eta", 1, 1e300), ("clip", 1000, 1e300), ("kl_weight", 1e4, 1e300), ("beta_start", 1000, 1e300),
+    ("beta_end", 1e-4, 1e-300), ("beta_end", 1000, 1e300), ("kappa", 1e9, 1e300), ("kappa", 0.01, 1e-300),
+    ("anchor_weight", 1e-4, 1e-300), ("anchor_weight", 1e4, 1e300), ("beta_warmup", 10**9, 10**12), ("guidance", 1000, 1e300),
+    ("learning_rate", 1, 1e300), ("weight_decay", 10, 1e300), ("max_grad_norm", 1e-6, 1e-300), ("max_grad_norm", 1e12, 1e300),
+    ("lora_rank", 4096, 10**12), ("lora_alpha", 1e5, 1e300), ("lora_alpha", 1e-3, 1e-300), ("remote_timeout", 86400, 1e300),
+    ("reward_weights", [-1e6], [1e300]), ("resolution", [8192, 8192], [8192, 10**12]), ("updates", 10**9, 10**12),
+    ("prompts_per_update", 10_000, 10**12), ("prompts_per_batch", 10_000, 10**12), ("rollout_steps", 1000, 10**12),
+    ("eval_images", 10_000, 10**12), ("eval_steps", 1000, 10**12), ("inner_updates", 1000, 10**12), ("threads", 1024, 10**12),
+    ("branching", 21, 22), ("decode_batch", 10**9, 10**20), ("max_batch", 10**9, 10**20), ("checkpoint_every", 10**9, 10**20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "last", "beyond"), BOUNDS)
+def test_numbers_have_bounds(name: str, last: Any, beyond: Any) -> None:
+    assert make_config([("flags", {name: last})])
+    with pytest.raises(ConfigError, match=f"flags: {name}"):
+        make_config([("flags", {name: beyond})])
+
+
+def test_every_number_has_two_bounds() -> None:
+    """A new setting must not fail in an update either."""
+
+    def bounds(kind: Any) -> set[str]:
+        return {
+            attribute for part in kind.metadata for attribute in ("ge", "gt", "le", "lt") if hasattr(part, attribute)
+        }
+
+    numbers = {name: field for name, field in all_settings().items() if field.annotation in (int, float)}
+    assert len(numbers) > 20
+    for name, field in numbers.items():
+        assert len(bounds(field)) == 2, name
+
+
+# -- paths ---------------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_expanded_and_can_be_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("flux", "owner/dino", "demo", "efficientnet-lite0", "~"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "clip.bin").touch()
+    paths = ("transformer", "prompts", "eval_prompts", "output_dir", "text_cache", "init_lora")
+    typed = {"model": "flux", "features": "owner/dino", "reward": ["pickscore", "remote", "hpsv2"], "reward_models": [
+        "pickscore=clip.bin", "remote=http://localhost:1/a=b", "hpsv2=~/h"]}  # fmt: skip
+    config = make_config([("run.yaml", typed | {name: f"~/{name}" for name in paths} | {"prompts": "./~/p.txt"})])
+    home = tmp_path / "home"
+    assert {name: getattr(config, name) for name in paths} == {name: home / name for name in paths} | {
+        "prompts": Path("./~/p.txt")
+    }
+    assert (config.model, config.features, config.reward_models[2]) == ("flux", "owner/dino", f"hpsv2={home}/h")
+    made = absolute(config)
+    assert made.prompts == tmp_path / "~" / "p.txt" and made.transformer == config.transformer
+    assert (made.model, made.features) == (str(tmp_path / "flux"), str(tmp_path / "owner/dino"))
+    assert made.reward_models == (f"pickscore={tmp_path}/clip.bin", "remote=http://localhost:1/a=b", f"hpsv2={home}/h")
+    assert absolute(made) == made == make_config([("config.yaml", yaml.safe_load(to_yaml(made)))])
+    # Names stay names, even if there is a folder of that name; so does a hub id.
+    for model, features in (("demo", "efficientnet-lite0"), ("owner/flux", "facebook/dinov2-large")):
+        made = absolute(make_config([("flags", {"model": model, "features": features})]))
+        assert (made.model, made.features) == (model, features)
+
+
+def test_windows_paths_survive() -> None:
+    given = {
+        "model": "C:\\models\\flux",
+        "reward": ["ocr"],
+        "reward_models": ["ocr=D:\\o=1\\new"],
+        "features": "..\\dino",
+    }
+    made = absolute(make_config([("flags", given | {"prompts": "C:\\p\\new.txt"})]))
+    assert make_config([("config.yaml", yaml.safe_load(to_yaml(made)))]) == made
+    assert (made.model, made.features, list(made.reward_models)) == (
+        given["model"], given["features"], given["reward_models"]
+    )  # fmt: skip
+    assert str(made.prompts).endswith("C:\\p\\new.txt")
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -15,6 +15,7 @@ from tmpo_trainer.settings import presets
 from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.settings.presets import make_config
+from tmpo_trainer.settings.yaml_file import read_yaml
 
 METHODS = (
     "tmpo", "tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching", "flow-grpo", "gardo", "mix-grpo",
@@ -243,6 +244,49 @@ def test_presets_of_methods_go_with_their_method() -> None:
     assert presets.method_preset("tmpo", False) == {} and presets.method_preset("gardo", False)["auxiliary"]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 100_000, "is nested too deeply for settings"),
+        ("seed: " + "9" * 5000, "line 1: an integer of 5000 digits"),
+        ("updates: 1\nmethod: 0x" + "f" * 5000, "line 2: an integer of 5002 digits"),
+        ("a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60)), "more than 100000 values"),
+        ("reward: &a [*a]", "line 1: an alias stands for something that contains it"),
+        ("seed: 1\nupdates: 2\nseed: 3", "line 3: key 'seed' is there twice: keep one"),
+        ("arm: {seed: 1, seed: 1}", "line 1: key 'seed' is there twice"),
+        ("seed: 2024-13-45", "is not YAML: month must be in 1..12"),
+        ("report: !!bool maybe", "is not YAML: 'maybe'"),
+        ("a" * 400_000, "is not a mapping"),
+        ("a" * 400_000 + ": 1", "is not YAML"),
+        ("? " + "a" * 400_000 + "\n: 1", "unknown key aaa"),
+        ("kernel: " + "a" * 400_000, "kernel 'aaa"),
+        ("method: " + "a" * 400_000, "method 'aaa"),
+        ("reward_models: [" + "a" * 400_000 + "]", "write NAME=PATH"),
+        ("reward: [x, " + "a" * 400_000 + ", x]", "names one twice"),
+        ("branch_early: [" + "3, " * 10_000 + "4]", "must be strictly increasing steps"),
+        ("prompts: " + "a" * 400_000, "no name of more than 255 bytes"),
+        ("model: " + "a" * 400_000, "no name of more than 255 bytes"),
+        ('prompts: "a\\0b"', "no NUL character"),
+        ("auxiliary: [" + "a" * 400_000 + "]", "belongs to method gardo"),
+        ("#" * 2_000_000, "has more than 1048576 bytes: give a file of settings"),
+        ("seed: 1".encode("utf-16"), "is not YAML: it is UTF-16: save it as UTF-8"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_what_a_settings_file_can_have_wrong_is_one_short_line(tmp_path: Path, text: str | bytes, told: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as caught:
+        make_config([("x.yaml", read_yaml(path))])
+    said = str(caught.value).replace(str(tmp_path), "")
+    assert told in said and ("x.yaml" in said or "methods: " in said) and "\n" not in said and len(said) < 400
+
+
+def test_aliases_and_merges_of_settings_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("\ufeffbase: &base {seed: 1}\none: {<<: *base, updates: 2}\ntwo: *base\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"base": {"seed": 1}, "one": {"seed": 1, "updates": 2}, "two": {"seed": 1}}
+
+
 def test_files_that_are_no_settings(tmp_path: Path) -> None:
     for name, text, told in (
         ("broken.yaml", "updates: [1\nseed: }", "is not YAML"),
@@ -251,9 +295,13 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=f"{name} {told}") as caught:
-            presets.read_yaml(tmp_path / name)
+            read_yaml(tmp_path / name)
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="cannot read"):
-        presets.read_yaml(tmp_path / "none.yaml")
+        read_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="unknown preset demi, did you mean demo"):
         presets.preset("demi")
+    for name in ("../config", "methods/gardo", "a" * 1000, "a\0"):
+        with pytest.raises(ConfigError, match="unknown preset") as caught:
+            presets.preset(name)
+        assert len(str(caught.value)) < 300

@@ -12,6 +12,7 @@ import pytest
 
 from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import trackers
 
 
@@ -76,3 +77,18 @@ def test_a_tracker_that_fails_is_left_out(capsys: pytest.CaptureFixture[str]) ->
     accelerator.trackers.append(bad)
     trackers.end(accelerator)
     assert sent == [1, 2, "end"]
+
+
+def test_settings_go_along_and_local_paths_do_not(tmp_path: Path) -> None:
+    sent: list[Any] = []
+    accelerator: Any = SimpleNamespace(
+        project_configuration=SimpleNamespace(), is_main_process=True, init_trackers=lambda *all: sent.append(all)
+    )
+    paths = {
+        name: str(tmp_path / name) for name in ("model", "features", "prompts", "output_dir", "init_lora", "text_cache")
+    }
+    given = paths | {"reward": ["pickscore"], "reward_models": [f"pickscore={tmp_path}/x"], "tracker": "tensorboard"}
+    trackers.start(accelerator, make_config([("flags", given | {"kappa": 3})]), tmp_path, None)
+    ((project, settings, _),) = sent
+    assert project == "tmpo" and settings["kappa"] == 3 and settings["reward"] == "('pickscore',)"
+    assert str(tmp_path) not in str(settings)

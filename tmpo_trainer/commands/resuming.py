@@ -86,5 +86,5 @@ def _is_name(model: str) -> bool:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return one_line(" ".join(map(str, value)), 80) or "none"
-    return "none" if value is None else one_line(value, 80)
+        return one_line(" ".join(map(str, value))) or "none"
+    return "none" if value is None else one_line(value)
