@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,19 @@ def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
         ValueError: the path is outside of these folders.
     """
     output = Path(folder_paths.get_output_directory()).resolve()
-    path = (output / Path(given).expanduser()).resolve()
-    if not any(path.is_relative_to(Path(folder).resolve()) for folder in (output, *more)):
-        raise ValueError(f"{what} {given} is outside of {output}: choose a path inside it")
-    return path
+    folders = [Path(folder) for folder in (output, *more)]
+    allowed = [*folders, *(folder.resolve() for folder in folders)]
+    path = Path(os.path.normpath(output / Path(given).expanduser()))
+    # By its text first: on Windows, resolving a path of another machine already connects to that machine.
+    if _within(path, allowed):
+        path = path.resolve()
+        if _within(path, allowed):
+            return path
+    raise ValueError(f"{what} {one_line(given)} is outside of {output}: choose a path inside it")
+
+
+def _within(path: Path, folders: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(folder) for folder in folders)
 
 
 def one_of(value: str, options: Sequence[str], what: str) -> str:

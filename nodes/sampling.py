@@ -14,6 +14,8 @@ from .inputs import one_of
 from .tree_sampler import TreeSampler, sample_tree
 from .types import CATEGORY, TreeSocket
 
+#: Branch points of a tree. Ten with two branches each are a thousand pictures.
+MOST_STEPS = 100
 KERNELS = ["cps", "flow_sde", "dance"]
 
 BRANCH_TIP = (
@@ -28,6 +30,8 @@ def parse_steps(text: str) -> tuple[int, ...]:
         steps = tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
         raise ValueError(f"branch steps {text!r}: write numbers, e.g. 1, 3, 5") from None
+    if len(steps) > MOST_STEPS:
+        raise ValueError(f"branch steps: {len(steps)} of them, at most {MOST_STEPS}")
     if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
         raise ValueError(f"branch steps {text!r} must increase and count from 1, e.g. 1, 3, 5")
     return steps

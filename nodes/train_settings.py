@@ -99,6 +99,13 @@ def choices() -> dict[str, list[str]]:
     }
 
 
+def _auxiliary(inputs: Mapping[str, Any]) -> list[str]:
+    """The scorers that a method needs beside the rewards."""
+    model = inputs["model"] if inputs["model"] != AS_PRESET else _preset(inputs["preset"])["model"]
+    file = PRESETS / "methods" / f"{'demo-' if model == 'demo' else ''}{inputs['method']}.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")).get("auxiliary", []) if file.is_file() else []
+
+
 def models() -> dict[str, str]:
     """The models that can be trained, by the name that the node shows: the bundled one, pipeline folders in ComfyUI's
     models/diffusers, and the owner's."""
@@ -172,7 +179,7 @@ def asked(inputs: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list
         settings["transformer"] = folder_paths.get_full_path_or_raise("diffusion_models", inputs["transformer"])
     if inputs["init_lora"] != NO_LORA:
         settings["init_lora"] = folder_paths.get_full_path_or_raise("loras", inputs["init_lora"])
-    used = rewards or _preset(inputs["preset"])["reward"]
+    used = [*(rewards or _preset(inputs["preset"])["reward"]), *_auxiliary(inputs)]
     places = [f"{name}={place}" for name, place in mine["reward_models"].items() if name in used]
     if places:
         settings["reward_models"] = places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import numpy as np
 import torch
 import yaml
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..tmpo_trainer.files import read_metrics
+from ..tmpo_trainer.files import read_metrics, write_text
 from ..tmpo_trainer.lora.file import FILE_NAME
 from ..tmpo_trainer.pictures.reading import read_picture
 from .images import to_image
@@ -146,10 +148,19 @@ class Train(io.ComfyNode):
         text = "".join(f"# {name}: {value}\n" for name, value in more.items())
         text += yaml.safe_dump(settings, allow_unicode=True)
         if any(folder.glob("checkpoint-*")):
-            if not (folder / ASKED).exists() or (folder / ASKED).read_text(encoding="utf-8") != text:
-                raise ValueError(f"{folder} holds a run with other settings: choose another output_dir")
+            # The settings of a run that resumes are those of its folder, so it must be one that this node has started.
+            if known_runs().get(str(folder)) != hashlib.sha256(text.encode()).hexdigest():
+                raise ValueError(
+                    f"{folder} holds a run with other settings, or one that was not started by this node: choose another "
+                    "output_dir"
+                )
             words = ["--resume", str(folder)]
         else:
+            if folder == Path(folder_paths.get_output_directory()).resolve() or (folder / "metrics.jsonl").exists():
+                raise ValueError(
+                    f"{folder} already holds other files, or a run without a checkpoint: choose another output_dir"
+                )
+            remember(folder, text)
             folder.mkdir(parents=True, exist_ok=True)
             for name, lines in {**files, ASKED: text}.items():
                 (folder / name).write_text(lines, encoding="utf-8")
@@ -158,6 +169,26 @@ class Train(io.ComfyNode):
         report = folder / "report.md"
         text = report.read_text(encoding="utf-8") if report.exists() else "no report"
         return io.NodeOutput(str(folder / FILE_NAME), text, ui=ui.PreviewText(text))
+
+
+def _record() -> Path:
+    """The file of the runs that the node has started. It is not in the output folder, where a run from elsewhere may lie."""
+    return Path(folder_paths.get_user_directory()) / "tmpo_runs.json"
+
+
+def known_runs() -> dict[str, str]:
+    """The runs that the node has started: {folder: hash of what was asked}."""
+    try:
+        return dict(json.loads(_record().read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def remember(folder: Path, text: str) -> None:
+    """Adds a run to `known_runs`."""
+    runs = known_runs() | {str(folder): hashlib.sha256(text.encode()).hexdigest()}
+    _record().parent.mkdir(parents=True, exist_ok=True)
+    write_text(_record(), json.dumps(runs, indent=1))
 
 
 def run(python: str, words: list[str], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,7 @@ class TreeSampler(comfy.samplers.Sampler):
         whole: list[Tensor] = []
         previews: dict[int, list[Tensor]] = {}
         colours: dict[int, list[Tensor]] = {}
-        bounds = [sum(plan.widths[:step]) for step in range(1, plan.num_steps + 1)]
+        bounds = list(itertools.accumulate(plan.widths))
 
         def called(done: int, total: int, x0: Tensor) -> None:
             nonlocal asked

@@ -19,6 +19,9 @@ MOST_LAYERS, MOST, LONGEST = 200, 10_000_000, 1000
 #: Other limits. A tokenizer's length is checked against its text encoder.
 LIMITS = {"extra_ids": LONGEST, "model_max_length": math.inf}
 
+#: Entries by which transformers loads code from a repository, if they name one.
+CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+
 #: The numbers of layers that cannot be 0.
 DEPTH = ("num_layers", "num_hidden_layers")
 
@@ -121,6 +124,8 @@ def read_config(what: str, path: Path) -> dict[str, Any]:
             left += value.items()
         elif isinstance(value, list):
             left += ((key, item) for item in value[: LONGEST + 1])
+        if key in CODE and isinstance(value, str) and "/" in value:
+            raise ConfigError(f"{what}: {path}: {key} {one_line(value, 40)} names code on the hub: remove the entry")
         many = isinstance(value, list) and len(value) > LONGEST
         least, most = (int(key in DEPTH), MOST_LAYERS) if "layers" in key else (-MOST, LIMITS.get(key, MOST))
         if many or (isinstance(value, (int, float)) and not least <= value <= most):

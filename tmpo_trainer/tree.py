@@ -10,7 +10,9 @@ is r % W, the root of any row is row % roots, and per-root conditions are matche
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,10 +154,8 @@ class TreePlan:
     @property
     def widths(self) -> tuple[int, ...]:
         """Nodes to evaluate at each step 1..N."""
-        return tuple(
-            self.roots * math.prod(k for s, k in self.fanout.items() if s < step)
-            for step in range(1, self.num_steps + 1)
-        )
+        grown = [self.roots, *(self.fanout.get(step, 1) for step in range(1, self.num_steps))]
+        return tuple(itertools.accumulate(grown, operator.mul))
 
     @property
     def rollout_evaluations(self) -> int:

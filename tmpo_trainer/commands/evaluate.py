@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line, quoted
 from ..settings.presets import make_config, preset_names
 from ..settings.yaml_file import read_yaml
 from .flags import add_settings, command_parser, exit_code, given, hush, path_flag, preset_layers, refuse_unknown
@@ -73,6 +73,8 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
     # The evaluation gets an output folder of its own; the run's folder keeps only the run's files.
     wanted = set(EVALUATION.values()) - {"output_dir"}
     kept = {key: value for key, value in read_yaml(saved).items() if key in wanted}
+    if "reward" not in flags:
+        _refuse_foreign(saved, kept, flags)
     if "reward" not in flags and kept.get("model", "demo") != "demo":
         own = [name for name in kept.get("reward", ()) if name not in PREFERENCE]
         kept["reward"] = [*own, *PREFERENCE]
@@ -81,3 +83,21 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
     models = [entry for entry in kept.get("reward_models", ()) if entry.partition("=")[0] in names]
     kept["reward_models"] = models
     return [defaults, (str(saved), kept)]
+
+
+def _refuse_foreign(saved: Path, kept: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Raises ConfigError if a run's settings would have code of its own run, or send pictures and prompts to other machines.
+
+    A run's folder may come from somebody else, to be judged. What it may make this machine do must be asked for by flags.
+    """
+    rewards = kept.get("reward", ())
+    code = [name for name in rewards if isinstance(name, str) and ":" in name]
+    if code:
+        words = " ".join(map(str, rewards))
+        raise ConfigError(
+            f"{saved} has the reward {quoted(code[0])}, which is code: if you trust it, give --reward {words}"
+        )
+    hosts = kept.get("remote_hosts", ())
+    if hosts and "remote_hosts" not in flags:
+        words = one_line(" ".join(map(str, hosts)), 80)
+        raise ConfigError(f"{saved} sends pictures to other machines: if you trust them, give --remote-hosts {words}")

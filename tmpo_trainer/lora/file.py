@@ -40,8 +40,8 @@ CHANGING = (
 CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: The most pairs of a pattern and a module that are matched, about a second's work. FLUX needs a quarter of a million.
 MATCHES = 500_000
-#: The longest name of a tensor.
-NAME = 500
+#: The longest name of a tensor, and the most dots in it: a pattern is tried at each of them.
+NAME, DOTS = 500, 30
 
 
 def named(names: list[str], shown: int = 3) -> str:
@@ -235,8 +235,8 @@ def read(path: Path) -> LoraFile:
                     raise ConfigError(f"{one_line(key)} has numbers of type {dtype}: a LoRA has floats")
                 if 0 in shape:
                     raise ConfigError(f"{one_line(key)} is {by(shape)}: it is empty")
-                if len(key) > NAME:
-                    raise ConfigError(f"it has a name of {len(key)} characters, {one_line(key, 50)}")
+                if len(key) > NAME or key.count(".") > DOTS:
+                    raise ConfigError(f"it has a name of {len(key)} characters or too many dots, {one_line(key, 50)}")
                 header[key] = shape
             pairs, alpha_keys, loose = split(header)
             if not pairs:

@@ -37,14 +37,15 @@ RECOGNISER = "PP-OCRv6_rec_small.onnx"
 #: Its dictionary has Greek letters for formulas. Words it reads as Latin look-alikes.
 GREEK_WORD = re.compile(r"[\u0370-\u03ff]{2,}")
 
-#: Texts in quotation marks. The first kind that a prompt has is used: single ones, which may be apostrophes, come last.
+#: Texts in quotation marks. The first kind that a prompt has is used: single ones, which may be apostrophes, come last. Each
+#: pattern excludes its own openers, so that many of them do not take quadratic time.
 QUOTED = tuple(
     re.compile(pattern)
     for pattern in (
         '["“][^"“”]+["”]|„[^"“”„]+["“”]|”[^"“”„]+”|＂[^＂]+＂',
-        "「[^」]+」|『[^』]+』",
+        "「[^「」]+」|『[^『』]+』",
         "[«»][^«»]+[«»]|[‹›][^‹›]+[‹›]",
-        "《[^》]+》|〈[^〉]+〉",
+        "《[^《》]+》|〈[^〈〉]+〉",
         # An apostrophe has a letter before it, except in "rock 'n' roll".
         r"(?<!\w)['‘’‚](?!\s|[nN]['’])(?:[^'‘’‚]|(?<=\w)['’](?=\w))+(?<!\s)['‘’](?!\w)",
     )

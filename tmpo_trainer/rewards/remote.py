@@ -370,7 +370,9 @@ def load(
         about = None
     hosted = about.get("rewards") if isinstance(about, dict) else None
     if isinstance(hosted, list) and len(hosted) > 1 and all(isinstance(each, str) for each in hosted):
-        names = [one_line(each) for each in hosted]
+        names = [one_line(each, 40) for each in hosted]
         what = f"reward {name} at {scorer.url}"
-        raise ConfigError(f"{what} hosts {', '.join(names)}: add one of them to the URL, as in {scorer.url}/{names[0]}")
+        raise ConfigError(
+            f"{what} hosts {one_line(', '.join(names))}: add one of them to the URL, as in {scorer.url}/{names[0]}"
+        )
     return scorer

@@ -48,6 +48,9 @@ def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
         found = dict(found[key] if key is not None and key in found else found)
         if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()):
             raise ValueError("it holds more than named tensors")
+        if any(value.untyped_storage().nbytes() < value.numel() * value.element_size() for value in found.values()):
+            # A tensor that repeats a few numbers would take its whole size when it is converted.
+            raise ValueError("a tensor is larger than its numbers in the file")
         return found
     # Damaged bytes make torch's unpickler raise anything, and its own error is not public.
     except Exception as error:
