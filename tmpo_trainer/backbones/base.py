@@ -119,7 +119,8 @@ class Backbone(ABC):
             pipeline.vae.to(memory_format=torch.channels_last)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
-                _check_finite(folder / name, part.requires_grad_(False).eval())
+                source = options.transformer if name == "transformer" else None
+                _check_finite(source or folder / name, part.requires_grad_(False).eval())
         pipeline.set_progress_bar_config(disable=True)
         backbone = cls(pipeline, options.max_sequence_length)
         backbone._text = text
@@ -415,11 +416,13 @@ class Backbone(ABC):
         return torch.cat(images).numpy()
 
 
-def _check_finite(folder: Path, module: torch.nn.Module) -> None:
+def _check_finite(source: Path, module: torch.nn.Module) -> None:
     """Raises ConfigError for a weight that is not finite. A VAE's would only make its pictures black."""
     for name, weight in module.named_parameters():
-        if weight.is_floating_point() and weight.numel() and not all(end.isfinite() for end in weight.aminmax()):
-            raise ConfigError(f"model: {folder}: {name} is not finite: the weights are damaged, download them again")
+        # Types of one byte, which some ways of quantising use, have no minimum here.
+        whole = weight.is_floating_point() and weight.element_size() > 1 and weight.numel()
+        if whole and not all(end.isfinite() for end in weight.aminmax()):
+            raise ConfigError(f"model: {source}: {name} is not finite: the weights are damaged, download them again")
 
 
 def rows_per_prompt(rows: int, prompts: int) -> int:

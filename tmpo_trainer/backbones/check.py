@@ -249,7 +249,9 @@ def _weight_files(model: str, part: Path, library: str) -> list[Path]:
         if not isinstance(shards, dict) or not all(map(_is_file_name, shards.values())):
             raise ConfigError(f"model {model}: {index} is damaged (no weight_map): download it again")
         return sorted({part / shard for shard in shards.values()})
-    if not any((part / f"{old}.bin").is_file() for old in (stem, "pytorch_model")):
+    if not any(
+        (part / f"{old}{end}").is_file() for old in (stem, "pytorch_model") for end in (".bin", ".bin.index.json")
+    ):
         raise ConfigError(
             f"model {model} has no weights in {part.name}/ ({whole.name} or {index.name}): the download is not complete"
         )

@@ -55,7 +55,8 @@ def _run(arguments: Sequence[str]) -> int:
         return dry_run.dry_run(config)
     from . import train
 
-    return train.train(config, name, checkpoint)
+    named = checkpoint is None or Path(actions.resume or "").resolve() == checkpoint
+    return train.train(config, name, checkpoint, named)
 
 
 def broken_torchvision() -> str | None:

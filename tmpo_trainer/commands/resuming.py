@@ -69,6 +69,19 @@ def notices(run: Path, now: TrainConfig, prompts: Mapping[str, str]) -> list[str
     kinds = [kind for kind in prompts if known.get(kind, prompts[kind]) != prompts[kind]]
     if kinds:
         lines.append(f"the {' and '.join(kinds)} prompts are not those that the run was started with")
+    if not known:
+        lines += _other_meaning(now)
+    return lines
+
+
+def _other_meaning(now: TrainConfig) -> list[str]:
+    """Log lines about settings that mean something else than in earlier versions, whose env.json has no digests."""
+    lines = []
+    if len(now.reward) > 1 and now.reward_weights is None:
+        ones = " ".join("1" for _ in now.reward)
+        lines.append(f"several rewards are averaged now: --reward-weights {ones} gives the sum of earlier versions")
+    if now.method == "mix-grpo":
+        lines.append("the window of mix-grpo starts again at the first step now, after its last place")
     return lines
 
 

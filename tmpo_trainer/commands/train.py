@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ from ..rewards import Scorer
 from ..settings.config import TrainConfig, absolute, to_yaml
 from ..settings.errors import ConfigError, one_line
 from ..training import progress, trackers
-from ..training.checkpoint import checkpoints, drop_later, number, updates_of
+from ..training.checkpoint import checkpoints, drop_later, find, number, updates_of
 from ..training.loop import Interrupted, Trainer
 from ..training.run_folder import agreed_folder, claim, environment, writing
 from ..training.weights import Diverged
@@ -43,18 +44,21 @@ class _Parts:
     backbone: Backbone
 
 
-def train(config: TrainConfig, preset: str, checkpoint: Path | None) -> int:
+def train(config: TrainConfig, preset: str, checkpoint: Path | None, named: bool = True) -> int:
     """Trains, exports and reports.
+
+    Args:
+        named: whether the user named this checkpoint, and not its run.
 
     Returns:
         the exit code: 0, 1 for a failure (one line says which), 130 if interrupted.
     """
     # The run's folder stays locked until this closes.
     with ExitStack() as held:
-        return _train(config, preset, checkpoint, held)
+        return _train(config, preset, checkpoint, named, held)
 
 
-def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: ExitStack) -> int:
+def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: bool, held: ExitStack) -> int:
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
     train_prompts, heldout, skeleton = loading.check(config, chosen)
@@ -68,6 +72,7 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: Exit
         raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
     if checkpoint:
         claim(checkpoint.parent, accelerator, held)
+        _still_newest(checkpoint, named, accelerator)
     rank, processes = accelerator.process_index, accelerator.num_processes
     texts = loading.drawn_prompts(config, train_prompts, heldout, processes, done)
     together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
@@ -102,6 +107,23 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, held: Exit
             accelerator,
         )
     return _run(trainer, held_out, loading.shown_prompts(heldout))
+
+
+def _still_newest(checkpoint: Path, named: bool, accelerator: Accelerator) -> None:
+    """Raises ConfigError on all processes unless they resume the same checkpoint, and a run that was named its newest one.
+
+    The run that held the folder may have saved another one after this one was chosen, and resuming would delete that.
+    """
+
+    def check() -> None:
+        if accelerator.is_main_process and not named and find(str(checkpoint.parent), checkpoint.parent) != checkpoint:
+            raise ConfigError(f"{checkpoint.parent} has got another checkpoint meanwhile: give the command again")
+
+    together(accelerator, check)
+    if accelerator.num_processes > 1:
+        chosen = sorted(set(gather_object([str(checkpoint)])))
+        if len(chosen) > 1:
+            raise ConfigError(f"the processes see different checkpoints ({', '.join(chosen)}): give one as --resume")
 
 
 def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: bool) -> _Parts:
@@ -159,7 +181,8 @@ def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
             if isinstance(error, torch.OutOfMemoryError):
                 # The replay's own line says what to do there. Elsewhere memory depends on these.
                 text += "; a smaller --max-batch or --decode-batch, or --offload-scorers, needs less"
-            kept = _kept(trainer, isinstance(error, Diverged))
+            # Of another process there is only the text.
+            kept = _kept(trainer, isinstance(error, Diverged) or f"{Diverged.__name__}: " in str(error))
             print(f"tmpo_trainer: failed after update {trainer.done}: {text} ({kept})", file=sys.stderr)
         return 1
     finally:

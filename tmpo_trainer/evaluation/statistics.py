@@ -89,5 +89,5 @@ def summary(base: Evaluation, trained: Evaluation) -> dict[str, Any]:
     return {
         "base": {name: float(values.mean()) for name, values in before.items()} | {"latent_std": base.latent_std},
         "trained": {name: float(values.mean()) for name, values in after.items()} | {"latent_std": trained.latent_std},
-        "gain": {name: paired_gain(before[name], after[name], base.prompts)._asdict() for name in before},
+        "gain": {name: paired_gain(before[name], after[name], base.prompts).finite() for name in before},
     }

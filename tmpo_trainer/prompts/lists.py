@@ -126,14 +126,30 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _from_text(text: str) -> Entries:
-    for i, (where, line) in enumerate(_lines(text)):
-        # The first line shows what else it may be. A prompt such as [photo] or {{dog}} is neither.
-        if i == 0 and re.match(r'\[\s*(["{\]]|$)|\{\s*(["}]|$)', line):
-            raise ValueError(f"{where}: this is JSON: name the file .json, or .jsonl if every line is an object")
-        for kind, separator in SEPARATORS.items() if i == 0 else ():
-            if any(cell.strip(' "').casefold() in COLUMN for cell in line.split(separator)):
-                raise ValueError(f"{where}: this is the first line of a table: name the file {kind}")
+    lines = list(_lines(text))
+    # The first lines show what else it may be. A prompt such as [photo] or {{dog}} is neither.
+    if lines and (_is_json(lines[0][1]) or _is_json(text)):
+        raise ValueError(f"{lines[0][0]}: this is JSON: name the file .json, or .jsonl if every line is an object")
+    for kind, separator in SEPARATORS.items() if len(lines) > 1 else ():
+        (where, first), (_, second) = lines[:2]
+        named = any(cell.strip(' "').casefold() in COLUMN for cell in first.split(separator))
+        if named and second.count(separator) >= first.count(separator):
+            raise ValueError(f"{where}: this is the first line of a table: name the file {kind}")
+    for where, line in lines:
         yield where, {"prompt": line}
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a list or an object of JSON, or the first line of one that has more lines."""
+    if not text.lstrip().startswith(("[", "{")):
+        return False
+    # Also if the rest of it is broken.
+    if re.match(r'[\[{]\s*($|\{?\s*"\w+"\s*:|"[^"]*",\s*$)', text):
+        return True
+    try:
+        return isinstance(json.loads(text), (list, dict))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _from_lines_of_json(text: str) -> Entries:

@@ -30,12 +30,15 @@ def expanded(text: str) -> str:
     if found.startswith("~"):
         name = re.split(r"[/\\]", found)[0]
         raise ConfigError(f"the home folder {name[:50]} is not known: if {name[:50]} is a file, write ./{name[:50]}")
-    long = len(found) > LONGEST_PATH or any(
-        len(part.encode(errors="replace")) > LONGEST_NAME for part in Path(found).parts
-    )
+    long = len(found) > LONGEST_PATH or any(_length(part) > LONGEST_NAME for part in Path(found).parts)
     if long or "\0" in found:
         raise ConfigError(f"a path has no NUL character and no name of more than {LONGEST_NAME} bytes")
     return found
+
+
+def _length(name: str) -> int:
+    """The length of a file's name as its file system counts: in bytes, on Windows in units of UTF-16."""
+    return len(name.encode("utf-16-le", "replace")) // 2 if os.name == "nt" else len(name.encode(errors="replace"))
 
 
 def absolute(text: str) -> str:

@@ -152,6 +152,7 @@ def _sha256(path: Path) -> str:
 def _remove(path: Path) -> None:
     """Deletes a checkpoint so that a kill half-way does not leave a part of it under its name."""
     doomed = path.with_name(f".{path.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
     # What cannot be deleted, such as a file that Windows has open, is no reason to end the run.
     with suppress(OSError):
         path.rename(doomed)
@@ -163,6 +164,8 @@ def drop_later(run: Path, update: int) -> None:
     for path in _numbered(run):
         if number(path) > update:
             _remove(path)
+            if path.exists():
+                raise ConfigError(f"{path} is of an abandoned course and cannot be deleted: close what uses it")
 
 
 def load(path: Path) -> Checkpoint:
@@ -171,6 +174,8 @@ def load(path: Path) -> Checkpoint:
     def read(name: str, reader: Callable[[Path], Any]) -> Any:
         try:
             return reader(path / name)
+        except MemoryError:
+            raise
         except Exception as error:
             raise ConfigError(f"checkpoint file {path / name} cannot be read: {one_line(error)}") from None
 
@@ -221,8 +226,8 @@ def damage(path: Path) -> str | None:
         for name in expected:
             if _sha256(path / name) != expected[name]:
                 return f"{name} differs from its checksum"
-    except (OSError, ValueError) as error:
-        # ConfigError is a ValueError.
+    except (FileNotFoundError, ValueError) as error:
+        # ConfigError is a ValueError. A file that could not be read just now may be whole: OSError goes on.
         return one_line(error)
     return None
 

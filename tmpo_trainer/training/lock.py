@@ -16,6 +16,8 @@ LOCK = ".lock"
 
 #: A file system without locks, as some network ones are.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+#: Another process holds the lock.
+HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 
 
 class Locked(ConfigError):
@@ -53,7 +55,9 @@ def locked(path: Path, what: Path) -> Iterator[IO[bytes]]:
         try:
             _take(file)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in (*NO_LOCKS, *HELD):
+                raise ConfigError(f"run folder {what} cannot be locked: {error.strerror}") from None
+            if error.errno in HELD:
                 raise Locked(
                     f"another process is training in {what}: wait for it, stop it, or give another --output-dir"
                 ) from None

@@ -370,9 +370,8 @@ class Trainer:
             raise
         except BaseException:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
-            saved = self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
             # Before the first update there is nothing to lose either.
-            if self.done and self._whole and self.processes.agreed and not saved and not saving:
+            if self.done and self._whole and self.processes.agreed and not saving and not self._saved():
                 # An update that failed has moved it; it will be done again.
                 self.method.load(self._method_before, self.method.tensors())
                 try:
@@ -386,6 +385,11 @@ class Trainer:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _saved(self) -> bool:
+        """Whether the last update has a checkpoint. The first process looks: the others might see its folder too late."""
+        found = self.processes.main and self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
+        return self.processes.gather(found)[0]
 
     def _stopped(self) -> int:
         """The signal that any process has had, or 0: all are to stop after the same update."""
