@@ -428,7 +428,7 @@ def rank_gone(case: Case) -> str:
     time.sleep(1)
     with_signal = pair[1 - first]
     os.kill(with_signal.pid, signal.SIGTERM)
-    if with_signal.wait() not in (0, 1, 130, -signal.SIGTERM):
+    if with_signal.wait() not in (0, 1, 2, 130, -signal.SIGTERM):
         raise Broken(with_signal.error())
     sound(case.folder)
     resumed = bool(checkpoint.checkpoints(case.folder))

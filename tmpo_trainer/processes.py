@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .settings.errors import ConfigError
+from .settings.errors import ConfigError, one_line
 
 Loaded = TypeVar("Loaded")
 
@@ -52,7 +52,7 @@ class Processes:
 
 
 def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
-    """Calls `load` on every process. A ConfigError of one is raised on all, so that the first can print it."""
+    """Calls `load` on every process. A ConfigError, or the death, of one is a ConfigError on all: the first prints it."""
     if accelerator.num_processes == 1:
         return load()
     loaded: list[Loaded] = []
@@ -61,7 +61,12 @@ def together(accelerator: Accelerator, load: Callable[[], Loaded]) -> Loaded:
         loaded.append(load())
     except ConfigError as error:
         own = f"process {accelerator.process_index}: {error}"
-    for text in gather_object([own]):
+    try:
+        texts = gather_object([own])
+    except RuntimeError as error:
+        # Its connection closed: it was killed, or ran out of memory.
+        raise ConfigError(own or f"another process died while the run was loaded ({one_line(error, 120)})") from None
+    for text in texts:
         if text is not None:
             raise ConfigError(text)
     return loaded[0]

@@ -214,7 +214,8 @@ def test_a_damaged_file_is_replaced(
     ):
         file.write_bytes(damaged)
         base(backbone, file, red_scorer)
-    np.save(file.open("wb"), np.zeros(3))
+    with file.open("wb") as out:
+        np.save(out, np.zeros(3))
     base(backbone, file, red_scorer)
     assert len(measured) == 5
     base(backbone, file, red_scorer)

@@ -256,6 +256,13 @@ def test_a_process_that_cannot_load_tells_the_others(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="process 0: no weights"):
         processes.together(accelerator, fail)
 
+    def closed(own: Any) -> Any:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(processes, "gather_object", closed)
+    with pytest.raises(ConfigError, match=r"another process died while the run was loaded .Connection closed by peer"):
+        processes.together(accelerator, lambda: None)
+
 
 def test_nf4_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes' four-bit weights are no tensors that FSDP2 could share out."""

@@ -379,6 +379,10 @@ def test_a_run_that_went_back_forgets_what_came_after(tmp_path: Path) -> None:
         save(tmp_path, update, keep=3)
     assert save(tmp_path, 7, keep=3).is_dir()
     assert names(tmp_path) == ["checkpoint-5", "checkpoint-7"]
+    # What a kill left of one that was being deleted goes with them.
+    (tmp_path / "checkpoint-5").rename(tmp_path / ".checkpoint-5.old.tmp")
+    checkpoint.drop_later(tmp_path, 7)
+    assert names(tmp_path) == ["checkpoint-7"]
     assert checkpoint.find(str(tmp_path), tmp_path).name == "checkpoint-7"
 
 

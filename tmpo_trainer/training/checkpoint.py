@@ -103,8 +103,7 @@ def save(
         OSError, RuntimeError, SafetensorError: it cannot be written; then nothing of it is left.
     """
     final, temporary = run / f"checkpoint-{update}", run / f".checkpoint-{update}.tmp"
-    for leftover in run.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clean(run)
     try:
         _write(
             temporary, {FILES[0]: lora, FILES[1]: ema, TENSORS: tensors or {}}, optimizer, {"update": update, **state}
@@ -159,8 +158,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def _clean(run: Path) -> None:
+    """Deletes what a kill left while a checkpoint was written or deleted."""
+    for leftover in run.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def drop_later(run: Path, update: int) -> None:
     """Deletes checkpoints after an update: resuming from it abandons them, and they must not be found again."""
+    _clean(run)
     for path in _numbered(run):
         if number(path) > update:
             _remove(path)

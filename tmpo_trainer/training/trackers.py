@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -78,9 +79,16 @@ def start(accelerator: Accelerator, config: TrainConfig, folder: Path, resumed: 
         elif config.tracker == "tensorboard" and resumed is not None:
             # Figures after the checkpoint are sent again. Settings would become another run.
             more, settings = {"purge_step": resumed + 1}, None
+        threading.excepthook = _hush_writer
         accelerator.init_trackers(PROJECT, settings, {config.tracker: more})
     except Exception as error:
         raise ConfigError(f"tracker {config.tracker} cannot start: {one_line(error)}") from None
+
+
+def _hush_writer(failed: threading.ExceptHookArgs) -> None:
+    """Prints no traceback of the thread in which tensorboard writes: its next call raises the same error, see `_send`."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def _run_id(folder: Path, resumed: int | None) -> str:
