@@ -26,6 +26,7 @@ from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training import checkpoint, lock
 from tmpo_trainer.training.lock import LOCK, locked
+from tmpo_trainer.training.loop import Trainer
 from tmpo_trainer.training.progress import Reporter
 
 REPOSITORY = Path(__file__).parents[2]
@@ -572,19 +573,27 @@ def test_a_file_system_without_locks_is_used_with_a_note(
 
 
 def test_a_diverged_run_advises_an_earlier_checkpoint(
-    flags: list[str], copied: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    copied: Path,
+    scorer: Scorer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    huge = ["--learning-rate", "1e30"]
-    assert main.main(["--resume", str(copied / "checkpoint-15"), *huge, "--checkpoints-kept", "1"]) == 1
+    # The settings refuse such a rate. Less would take more updates to diverge.
+    monkeypatch.setattr(Trainer, "learning_rate", lambda self, update: 1e30)
+    assert main.main(["--resume", str(copied / "checkpoint-15"), "--checkpoints-kept", "1"]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("tmpo_trainer: failed after update 16: non-finite ")
     assert last.endswith(
         "(kept checkpoint-16; the same settings fail again, continue with --resume "
         f"{copied / 'checkpoint-15'} and a lower --learning-rate)"
     )
-    assert main.main(["--resume", str(copied / "checkpoint-15"), "--learning-rate", "1e-2"]) == 0
+    with monkeypatch.context() as usual:
+        usual.setattr(Trainer, "learning_rate", lambda self, update: 1e-2)
+        assert main.main(["--resume", str(copied / "checkpoint-15")]) == 0
     capsys.readouterr()
-    assert main.main([*flags, *huge, "--output-dir", str(tmp_path / "new")]) == 1
+    assert main.main([*flags, "--output-dir", str(tmp_path / "new")]) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.endswith(
         "(kept checkpoint-1; the same settings fail again, start a new run with a lower --learning-rate)"
@@ -592,9 +601,10 @@ def test_a_diverged_run_advises_an_earlier_checkpoint(
 
 
 def test_a_lora_that_is_not_finite_is_not_saved(
-    copied: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str]
+    copied: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--resume", str(copied / "checkpoint-15"), "--learning-rate", "1e38", "--weight-decay", "1e38"]
-    assert main.main(arguments) == 1
+    # AdamW decays by the product of rate and weight decay, which overflows.
+    monkeypatch.setattr(Trainer, "learning_rate", lambda self, update: 1e38)
+    assert main.main(["--resume", str(copied / "checkpoint-15"), "--weight-decay", "10"]) == 1
     assert "failed after update 15: the LoRA is not finite after update 16" in capsys.readouterr().err
     assert names(copied) == ["checkpoint-15"]

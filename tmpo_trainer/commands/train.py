@@ -116,7 +116,9 @@ def _still_newest(checkpoint: Path, named: bool, accelerator: Accelerator) -> No
     """
 
     def check() -> None:
-        if accelerator.is_main_process and not named and find(str(checkpoint.parent), checkpoint.parent) != checkpoint:
+        if named or not accelerator.is_main_process:
+            return
+        if find(str(checkpoint.parent), checkpoint.parent).name != checkpoint.name:
             raise ConfigError(f"{checkpoint.parent} has got another checkpoint meanwhile: give the command again")
 
     together(accelerator, check)

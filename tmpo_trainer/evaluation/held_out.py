@@ -105,6 +105,9 @@ def sample(
 
     Args:
         copies: the ordinal of each prompt, if the prompts are a part of a longer list; see `ordinals`.
+
+    Raises:
+        ValueError: latents or pixels are not finite.
     """
     copies = ordinals(prompts) if copies is None else copies
     sigmas = backbone.sigmas(how.steps, *how.resolution)
@@ -124,6 +127,9 @@ def sample(
         velocity = backbone.velocity(chosen, how.guidance)
         run = tree.rollout(velocity, noise, sigmas, plan, kernel="ode", max_batch=how.batch)
         latents = run.leaves.unflatten(0, (images, count)).transpose(0, 1)
+        for prompt, own in zip(chosen, latents, strict=True):
+            if not torch.isfinite(own).all():
+                raise ValueError(f"the model gave non-finite latents for prompt {prompt!r}")
         pictures = backbone.decode(latents.flatten(0, 1), how.decode_batch)
         yield latents, pictures.reshape(count, images, *pictures.shape[1:])
 
@@ -183,9 +189,6 @@ def _measure(
 ) -> list[_Measured]:
     """Measures the prompts numbered `chosen`: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`."""
     prompts = [protocol.prompts.texts[i] for i in chosen]
-    for prompt, group in zip(prompts, latents, strict=True):
-        if not torch.isfinite(group).all():
-            raise ValueError(f"the model gave non-finite latents for prompt {prompt!r}")
     texts = [prompt for prompt in prompts for _ in range(protocol.images)]
     flat = pictures.reshape(-1, *pictures.shape[2:])
     scores = {
