@@ -65,6 +65,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: edit(f / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"]),
         ["names SD3Transformer2DModel as its transformer", "FluxPipeline needs FluxTransformer2DModel"],
     ),
+    "more layers than the weights, and an empty quantisation": (
+        lambda f: edit(f / "transformer/config.json", num_layers=4, quantization_config=None),
+        ["transformer", "is missing in the weights"],
+    ),
+    "code of the hub": (
+        lambda f: edit(f / "text_encoder/config.json", attn_implementation="owner/kernel"),
+        ["attn_implementation owner/kernel names code on the hub"],
+    ),
     "another scheduler": (
         lambda f: edit(f / "model_index.json", scheduler=["diffusers", "DDIMScheduler"]),
         ["names DDIMScheduler as its scheduler", "needs FlowMatchEulerDiscreteScheduler"],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from tmpo_trainer.commands import evaluation, loading, main
@@ -308,3 +309,21 @@ def test_a_new_measure_needs_its_entry_alone(place: Path, monkeypatch: pytest.Mo
     content = run(*FLAGS)
     assert list(content["models"]["LoRA"]) == ["red", "green", *MEASURES] and "largest" in content["gain"]
     assert "| largest |" in Path("out/table.md").read_text()
+
+
+def test_a_run_from_elsewhere_names_no_code_and_no_hosts(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.yaml may be anybody's: what it would have this machine do must be asked for by flags."""
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    Path("evil.py").write_text("raise SystemExit('it ran')")
+    remote = {"reward": ["remote"], "reward_models": ["remote=http://10.0.0.5:1"], "remote_hosts": ["10.0.0.5"]}
+    for more, told in (
+        (
+            {"reward": ["evil:Scorer"]},
+            "has the reward 'evil:Scorer', which is code: if you trust it, give --reward evil:Scorer",
+        ),
+        (remote, "sends pictures to other machines: if you trust them, give --remote-hosts 10.0.0.5"),
+    ):
+        Path("run/config.yaml").write_text(yaml.safe_dump(saved | more))
+        assert main.main(["evaluate", "run", "--prompts", "list.txt"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"tmpo_trainer: run/config.yaml {told}"

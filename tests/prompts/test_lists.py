@@ -198,7 +198,15 @@ def test_kinds_of_prompt_files(tmp_path: Path, name: str, content: str, metadata
 def test_quotes_and_lines_of_a_table_and_what_a_text_may_begin_with(tmp_path: Path) -> None:
     table = 'prompt,target\n"a sign, ""OPEN""",OPEN\n"two\nlines",\na "b" c,\n'
     assert read(tmp_path, "a.csv", table).texts == ['a sign, "OPEN"', "two\nlines", 'a "b" c']
-    texts = ["[photo] a dog", "{{dog}}, red", "{a|b} cat", "a prompt, please", "شكرا \u200f", "a\tb"]
+    texts = [
+        "[photo] a dog",
+        "{{dog}}, red",
+        '["Hello World" sign on a door]',
+        "{a|b} cat",
+        "a prompt, please",
+        "شكرا \u200f",
+        "a\tb",
+    ]
     assert read(tmp_path, "a.txt", "\n".join(texts)).texts == texts
 
 
@@ -256,3 +264,8 @@ def test_drawn_prompts_are_those_of_the_training_order(first: int, last: int) ->
     prompts = [*"abcdefgh", "a"]
     expected = {prompts[prompt_index(i, 9, seed=3)] for i in range(first, last)}
     assert set(drawn(prompts, first, last, seed=3)) == expected
+
+
+def test_a_prompt_with_the_name_of_a_column_is_no_table(tmp_path: Path) -> None:
+    assert read(tmp_path, "a.txt", "photo, prompt, x\na dog").texts == ["photo, prompt, x", "a dog"]
+    assert read(tmp_path, "a.txt", '["a cat" on a sign, night]').texts == ['["a cat" on a sign, night]']

@@ -4,6 +4,7 @@
 # ruff: noqa: RUF001
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import time
@@ -243,3 +244,12 @@ def test_a_file_that_is_no_recogniser_is_one_line(other: Path, tmp_path: Path) -
         with pytest.raises(ConfigError, match=blame) as error:
             check_reward("ocr", str(path))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mark", ["「", "『", "《", "〈", '"', "“", "„", "«", "'", "‘"])
+def test_a_prompt_of_opening_marks_takes_no_time(mark: str) -> None:
+    start = time.monotonic()
+    # Some marks also end a quotation.
+    with contextlib.suppress(ValueError):
+        ocr.target(f"a {mark}" * 20_000)
+    assert time.monotonic() - start < 5

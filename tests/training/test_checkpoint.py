@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tmpo_trainer.commands import loading, main
+from tmpo_trainer.commands import loading, main, train
 from tmpo_trainer.files import read_metrics
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.errors import ConfigError
@@ -608,3 +608,34 @@ def test_a_lora_that_is_not_finite_is_not_saved(
     assert main.main(["--resume", str(copied / "checkpoint-15"), "--weight-decay", "10"]) == 1
     assert "failed after update 15: the LoRA is not finite after update 16" in capsys.readouterr().err
     assert names(copied) == ["checkpoint-15"]
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that is passed over is deleted later, so a passing fault of a disk must not look like damage."""
+    save(tmp_path / "run", 5)
+    newest = save(tmp_path / "run", 10)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", fail)
+        with pytest.raises(ConfigError, match="--resume latest: Input/output error"):
+            checkpoint.find("latest", tmp_path)
+    assert checkpoint.find("latest", tmp_path) == newest
+
+
+def test_a_checkpoint_that_was_saved_meanwhile_is_not_deleted(
+    copied: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that held the folder saved it after `--resume` had chosen an older one."""
+    taken = train.claim
+
+    def claim(*arguments: Any) -> None:
+        shutil.copytree(checkpoint.checkpoints(copied)[-1], copied / "checkpoint-99")
+        taken(*arguments)
+
+    monkeypatch.setattr(train, "claim", claim)
+    assert main.main(["--resume", str(copied)]) == 2
+    assert "has got another checkpoint meanwhile: give the command again" in capsys.readouterr().err
+    assert (copied / "checkpoint-99").is_dir()
