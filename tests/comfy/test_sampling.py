@@ -406,7 +406,7 @@ def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.M
     monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
     generator = torch.Generator().manual_seed(0)
     pictures, latents = torch.rand(3, 4, 4, 3, generator=generator), torch.randn(3, 16, 2, 2, generator=generator)
-    *values, _, text = diversity.DiversityNode.execute("any", pictures, {"samples": latents}).result
+    *values, _, text = diversity.DiversityNode.execute("efficientnet-lite0", pictures, {"samples": latents}).result
     expected = [MEASURES[name].function(x).item() for name, x in (
         ("LGMD", latents), ("cosine diversity", pictures.flatten(1)), ("Vendi score", pictures.flatten(1)),
     )]  # fmt: skip
@@ -417,7 +417,7 @@ def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.M
     ]
     off_diagonal = cosine_distances(pictures.flatten(1)).sum().item() / 6
     assert off_diagonal == pytest.approx(values[1], abs=1e-6)
-    *values, _, text = diversity.DiversityNode.execute("any", pictures).result
+    *values, _, text = diversity.DiversityNode.execute("efficientnet-lite0", pictures).result
     assert math.isnan(values[0]) and values[1:] == expected[1:] and len(text.splitlines()) == 1
 
 
@@ -455,7 +455,7 @@ def test_leaves_with_noise_left_are_not_compared(pack: Any) -> None:
 def test_a_trained_lora_changes_the_pictures_as_in_diffusers(pack: Any) -> None:
     """The LoRA that comes with the pack, 450 updates of training: through ComfyUI's patches and through diffusers."""
     base, _ = sample(pack)
-    leaves, _ = sample(pack, model=pack.lora.apply_lora(pack.model, pack.lora.DEMO_FILE, 1.0))
+    leaves, _ = sample(pack, model=pack.lora.apply_lora(pack.model, pack.lora.lora_file.read(pack.lora.DEMO_FILE), 1.0))
     backbone = loading.load_model(TrainConfig(max_sequence_length=0), torch.device("cpu"))
     with torch.inference_mode(False):
         attach.attach(backbone, REPOSITORY / "tmpo_trainer" / "demo" / "lora")

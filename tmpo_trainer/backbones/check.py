@@ -209,7 +209,10 @@ def _class(model: str, name: str, entry: tuple[str, str], base: type) -> Any:
     library, wanted = entry
     found = getattr(LIBRARIES[library], wanted, None)
     if not isinstance(found, type) or not issubclass(found, base):
-        raise ConfigError(f"model {model} names {library}'s {wanted} as its {name}, which is not a {base.__name__}")
+        given = one_line(wanted, 60)
+        raise ConfigError(
+            f"model {model} names {library}'s {given} as its {one_line(name, 60)}, which is not a {base.__name__}"
+        )
     return found
 
 

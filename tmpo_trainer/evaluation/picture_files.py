@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .. import diversity
 from ..files import write_text
 from ..pictures.reading import MOST_PIXELS, read_picture
-from ..prompts.lists import PromptList, about, check_text
+from ..prompts.lists import LONGEST, PromptList, about
 from ..rewards import Scorer, score_all
 from ..settings.errors import ConfigError, one_line
 from ..settings.text import decode
@@ -174,10 +174,8 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
             raise ConfigError(
                 f"{path} has no prompt (in its metadata or {beside.name}): give --prompt or --prompts FILE"
             )
-        try:
-            check_text(str(path), own)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        if len(own) > LONGEST:
+            raise ConfigError(f"{path}: a prompt of {len(own)} characters: at most {LONGEST}")
         found.append(Picture(path, own, size))
     return found
 

@@ -102,17 +102,12 @@ def _prompt(where: str, given: Any) -> str:
     if not isinstance(given, str) or not given.strip():
         raise ValueError(f'{where}: write an object with a "prompt", e.g. {{"prompt": "a"}}')
     prompt = given.strip()
-    check_text(where, prompt)
-    return prompt
-
-
-def check_text(where: str, prompt: str) -> None:
-    """Raises ValueError, which begins with `where`, for a prompt that is too long or has characters that are not text."""
     if len(prompt) > LONGEST:
         raise ValueError(f"{where}: a prompt of {len(prompt)} characters: at most {LONGEST}")
     found = NOT_TEXT.search(prompt)
     if found:
         raise ValueError(f"{where}: the character U+{ord(found[0]):04X} is not text: remove it")
+    return prompt
 
 
 #: What a file yields: where it is in the file, for errors, and the object with `prompt`.
