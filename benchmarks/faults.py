@@ -126,10 +126,14 @@ class Run:
 
 @dataclass
 class Case:
-    """What a kind of disturbance gets: a folder of its own, random numbers, and the flags and the end of its run."""
+    """What a kind of disturbance gets: a folder of its own, random numbers, and the flags and the end of its run.
+
+    share: how far the run comes before it is disturbed, 0 to 1. The cases of a kind share the run out evenly.
+    """
 
     place: Path
     draw: random.Random
+    share: float
     flags: list[str]
     like: Path
 
@@ -140,6 +144,19 @@ class Case:
     def new(self, prepare: Callable[[], object] = lambda: None, folder: Path | None = None) -> Run:
         folder = folder or self.folder
         return Run(folder, [*self.flags, "--output-dir", str(folder)], prepare).start()
+
+    def wait_for(self, seconds: float) -> None:
+        """Waits until the run has come as far as `share`: by its updates, so that a busy machine changes nothing.
+
+        Args:
+            seconds: of a whole run.
+        """
+        done, part = divmod(self.share * (UPDATES + 1), 1)
+        deadline = time.monotonic() + PATIENCE
+        while len(read_metrics(self.folder / "metrics.jsonl")) < done and time.monotonic() < deadline:
+            time.sleep(0.005)
+        # Starting takes about as long as the updates.
+        time.sleep(part * seconds / (2 if done == 0 else 2 * UPDATES))
 
     def resume(self, prepare: Callable[[], object] = lambda: None, folder: Path | None = None) -> Run:
         folder = folder or self.folder
@@ -249,9 +266,8 @@ def operations(folder: Path, last: int, counted: Path | None = None) -> None:
 
 def signalled(case: Case, *numbers: signal.Signals) -> str:
     """Signals at a random moment of the run."""
-    seconds = undisturbed(case.place.parent)[1]
     run = case.new()
-    time.sleep(case.draw.uniform(0.35, 1) * seconds)
+    case.wait_for(undisturbed(case.place.parent)[1])
     for number in numbers:
         os.kill(run.pid, number)
         time.sleep(0.02)
@@ -285,7 +301,7 @@ def killed_while_writing(case: Case) -> str:
     """SIGKILL at a random file operation: in a checkpoint, the export, the report. Then again while resuming."""
     case.like, _, count = undisturbed(case.place.parent, *REPORT)
     case.flags = [*FLAGS, *REPORT]
-    last = case.draw.randint(1, count)
+    last = 1 + int(case.share * count)
     if case.new(lambda: operations(case.folder, last)).wait() != -signal.SIGKILL:
         raise Broken("was not killed")
     sound(case.folder)
@@ -383,7 +399,7 @@ def server_gone(case: Case) -> str:
         remote.PAUSES = (0.05, 0.1)
 
     run = case.new(impatient)
-    time.sleep(case.draw.uniform(0.4, 1) * seconds)
+    case.wait_for(seconds)
     stop(server)
     code = run.wait()
     if code not in (0, 1, 2):
@@ -421,7 +437,7 @@ def rank_gone(case: Case) -> str:
     """One of two processes dies; a launcher then ends the other."""
     case.like, seconds = two_ranks(case.place.parent)
     pair = ranks(case.folder, [*FLAGS, "--output-dir", str(case.folder)])
-    time.sleep(case.draw.uniform(0.4, 1) * seconds)
+    case.wait_for(seconds)
     first = case.draw.randrange(2)
     os.kill(pair[first].pid, signal.SIGKILL)
     pair[first].wait()
@@ -525,13 +541,14 @@ KINDS: dict[str, tuple[Callable[[Case], str], int]] = {
 }
 
 
-def tried(kind: str, number: int, seed: int, place: Path) -> tuple[bool, str]:
-    """Tries a case. Returns whether it survived, and a note."""
+def tried(kind: str, number: int, total: int, seed: int, place: Path) -> tuple[bool, str]:
+    """Tries a case of `total` of its kind. Returns whether it survived, and a note."""
     folder = place / f"case-{seed}-{kind.replace(' ', '-')}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         like = undisturbed(place)[0]
-        note = KINDS[kind][0](Case(folder, random.Random(f"{seed} {kind} {number}"), FLAGS, like))
+        draw = random.Random(f"{seed} {kind} {number}")
+        note = KINDS[kind][0](Case(folder, draw, (number + draw.random()) / total, FLAGS, like))
     except (Broken, OSError, ValueError) as error:
         # The folder stays, to be looked at.
         return False, f"{type(error).__name__}: {error} ({folder})"
@@ -565,10 +582,11 @@ def main() -> int:
     results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     known = {(result["kind"], result["number"]) for result in results}
     for kind in arguments.kinds:
-        for number in range(1 if arguments.short else KINDS[kind][1]):
+        total = 1 if arguments.short else KINDS[kind][1]
+        for number in range(total):
             if (kind, number) in known:
                 continue
-            survived, note = tried(kind, number, arguments.seed, place)
+            survived, note = tried(kind, number, total, arguments.seed, place)
             results.append({"kind": kind, "number": number, "survived": survived, "note": note})
             with file.open("a") as out:
                 out.write(json.dumps(results[-1]) + "\n")

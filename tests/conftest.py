@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,36 @@ from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training.loop import Trainer
 
 torch.set_num_threads(1)
+
+#: Makes a mutation of a file or message, from random numbers, what is valid, and scraps that mean something in its format.
+Mutate = Callable[[random.Random, bytes, Sequence[bytes]], bytes]
+
+
+@pytest.fixture(scope="session")
+def mutate() -> Mutate:
+    """`mutate(source, data, scraps)`: one to sixteen edits: flips, other bytes, cuts, repeats and scraps."""
+
+    def mutate(source: random.Random, data: bytes, scraps: Sequence[bytes]) -> bytes:
+        changed = bytearray(data)
+        for _ in range(source.choice((1, 1, 2, 4, 16))):
+            place, length = source.randrange(len(changed) + 1), source.choice((0, 1, 2, 4, 20, 64))
+            kind = source.randrange(20)
+            if kind < 3 and changed:
+                changed[min(place, len(changed) - 1)] ^= 1 << source.randrange(8)
+            elif kind < 6:
+                changed[place : place + length] = source.randbytes(length or 1)
+            elif kind < 9:
+                del changed[place : place + length]
+            elif kind < 12:
+                changed[place:place] = changed[place : place + length] * source.choice((1, 50))
+            elif kind < 19:
+                changed[place : place + length] = source.choice(scraps)
+            else:
+                del changed[place:]
+        return bytes(changed)
+
+    return mutate
+
 
 TEXT_WIDTH, HEADS, HEAD_WIDTH = 32, 2, 16
 

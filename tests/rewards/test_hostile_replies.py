@@ -44,22 +44,6 @@ def sound() -> list[bytes]:
     ]
 
 
-def mutate(generator: random.Random, data: bytes) -> bytes:
-    changed = bytearray(data)
-    for _ in range(generator.choice((1, 1, 2, 4))):
-        place, length = generator.randrange(len(changed) + 1), generator.choice((0, 0, 1, 4, 20))
-        kind = generator.randrange(4)
-        if kind == 0:
-            changed[place : place + length] = generator.choice(PARTS)
-        elif kind == 1:
-            changed[place : place + 1] = generator.randbytes(1)
-        elif kind == 2:
-            del changed[place : place + length]
-        else:
-            changed[place:place] = changed[:place]
-    return bytes(changed if generator.random() < 0.9 else changed[: generator.randrange(len(changed) + 1)])
-
-
 class Replier:
     """A server that sends `reply` to every request, at once or in pieces, and closes."""
 
@@ -121,12 +105,12 @@ def outcome(replier: Replier, reply: bytes) -> Any:
     return scores.tolist()
 
 
-def test_mutations(replier: Replier) -> None:
+def test_mutations(replier: Replier, mutate: Any) -> None:
     generator, replies = random.Random(1), sound()
     assert [outcome(replier, reply) for reply in replies[:3]] == [[0.5, 2.0]] * 3
     for i in range(int(os.environ.get("FUZZ", "100"))):
         replier.pieces = generator.choice((1, 1, 3, 50))
-        outcome(replier, mutate(generator, replies[i % len(replies)]))
+        outcome(replier, mutate(generator, replies[i % len(replies)], PARTS))
         # Before a run, the same server is asked for its health.
         try:
             remote.load(torch.device("cpu"), replier.url, remote_timeout=5)
