@@ -195,6 +195,17 @@ def test_weights_that_are_not_finite(tiny_sd35: Path, tmp_path: Path) -> None:
         load(tmp_path / "model")
 
 
+def test_text_encoders_that_are_not_finite(tiny_sd35: Path, tmp_path: Path) -> None:
+    """They are freed before anything is drawn, so that nothing else would name them."""
+    shutil.copytree(tiny_sd35, tmp_path / "model")
+    file = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
+    save_file({**tensors, name: torch.full_like(tensors[name], torch.nan)}, file, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model/text_encoder: .*final_layer_norm\.bias is not finite"):
+        load(tmp_path / "model", prompts=["a"], text_cache=tmp_path / "text")
+
+
 def test_pixels_that_are_not_finite(tiny_sd35: Path) -> None:
     backbone = load(tiny_sd35)
     with pytest.raises(ValueError, match="pixels that are not finite"):

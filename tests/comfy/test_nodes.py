@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import Any
 
 import numpy as np
@@ -421,8 +422,12 @@ def test_training_from_a_graph(comfy: Any) -> None:
     assert comfy.image(shown["3"]["images"][0]).shape == (80, 96, 3)
     config = (comfy.base / "output" / "run one" / "config.yaml").read_text()
     assert "run one/prompts.txt" in config and "report: false" in config
+    # A run from elsewhere would be resumed with its own settings: hosts, paths, programs.
+    shutil.copytree(comfy.base / "output" / "run one", comfy.base / "output" / "run of somebody")
     for change, said in (
         ({"prompts": "a red circle"}, "holds a run with other settings"),
+        ({"output_dir": "run of somebody"}, "was not started by this node"),
+        ({"output_dir": ""}, "already holds other files"),
         ({"output_dir": "/tmp/elsewhere"}, "is outside of"),
         ({"output_dir": "run two", "settings": "output_dir: x"}, "settings: output_dir: x is not a line"),
         ({"output_dir": "run two", "settings": "branching: 1"}, "exit code 2: .*branching 1"),

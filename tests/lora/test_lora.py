@@ -189,6 +189,17 @@ def test_metadata_cannot_command_the_terminal_or_add_lines(tmp_path: Path) -> No
     assert not any(line.startswith("yes  all fine") for line in text.splitlines())
 
 
+def test_a_name_of_many_dots_is_refused(tmp_path: Path) -> None:
+    """Patterns of the metadata are tried at each of them, which took minutes."""
+    name = f"transformer.{'a.' * 60}b"
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(ConfigError, match="too many dots"):
+        lora_file.read(tmp_path / "a.safetensors")
+
+
 def test_the_architecture_is_the_metadatas(tmp_path: Path) -> None:
     name = "transformer.blocks.0.a"
     state = {f"{name}.lora_A.weight": torch.ones(1, 2), f"{name}.lora_B.weight": torch.ones(2, 1)}

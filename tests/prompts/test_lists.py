@@ -186,6 +186,7 @@ def read(folder: Path, name: str, content: str | bytes) -> PromptList:
         ("a.CSV", ',id,PROMPT\n0,,"a red circle, shiny"\n1,,two dogs\n', {}),
         ("a.tsv", "Prompt\tCategory\na red circle, shiny\tAbstract\ntwo dogs\t\n", {"Category": "Abstract"}),
         ("prompts", "a red circle, shiny\n# no\ntwo dogs", {}),
+        ("prompts-2.1", "a red circle, shiny\ntwo dogs", {}),
         ("a.txt", "a red circle, shiny\rtwo dogs\r", {}),
     ],
 )  # fmt: skip

@@ -251,5 +251,5 @@ def test_a_prompt_of_opening_marks_takes_no_time(mark: str) -> None:
     start = time.monotonic()
     # Some marks also end a quotation.
     with contextlib.suppress(ValueError):
-        ocr.target(f"a {mark}" * 20_000)
-    assert time.monotonic() - start < 5
+        ocr.target(f"a {mark}" * 100_000)
+    assert time.monotonic() - start < 3

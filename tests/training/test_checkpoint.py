@@ -569,6 +569,35 @@ def test_a_file_system_without_locks_is_used_with_a_note(
         assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().err
 
 
+def test_a_lock_that_fails_otherwise_is_not_called_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(file: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(lock, "_take", take)
+    with (
+        pytest.raises(ConfigError, match="cannot be locked: Input/output error") as caught,
+        locked(tmp_path / LOCK, tmp_path),
+    ):
+        pass
+    assert not isinstance(caught.value, lock.Locked)
+
+
+def test_an_abandoned_checkpoint_that_stays_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be found by the next `--resume`."""
+    save(tmp_path / "run", 5)
+    later = save(tmp_path / "run", 10)
+    (tmp_path / "run" / ".checkpoint-10.old.tmp" / "left").mkdir(parents=True)
+    checkpoint.drop_later(tmp_path / "run", 5)
+    assert not later.exists() and [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-5"]
+    later = save(tmp_path / "run", 10)
+    monkeypatch.setattr(checkpoint, "_remove", lambda path: None)
+    with pytest.raises(ConfigError, match="checkpoint-10 is of an abandoned course and cannot be deleted"):
+        checkpoint.drop_later(tmp_path / "run", 5)
+    assert later.exists()
+
+
 # -- a run that diverges -------------------------------------------------------------------------------------------
 
 

@@ -307,6 +307,9 @@ class Backbone(ABC):
                     vae=None,
                     **cls._absent(folder),
                 )
+                for name, part in pipeline.components.items():
+                    if isinstance(part, torch.nn.Module):
+                        _check_finite(folder / name, part)
                 loaded.append(pipeline.to(options.device))
             return cls.encode_prompts(loaded[0], chosen, options.device, options.max_sequence_length)
 

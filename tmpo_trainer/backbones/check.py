@@ -256,7 +256,8 @@ def _weight_files(model: str, part: Path, library: str) -> list[Path]:
         (part / f"{old}{end}").is_file() for old in (stem, "pytorch_model") for end in (".bin", ".bin.index.json")
     ):
         raise ConfigError(
-            f"model {model} has no weights in {part.name}/ ({whole.name} or {index.name}): the download is not complete"
+            f"model {model} has no weights in {part.name}/ ({whole.name} or {index.name}): the download is not complete; of a "
+            "hub repository that has only .bin files, give a copy in a folder"
         )
     return []
 

@@ -58,7 +58,7 @@ def about(metadata: Mapping[str, Any], prompts: Sequence[str]) -> list[Any] | No
 def read_prompts(path: Path) -> PromptList:
     """The prompts of a file, by its ending.
 
-    - `.txt`, or no ending: one prompt per line. Blank lines and lines that start with # are skipped.
+    - `.txt`, or no ending (a number is none): one prompt per line. Blank lines and lines that start with # are skipped.
     - `.jsonl`: an object with `prompt` per line, with blank lines and # as above.
     - `.json`: a list of prompts, or of objects with `prompt`.
     - `.csv`, `.tsv`: a table whose first line names a column `prompt` or `prompts`, in any case. A cell with the separator,
@@ -71,7 +71,7 @@ def read_prompts(path: Path) -> PromptList:
         ConfigError: the file is missing, unreadable, empty, not what its ending says, or has a prompt that is no text. It
             names the file, the line or item, and the fix.
     """
-    kind = path.suffix.lower()
+    kind = "" if path.suffix[1:].isdigit() else path.suffix.lower()
     if kind not in READERS:
         raise ConfigError(f"prompt file {path}: {kind} is not read, give a .txt, .jsonl, .json, .csv or .tsv")
     try:
