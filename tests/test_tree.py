@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -373,6 +374,63 @@ def test_without_noise_a_rollout_is_plain_euler(eta):
         for sigma, sigma_next in itertools.pairwise(SIGMAS):
             x = x + (sigma_next - sigma) * model(x, torch.full((5,), sigma, dtype=torch.float64))
     torch.testing.assert_close(run.leaves, x if eta is None else x.repeat(2, 1, 1), rtol=0, atol=1e-13)
+
+
+@dataclass
+class GaussianFlow:
+    """The exact velocity for data of N(3, .5^2), and where it leads."""
+
+    mean: float = 3.0
+    std: float = 0.5
+
+    def spread(self, sigma: Tensor | float) -> Any:
+        return ((1 - sigma) ** 2 * self.std**2 + sigma**2) ** 0.5
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        s = sigma.view(-1, 1, 1)
+        return (s - (1 - s) * self.std**2) / self.spread(s) ** 2 * (x - (1 - s) * self.mean) - self.mean
+
+    def leaves(self, noise: Tensor) -> Tensor:
+        return self.mean + self.std * noise
+
+
+def global_error(solver: flow.Solver, steps: int) -> float:
+    """Root mean square error of the leaves with levels that are not evenly spaced, as FLUX's are not."""
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sigmas = 2 * even / (1 + even)
+    run = tree.rollout(GaussianFlow(), noise64(1), sigmas, TreePlan(steps, 20, {}), solver=solver)
+    start = torch.stack([noise64(1)(0, (root,)) for root in range(20)])
+    return (run.leaves - GaussianFlow().leaves(start)).square().mean().sqrt().item()
+
+
+def test_the_error_of_ab2_falls_with_the_square_of_the_step() -> None:
+    for solver, factor in (("euler", 2), ("ab2", 4)):
+        assert global_error(solver, 1024) / global_error(solver, 2048) == pytest.approx(factor, rel=0.05)
+    assert global_error("ab2", 12) < global_error("euler", 100)
+
+
+@pytest.mark.parametrize("max_batch", [None, 4])
+def test_ab2_begins_anew_after_noise(max_batch: int | None) -> None:
+    model, noise = Mlp(), Recorded(noise64(1))
+    plan = TreePlan(8, 2, {3: 2, 4: 1})
+    sigmas = torch.linspace(1, 0, 9, dtype=torch.float64) ** 1.5
+    run = tree.rollout(model, noise, sigmas, plan, solver="ab2", eta=ETA, max_batch=max_batch)
+    x = torch.stack([noise.inner(0, path) for path in noise.paths[0]])
+    history: list[Tensor] = []
+    with torch.no_grad():
+        for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas.tolist()), 1):
+            v, h = model(x, torch.full((len(x),), sigma, dtype=torch.float64)), sigma_next - sigma
+            if step in plan.fanout:
+                mean, std = flow.transition("cps", x, v, sigma, sigma_next, ETA)
+                drawn = torch.stack([noise.inner(step, path) for path in noise.paths[step]])
+                x, history = tree.tile(mean, plan.fanout[step]) + std * drawn, []
+                torch.testing.assert_close(run.branches[step - 3].mean, mean, rtol=0, atol=1e-12)
+                continue
+            # The integral of the straight line through the last two velocities over the step.
+            slope = (v - history[-1]) / (sigma - sigmas[step - 2].item()) if history else torch.zeros_like(v)
+            x = x + h * v + h**2 / 2 * slope
+            history.append(v)
+    torch.testing.assert_close(run.leaves, x, rtol=0, atol=1e-12)
 
 
 @plans

@@ -254,6 +254,7 @@ def rollout(
     *,
     kernel: flow.Kernel = "cps",
     eta: float = 0.7,
+    solver: flow.Solver = "euler",
     max_batch: int | None = None,
     reduce: flow.Reduce = "mean",
     callback: Callable[[int, int, Tensor], None] | None = None,
@@ -265,7 +266,9 @@ def rollout(
             so that conditions per prompt can be tiled.
         noise: see `Noise`; its shape and device set those of the rollout.
         sigmas: `[N + 1]`, from the pipeline's scheduler, ending in 0.
-        plan: the tree. kernel, eta: of the stochastic steps; all others are plain Euler steps.
+        plan: the tree. kernel, eta: of the stochastic steps.
+        solver: of the deterministic steps. With `ab2`, the first one after the start or after a stochastic step is an Euler
+            step, because fresh noise makes the last velocity useless.
         max_batch: the largest number of nodes in one call of `velocity`; guidance doubles inside it.
         reduce: how log-probabilities are reduced over dimensions.
         callback: called after every network call with (nodes evaluated, nodes in all, x0_hat `[n, ...latent]`).
@@ -281,6 +284,8 @@ def rollout(
     x = torch.stack([noise(0, path) for path in paths])
     x = x.to(flow.working_dtype(x))
     branches: list[Branch] = []
+    #: Sigma and velocity of the last step, if it was deterministic.
+    past: tuple[float, Tensor] | None = None
     done = 0
     for step in range(1, plan.num_steps + 1):
         sigma, sigma_next = levels[step - 1], levels[step]
@@ -294,8 +299,13 @@ def rollout(
                 callback(done, plan.rollout_evaluations, flow.predict_data(rows, predicted, sigma))
         v = torch.cat(parts)
         if step not in plan.fanout:
-            x, _ = flow.transition("ode", x, v, sigma, sigma_next, 0.0)
+            mean_v = v
+            if solver == "ab2" and past is not None:
+                mean_v = flow.ab2(v, past[1], (past[0], sigma, sigma_next))
+            x, _ = flow.transition("ode", x, mean_v, sigma, sigma_next, 0.0)
+            past = sigma, v
             continue
+        past = None
         children = plan.fanout[step]
         mean, std = flow.transition(kernel, x, v, sigma, sigma_next, eta)
         paths = [(*path, child) for child in range(children) for path in paths]

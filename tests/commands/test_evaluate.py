@@ -108,10 +108,10 @@ def test_the_row_of_base_and_lora(
 
 
 def test_flags_beat_the_run(place: Path) -> None:
-    content = run(*FLAGS, "--images", "2", "--seed", "5", "--limit", "2", "--steps", "3")
+    content = run(*FLAGS, "--images", "2", "--seed", "5", "--limit", "2", "--steps", "3", "--solver", "ab2")
     expected = {"resolution": [32, 32], "rewards": ["shapes", "pickscore"], "preference_prompts": 0,
-                "images": 2, "seed": 5, "prompts": 2, "steps": 3, "guidance": 1.0, "model": "local",
-                "features": "efficientnet-lite0"}  # fmt: skip
+                "images": 2, "seed": 5, "prompts": 2, "steps": 3, "solver": "ab2", "guidance": 1.0,
+                "model": "local", "features": "efficientnet-lite0"}  # fmt: skip
     assert content["settings"] == expected
 
 

@@ -162,9 +162,10 @@ def test_the_base_is_evaluated_again_only_for_other_settings(
     base(backbone, file, red_scorer, sampling=Sampling(3, 1, 1.0, (32, 32), batch=2))
     assert len(measured) == 1
     for changes in ({"identity": "another dtype"}, {"images": 3}, {"sampling": Sampling(3, 2, 1.0, (32, 32))},
+                    {"sampling": Sampling(3, 1, 1.0, (32, 32), solver="ab2")},
                     {"prompts": PromptList("prompts", PROMPTS[:2])}):  # fmt: skip
         base(backbone, file, red_scorer, **changes)
-    assert len(measured) == 5
+    assert len(measured) == 6
 
 
 def test_a_base_whose_copies_had_the_same_noise_is_not_taken(
@@ -220,3 +221,11 @@ def test_a_damaged_file_is_replaced(
     assert len(measured) == 5
     base(backbone, file, red_scorer)
     assert len(measured) == 5
+
+
+def test_the_solver_draws_other_pictures_of_the_same_kind(backbone: SD3Backbone) -> None:
+    euler = Sampling(6, 1, 1.0, (32, 32))
+    pairs = [held_out.sample(backbone, PROMPTS[:1], 2, how) for how in (euler, replace(euler, solver="ab2"))]
+    (first, _), (second, _) = (next(pair) for pair in pairs)
+    assert 1e-3 < (first - second).std() < first.std() / 2
+    assert [replace(euler, solver=solver).about for solver in ("euler", "ab2")] == ["6 steps", "6 steps of ab2"]

@@ -24,7 +24,8 @@ from .children import Training
 #: Settings that all arms must share to be comparable.
 SHARED = (
     "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "reward_models", "pickscore_scale", "prompts",
-    "eval_prompts", "eval_images", "eval_limit", "eval_steps", "features", "guidance", "resolution", "max_sequence_length",
+    "eval_prompts", "eval_images", "eval_limit", "eval_steps", "eval_solver", "features", "guidance", "resolution",
+    "max_sequence_length",
 )  # fmt: skip
 
 #: Settings that the comparison fixes for every run. It measures final weights: averages lag more in runs of few updates.

@@ -15,7 +15,7 @@ from .flags import add_settings, command_parser, exit_code, given, hush, path_fl
 EVALUATION = {
     "model": "model", "transformer": "transformer", "reward": "reward", "reward-models": "reward_models",
     "remote-hosts": "remote_hosts", "remote-timeout": "remote_timeout", "prompts": "eval_prompts", "limit": "eval_limit",
-    "images": "eval_images", "steps": "eval_steps", "features": "features", "guidance": "guidance",
+    "images": "eval_images", "steps": "eval_steps", "solver": "eval_solver", "features": "features", "guidance": "guidance",
     "resolution": "resolution", "max-sequence-length": "max_sequence_length", "text-cache": "text_cache", "seed": "seed",
     "output-dir": "output_dir", "max-batch": "max_batch", "split-guidance": "split_guidance",
     "decode-batch": "decode_batch", "device": "device", "dtype": "dtype", "quantize": "quantize",

@@ -147,6 +147,7 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
         "model": model,
         "images": config.eval_images,
         "steps": config.eval_steps,
+        "solver": config.eval_solver,
         "guidance": config.guidance,
         "seed": config.seed,
         "resolution": list(config.resolution),
@@ -165,7 +166,7 @@ def about(config: TrainConfig, parts: Sequence[Part], features: str) -> str:
     """A few sentences about how the figures were made."""
     others = f" and {counted(parts[1].prompts.texts)} for preference and diversity" if len(parts) > 1 else ""
     return (
-        f"{counted(parts[0].prompts.texts)}{others} x {config.eval_images} images, {config.eval_steps} steps, guidance "
+        f"{counted(parts[0].prompts.texts)}{others} x {config.eval_images} images, {loading.sampling(config).about}, guidance "
         f"{config.guidance:g}, {config.resolution[0]}x{config.resolution[1]}, seed {config.seed}; the same noise for every "
         "model. The brackets hold 95% bootstrap intervals over prompts. Diversity of pictures is measured on "
         f"{features} features."

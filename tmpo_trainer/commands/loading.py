@@ -187,6 +187,7 @@ def sampling(config: TrainConfig) -> held_out.Sampling:
         resolution=config.resolution,
         batch=config.max_batch or min(leaves, 128),
         decode_batch=config.decode_batch,
+        solver=config.eval_solver,
     )
 
 

@@ -245,8 +245,9 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
         return
     about = [
         f"{counted(held_out.protocol.prompts.texts, 'held-out prompts')} x {config.eval_images} images, "
-        f"{config.eval_steps} steps, guidance {config.guidance:g}, averaged (EMA) weights after {trainer.done} updates, "
-        f"seed {config.seed}. Base and trained model start from the same noise; intervals are bootstraps over prompts. "
+        f"{held_out.protocol.sampling.about}, guidance {config.guidance:g}, averaged (EMA) weights after "
+        f"{trainer.done} updates, seed {config.seed}. Base and trained model start from the same noise; intervals are "
+        "bootstraps over prompts. "
         f"Diversity of pictures is measured on {held_out.protocol.features.name} features.",
     ]
     metrics, evaluations = progress.metrics_lines(trainer.run, rewards), progress.evaluation_lines(trainer.run)

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from .. import diversity, tree
+from .. import diversity, flow, tree
 from ..backbones.base import Backbone
 from ..files import replacing
 from ..prompts.lists import PromptList, about
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Called with the number of prompts done since the last call.
 Progress = Callable[[int], Any]
+#: Fields of `Sampling` that are not in the key of a stored evaluation: batch sizes do not change the result, and a solver is
+#: appended to the key, because earlier versions had only Euler's.
+APART = ("batch", "decode_batch", "solver")
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How evaluation draws pictures: plain Euler steps from noise keyed by (seed, prompt, image), so that models share it.
+    """How evaluation draws pictures: from noise keyed by (seed, prompt, image), so that models share it, and without more.
 
     The pictures of a prompt's later copies continue the count: k copies x n images are the pictures of one prompt x k n.
 
@@ -65,6 +68,12 @@ class Sampling:
     resolution: tuple[int, int]
     batch: int = 128
     decode_batch: int = 64
+    solver: flow.Solver = "euler"
+
+    @property
+    def about(self) -> str:
+        """The steps in words, for a report."""
+        return f"{self.steps} steps" + (f" of {self.solver}" if self.solver != "euler" else "")
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,7 @@ def sample(
 
         plan = tree.TreePlan(how.steps, images, {}).forest(count)
         velocity = backbone.velocity(chosen, how.guidance)
-        run = tree.rollout(velocity, noise, sigmas, plan, kernel="ode", max_batch=how.batch)
+        run = tree.rollout(velocity, noise, sigmas, plan, kernel="ode", solver=how.solver, max_batch=how.batch)
         latents = run.leaves.unflatten(0, (images, count)).transpose(0, 1)
         for prompt, own in zip(chosen, latents, strict=True):
             if not torch.isfinite(own).all():
@@ -249,10 +258,11 @@ class HeldOut:
             [name for name, _ in protocol.scorers],
             protocol.features.name,
             protocol.images,
-            # Batch sizes do not change the result.
-            {key: value for key, value in asdict(protocol.sampling).items() if key not in ("batch", "decode_batch")},
+            {key: value for key, value in asdict(protocol.sampling).items() if key not in APART},
             list(identity),
         ]
+        if protocol.sampling.solver != "euler":
+            settings.append(protocol.sampling.solver)
         copies = ordinals(protocol.prompts.texts)
         if any(copies):
             # In earlier versions the copies of a prompt had the same noise.

@@ -18,6 +18,8 @@ from .paths import LocalPath, NamedPlace, Place
 
 #: Which linear layers of the transformer's blocks get a LoRA. Modulation never does: ComfyUI orders its halves differently.
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
+#: How deterministic steps are taken: the names in `flow.Solver`, which would need torch.
+Solver = Literal["euler", "ab2"]
 
 #: Upper bound of settings that count something and cost nothing by themselves, such as updates between two checkpoints.
 COUNT = 10**9
@@ -83,6 +85,9 @@ class TrainConfig(BaseModel):
     """How many prompts are rolled out together in one batch; small models are faster with several."""
     rollout_steps: int = Field(6, ge=2, le=1000)
     """Denoising steps of a rollout, N."""
+    solver: Solver = "euler"
+    """How the rollout takes its deterministic steps: `euler` as in the paper, or `ab2`, which is of second order (two-step
+    Adams-Bashforth) and needs no further network calls."""
     branching: int = Field(3, ge=2, le=MOST_LEAVES)
     """Children per branch point, B."""
     branch_early: tuple[int, ...] = (1, 2, 3)
@@ -152,6 +157,8 @@ class TrainConfig(BaseModel):
     folder (the paper: facebook/dinov2-large)."""
     eval_steps: int = Field(28, ge=1, le=1000)
     """Denoising steps in the report and the sample grids."""
+    eval_solver: Solver = "euler"
+    """How the report and the sample grids take their steps, see `solver`."""
     eval_every: int = Field(0, ge=0, le=COUNT)
     """Updates between two evaluations on the held-out prompts, with averaged weights and the base beside them; 0 for none."""
     sample_every: int = Field(50, ge=0, le=COUNT)

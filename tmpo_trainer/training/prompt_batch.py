@@ -74,6 +74,7 @@ class Roller:
             self._noise(update, [slot for slot, _ in slots]),
             self.sigmas,
             plan.forest(count),
+            solver=config.solver,
             max_batch=config.max_batch,
             **self.method.transition,
         )
