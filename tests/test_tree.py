@@ -316,6 +316,25 @@ def test_index_follows_every_leaf_through_the_tree(plan):
         assert [path_of(row)[0] for row in x] == [row % plan.roots for row in range(len(x))]
 
 
+def test_a_shortened_tree_is_the_same_up_to_its_leaves() -> None:
+    plan = TreePlan.tmpo(6, (1, 2, 3), 3)
+    short = plan.shortened(2)
+    assert (short.widths, short.fanout, short.leaves) == ((3, 3, 9, 27, 27), plan.fanout, plan.leaves)
+    assert plan.shortened(None) == plan == plan.shortened(3) == plan.shortened(9)
+    assert TreePlan(6, 4, {}).shortened(1).num_steps == 6
+    sigmas = torch.tensor(SIGMAS)
+    levels = tree.shortened_sigmas(sigmas, short)
+    # Half-way from the third to the sixth is between the fourth and the fifth.
+    expected = [*SIGMAS[:4], (SIGMAS[4] + SIGMAS[5]) / 2, 0.0]
+    torch.testing.assert_close(levels, torch.tensor(expected))
+    assert torch.equal(tree.shortened_sigmas(sigmas, plan), sigmas)
+    for solver in ("euler", "ab2"):
+        whole, run = (tree.rollout(Mlp(), noise64(1), s, p, eta=ETA, solver=solver) for s, p in
+                      ((sigmas, plan), (levels, short)))  # fmt: skip
+        assert torch.equal(run.log_probs, whole.log_probs)
+        assert 0 < (run.leaves - whole.leaves).abs().max() < 0.3
+
+
 def test_index_without_stochastic_steps_is_empty():
     index = TreePlan(6, 4, {}).index()
     assert index.leaf_edges.shape == (4, 0) and index.edge_parent.shape == (0,)
@@ -739,6 +758,29 @@ def test_replay_has_the_gradient_of_the_naive_loss_on_other_trees(naive_loss, pl
     expected = gradient(model)
     for max_batch in (None, 5):
         assert relative(replayed_gradient(model, reference, run, s, max_batch)[0], expected) < 1e-9
+
+
+@plans
+@pytest.mark.parametrize("max_batch", [None, 4])
+def test_replay_of_kept_graphs_has_the_same_gradient_without_a_forward_pass(
+    plan: TreePlan, max_batch: int | None
+) -> None:
+    model = Mlp()
+    run, kept = sample(plan, model), sample(plan, model, graphs=True, max_batch=max_batch)
+    coefficients = torch.linspace(-1, 2, len(run.log_probs), dtype=torch.float64)
+    reference = tree.parent_means(model.moved(3, 0.1), run)
+    weights = {"kl_weights": tree.parent_shares(run), "reference": reference}
+    expected = tree.replay(model, run, coefficients, **weights)
+    gradients = [gradient(model)]
+    # The graphs are used once.
+    for calls in (0, 1):
+        counting = Counting(model)
+        found = tree.replay(counting, kept, coefficients, **weights)
+        assert len(counting.batches) == calls
+        gradients.append(gradient(model))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[1:], [gradients[0]] * 2, rtol=1e-10, atol=1e-12)
+    assert not kept.leaves.requires_grad and not any(branch.mean.requires_grad for branch in kept.branches)
 
 
 @pytest.mark.parametrize("baseline", ["none", "group", "siblings"])

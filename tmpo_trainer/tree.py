@@ -146,6 +146,12 @@ class TreePlan:
         """The same tree for several prompts at once: root r of prompt p is root r * trees + p, so row % trees is p."""
         return TreePlan(self.num_steps, self.roots * trees, self.fanout, trees)
 
+    def shortened(self, leaf_steps: int | None) -> TreePlan:
+        """The same tree with at most this many steps after its last stochastic one, see `shortened_sigmas`."""
+        if leaf_steps is None or not self.fanout:
+            return self
+        return TreePlan(min(self.num_steps, max(self.fanout) + leaf_steps), self.roots, self.fanout, self.trees)
+
     @property
     def leaves(self) -> int:
         """K, the number of leaves."""
@@ -180,6 +186,21 @@ class TreePlan:
         return TreeIndex(torch.stack(leaf_edges, 1), torch.cat(edge_parent))
 
 
+def shortened_sigmas(sigmas: Tensor, plan: TreePlan) -> Tensor:
+    """The sigmas of a plan that has fewer steps than they, see `TreePlan.shortened`.
+
+    Up to the last stochastic step they stay. The rest is spaced evenly on the same curve, so that `[N + 1]` becomes
+    `[plan.num_steps + 1]` with the same end.
+    """
+    if len(sigmas) == plan.num_steps + 1:
+        return sigmas
+    last = max(plan.fanout)
+    places = torch.linspace(last, len(sigmas) - 1, plan.num_steps - last + 1, dtype=torch.float64)
+    below = places.floor().long().clamp(max=len(sigmas) - 2)
+    rest = torch.lerp(sigmas[below].double(), sigmas[below + 1].double(), places - below)
+    return torch.cat([sigmas[:last], rest.to(sigmas)])
+
+
 def keyed_noise(key: Sequence[int | str], shape: Sequence[int]) -> Noise:
     """Noise of a node as a pure function of (key, path): the same for any micro-batch, rank count or resumption.
 
@@ -201,6 +222,7 @@ class Branch:
 
     x, mean: `[W, ...latent]`, the parents and the rollout policy's mean. std: broadcasts over them.
     x_child: `[W * k, ...latent]`. log_prob: `[W * k]`, of the rollout policy.
+    velocity: of the parents, `[W, ...latent]`, with the graph behind it, if the rollout keeps graphs.
     """
 
     step: int
@@ -211,6 +233,7 @@ class Branch:
     std: Tensor
     x_child: Tensor
     log_prob: Tensor
+    velocity: Tensor | None = None
 
 
 @dataclass
@@ -257,9 +280,10 @@ def rollout(
     solver: flow.Solver = "euler",
     max_batch: int | None = None,
     reduce: flow.Reduce = "mean",
+    graphs: bool = False,
     callback: Callable[[int, int, Tensor], None] | None = None,
 ) -> Rollout:
-    """Samples a tree, evaluating every unique node once; no gradient.
+    """Samples a tree, evaluating every unique node once; no gradient, unless `graphs`.
 
     Args:
         velocity: see `Velocity`. Rows of one call are consecutive, start at a multiple of `plan.trees` and end at one,
@@ -271,6 +295,8 @@ def rollout(
             step, because fresh noise makes the last velocity useless.
         max_batch: the largest number of nodes in one call of `velocity`; guidance doubles inside it.
         reduce: how log-probabilities are reduced over dimensions.
+        graphs: keep the autograd graph of every stochastic step's network call, so that `replay` has no need of a forward
+            pass. All parents' activations are then alive until it, and the parameters must not change before it.
         callback: called after every network call with (nodes evaluated, nodes in all, x0_hat `[n, ...latent]`).
 
     Raises:
@@ -292,12 +318,15 @@ def rollout(
         size = chunk_size(len(x), plan.trees, max_batch)
         parts = []
         for rows in x.split(size):
-            predicted = velocity(rows, torch.full((len(rows),), sigma, dtype=x.dtype, device=x.device))
-            parts.append(predicted.to(x.dtype))
+            with torch.set_grad_enabled(graphs and step in plan.fanout):
+                predicted = velocity(rows, torch.full((len(rows),), sigma, dtype=x.dtype, device=x.device))
+                parts.append(predicted.to(x.dtype))
             done += len(rows)
             if callback is not None:
-                callback(done, plan.rollout_evaluations, flow.predict_data(rows, predicted, sigma))
-        v = torch.cat(parts)
+                callback(done, plan.rollout_evaluations, flow.predict_data(rows, predicted.detach(), sigma))
+        with torch.set_grad_enabled(graphs and step in plan.fanout):
+            with_graph = torch.cat(parts)
+        v = with_graph.detach()
         if step not in plan.fanout:
             mean_v = v
             if solver == "ab2" and past is not None:
@@ -315,6 +344,8 @@ def rollout(
         branches.append(
             Branch(step, sigma, sigma_next, x, mean, std, x_child, flow.log_prob(x_child, tiled, std, reduce))
         )
+        if graphs:
+            branches[-1].velocity = with_graph
         x = x_child
     return Rollout(plan, kernel, eta, reduce, x, branches)
 
@@ -437,7 +468,8 @@ def replay(
     """Backpropagates sum_e coefficient_e log pi(edge e), evaluating each unique parent once.
 
     With coefficients d loss / d log pi this is exactly the gradient of the loss, while only one micro-batch's activations
-    are alive. Gradients accumulate in the parameters behind `velocity`.
+    are alive. Gradients accumulate in the parameters behind `velocity`. If the rollout has kept its graphs, they are used
+    in place of `velocity`, all in one micro-batch, and then gone: the next replay evaluates the parents.
 
     Args:
         coefficients: `[E]`, from `objectives.edge_coefficients`.
@@ -463,9 +495,12 @@ def replay(
     starts = [0]
     for branch in run.branches:
         starts.append(starts[-1] + len(branch.x))
-    for batch in _parent_batches(run, max_batch):
+    kept = [branch.velocity for branch in run.branches if branch.velocity is not None]
+    for branch in run.branches:
+        branch.velocity = None
+    for batch in _parent_batches(run, None if kept else max_batch):
         with torch.enable_grad():
-            predicted = velocity(batch.x, batch.sigma)
+            predicted = torch.cat(kept) if kept else velocity(batch.x, batch.sigma)
             mean, std = flow.transition(run.kernel, batch.x, predicted, batch.sigma, batch.sigma_next, run.eta)
             total = mean.new_zeros(())
             row = 0
