@@ -84,6 +84,7 @@ class Parked:
 
     def __init__(self, scorer: Any, device: torch.device):
         self.name, self.scorer, self.device = scorer.name, scorer, device
+        # It is not `in_parts`, because every call moves the weights.
         self.waits: bool = getattr(scorer, "waits", False)
         scorer.to(torch.device("cpu"))
 

@@ -235,7 +235,7 @@ class Trainer:
         """The rollouts of this process's prompts; all processes raise if one has an error."""
         slots, size = self._slots(update), self.config.prompts_per_batch
         rolled: Rolled = []
-        # Batches whose scorers may still be at work: at most one, of which the pictures are kept, during a rollout.
+        # Batches whose scorers may still be at work. During a rollout it is at most one, because its pictures are kept.
         begun: deque[tuple[Callable[[], tuple[PromptBatch, Figures]], Network]] = deque()
         error: Exception | None = None
         sharded = self.weights.sharded

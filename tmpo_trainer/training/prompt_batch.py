@@ -63,8 +63,8 @@ class Roller:
         slots: Sequence[tuple[int, str]],
         scoring: Scoring,
     ) -> Callable[[], tuple[PromptBatch, Figures]]:
-        """The prompts' rollout. Its scorers may still be at work: the result waits for them, and gives the rollout with its
-        rewards, and its figures, a value per prompt.
+        """The prompts' rollout, whose scorers may still be at work. The result, when it is called, waits for them and gives the
+        rollout with its rewards, and its figures, a value per prompt.
 
         Args:
             network: for these prompts. plan: of one prompt. update: counted from 0.
@@ -72,7 +72,9 @@ class Roller:
             scoring: of `Judges.scoring`.
 
         Raises:
-            Diverged: a latent or log-probability is not finite. ValueError: a reward is not; from the result too.
+            Diverged: a latent or log-probability is not finite.
+
+        The result raises ValueError if a reward is not finite. A scorer's own errors come from here or from the result.
         """
         config, prompts = self.config, [prompt for _, prompt in slots]
         count, leaves = len(slots), plan.leaves
