@@ -409,8 +409,9 @@ def roll() -> Callable[..., tuple[PromptBatch, Network]]:
         clock = Clock(trainer.device)
         trainer.method.begin(update, trainer.weights)
         network = trainer.roller.network([prompt for _, prompt in slots], clock)
-        batch, _ = trainer.roller.roll_out(network, clock, trainer.method.plan(update), update, slots)
-        return batch, network
+        with trainer.judges.scoring() as scoring:
+            finish = trainer.roller.roll_out(network, clock, trainer.method.plan(update), update, slots, scoring)
+            return finish()[0], network
 
     return roll
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,37 @@ def test_a_score_that_is_no_number_names_scorer_and_prompt(backbone: SD3Backbone
             backbone,
             EvaluationProtocol(LISTED, [("broken", Broken())], MeanColours(), 3, Sampling(4, 1, 1.5, (32, 32), 9, 9)),
         )
+
+
+def test_scorers_that_wait_score_while_the_next_pictures_are_drawn(
+    backbone: SD3Backbone, red_scorer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same result, and the same order of progress."""
+    drawn, calls = [threading.Event() for _ in range(4)], []
+    # Nothing is drawn after the last ones.
+    drawn[3].set()
+
+    class Waiting:
+        name, waits = "red", True
+
+        def score(self, images: np.ndarray, prompts: list[str], metadata: Any = None) -> torch.Tensor:
+            calls.append(prompts[0])
+            assert drawn[len(calls)].wait(10), "the next pictures are not being drawn"
+            return red_scorer.score(images, prompts)
+
+    def measured(scorer: Any) -> tuple[Evaluation, list[int]]:
+        done: list[int] = []
+        how = EvaluationProtocol(LISTED, [("red", scorer)], MeanColours(), 3, Sampling(4, 1, 1.5, (32, 32), 3))
+        return evaluate(backbone, how, show=2, progress=done.append), done
+
+    expected, done = measured(red_scorer)
+    velocity, draws = backbone.velocity, iter(drawn)
+    monkeypatch.setattr(backbone, "velocity", lambda *given: (next(draws).set(), velocity(*given))[1])
+    got, done_beside = measured(Waiting())
+    assert calls == PROMPTS and done_beside == done == [1, 1, 1]
+    for name, values in expected.measures.items():
+        assert got.measures[name].tolist() == values.tolist()
+    assert got.latent_std == expected.latent_std and (got.images == expected.images).all()
 
 
 # -- what is kept of the base ----------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from tmpo_trainer import tree
 from tmpo_trainer.backbones.sd3 import SD3Backbone
-from tmpo_trainer.methods.batch import Network, PromptBatch
+from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
 from tmpo_trainer.prompts.lists import prompt_index
 from tmpo_trainer.training import checkpoint
 from tmpo_trainer.training.loop import Trainer
@@ -400,6 +402,91 @@ def test_seconds_by_phase_add_up(make_trainer: MakeTrainer) -> None:
     assert set(seconds) == {"rollout", "reference", "replay", "decode", "reward", "other", "total"}
     assert min(seconds.values()) >= 0
     assert seconds["total"] == pytest.approx(sum(v for k, v in seconds.items() if k != "total"))
+
+
+# -- scorers that wait ---------------------------------------------------------------------------------------------
+
+
+def test_scorers_that_wait_score_beside_the_next_rollout(make_trainer: MakeTrainer, red_scorer: Any) -> None:
+    """In the order of the batches, one at a time, and with the same result. No earlier batch's pictures are kept."""
+    begun, alone = [threading.Event() for _ in range(4)], threading.Lock()
+    pictures: list[weakref.ref[np.ndarray]] = []
+
+    class Waiting:
+        name, waits = "red", True
+
+        def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Any = None) -> Tensor:
+            assert alone.acquire(blocking=False), "two calls at once"
+            assert all(earlier() is None for earlier in pictures)
+            pictures.append(weakref.ref(images))
+            assert begun[len(pictures)].wait(10), "the next rollout has not begun"
+            alone.release()
+            return red_scorer.score(images, prompts)
+
+    settings = {"prompts_per_update": 3, "branching": 2}
+    plain, beside = make_trainer(**settings), make_trainer(scorer=Waiting(), **settings)
+    network, rollouts = beside.roller.network, iter(begun)
+
+    def beginning(prompts: Sequence[str], clock: Clock) -> Network:
+        next(rollouts).set()
+        return network(prompts, clock)
+
+    beside.roller.network = beginning
+    # No rollout follows the last batch.
+    begun[3].set()
+    expected, got = plain.update(), beside.update()
+    seconds = got.pop("seconds")
+    assert len(pictures) == 3 and got == {name: value for name, value in expected.items() if name != "seconds"}
+    assert torch.equal(weights(plain), weights(beside))
+    assert seconds["other"] >= 0 and {"rollout", "decode", "reward"} <= set(seconds)
+
+
+@pytest.mark.parametrize("failing", [1, 4])
+def test_an_error_of_a_scorer_that_waits_ends_the_update(make_trainer: MakeTrainer, failing: int) -> None:
+    class Failing(LatentScorer):
+        waits, calls = True, 0
+
+        def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Any = None) -> Tensor:
+            self.calls += 1
+            if self.calls == failing:
+                raise ValueError("no such picture")
+            return torch.zeros(len(prompts))
+
+    trainer, rollouts = make_trainer(scorer=Failing(), prompts_per_update=4, branching=2), []
+    network = trainer.roller.network
+    trainer.roller.network = lambda prompts, clock: (rollouts.append(prompts), network(prompts, clock))[1]
+    with pytest.raises(ValueError, match="no such picture"):
+        trainer.update()
+    # It is noticed at the end of the next batch's rollout, if there is one.
+    assert trainer.done == 0 and len(rollouts) == min(failing + 1, 4)
+
+
+def test_pictures_are_scored_while_the_next_ones_are_decoded(make_trainer: MakeTrainer, red_scorer: Any) -> None:
+    decoded, sizes = threading.Event(), []
+
+    class Waiting:
+        name, waits, in_parts = "red", True, True
+
+        def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Any = None) -> Tensor:
+            sizes.append(len(images))
+            assert decoded.wait(10), "the second part has not been decoded"
+            return red_scorer.score(images, prompts)
+
+    settings = {"prompts_per_update": 1, "branching": 2, "decode_batch": 3}
+    plain, beside = make_trainer(**settings), make_trainer(scorer=Waiting(), **settings)
+    original, calls = beside.backbone.decode, []
+
+    def decode(latents: Tensor, batch: int) -> np.ndarray:
+        calls.append(len(latents))
+        if len(calls) == 2:
+            decoded.set()
+        return original(latents, batch)
+
+    beside.backbone.decode = decode
+    expected, got = plain.update(), beside.update()
+    assert sizes == calls == [3, 3, 2]
+    for name in ("reward/red", "reward_std/red", "loss", "grad_norm"):
+        assert got[name] == expected[name]
 
 
 # -- out of memory -------------------------------------------------------------------------------------------------

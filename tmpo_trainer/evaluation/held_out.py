@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from .. import diversity, flow, tree
 from ..backbones.base import Backbone
 from ..files import replacing
 from ..prompts.lists import PromptList, about
-from ..rewards import Scorer, score_all
+from ..rewards import ScoredBatch, Scorer, Scoring
 from .features import Features
 
 if TYPE_CHECKING:
@@ -180,43 +180,64 @@ def evaluate(
     own = [(rank * share + i) % len(prompts) for i in range(share)]
     measured: dict[int, _Measured] = {}
     drawn = [prompts[i] for i in own], protocol.images, protocol.sampling, [copies[i] for i in own]
-    for latents, pictures in sample(backbone, *drawn):
-        chosen = own[len(measured) : len(measured) + len(latents)]
-        for i, part in zip(chosen, _measure(protocol, chosen, latents, pictures), strict=True):
-            if i not in shown:
-                part.images = None
-            measured[i] = part
-        if progress is not None:
-            progress(len(latents) * processes)
+    with Scoring(protocol.scorers) as scoring:
+        for parts in _one_behind(_measure(protocol, scoring, own, sample(backbone, *drawn))):
+            for i, part in zip(own[len(measured) :], parts, strict=False):
+                if i not in shown:
+                    part.images = None
+                measured[i] = part
+            if progress is not None:
+                progress(len(parts) * processes)
     everyone = gather_object([measured]) if processes > 1 else [measured]
     merged = {i: part for measured in everyone for i, part in measured.items()}
     return _merge(prompts, [merged[i] for i in range(len(prompts))], shown)
 
 
 def _measure(
-    protocol: EvaluationProtocol, chosen: Sequence[int], latents: Tensor, pictures: np.ndarray
-) -> list[_Measured]:
-    """Measures the prompts numbered `chosen`: latents `[P', n, ...latent]` and pictures uint8 `[P', n, H, W, 3]`."""
-    prompts = [protocol.prompts.texts[i] for i in chosen]
-    texts = [prompt for prompt in prompts for _ in range(protocol.images)]
-    flat = pictures.reshape(-1, *pictures.shape[2:])
-    scores = {
-        name: values.view(len(prompts), protocol.images).numpy()
-        for name, values in score_all(protocol.scorers, flat, texts, about(protocol.prompts.metadata, texts)).items()
-    }
-    vectors = protocol.features(flat).unflatten(0, (len(prompts), protocol.images))
-    exact = latents.double().flatten(1)
-    return [
-        _Measured(
-            {name: values[row] for name, values in scores.items()},
-            diversity.measure(latents=latents[row], features=vectors[row]),
-            exact[row].sum().item(),
-            exact[row].square().sum().item(),
-            exact[row].numel(),
-            pictures[row],
-        )
-        for row in range(len(prompts))
-    ]
+    protocol: EvaluationProtocol, scoring: Scoring, numbers: Sequence[int], drawn: Iterable[tuple[Tensor, np.ndarray]]
+) -> Iterator[Callable[[], list[_Measured]]]:
+    """Measures the prompts with these numbers, some at a time as `sample` gives them. Each result waits for the scorers."""
+    first = 0
+    for latents, pictures in drawn:
+        prompts = [protocol.prompts.texts[i] for i in numbers[first : first + len(latents)]]
+        first += len(latents)
+        texts = [prompt for prompt in prompts for _ in range(protocol.images)]
+        flat = pictures.reshape(-1, *pictures.shape[2:])
+        scored = scoring.batch(texts, about(protocol.prompts.metadata, texts))
+        scored.add(flat)
+        scored.complete(flat)
+        vectors = protocol.features(flat).unflatten(0, (len(prompts), protocol.images))
+        exact = latents.double().flatten(1)
+        found = [
+            _Measured(
+                {},
+                diversity.measure(latents=latents[row], features=vectors[row]),
+                exact[row].sum().item(),
+                exact[row].square().sum().item(),
+                exact[row].numel(),
+                pictures[row],
+            )
+            for row in range(len(prompts))
+        ]
+
+        def finish(scored: ScoredBatch = scored, found: list[_Measured] = found) -> list[_Measured]:
+            for name, values in scored.scores().items():
+                for part, own in zip(found, values.view(len(found), protocol.images).numpy(), strict=True):
+                    part.scores[name] = own
+            return found
+
+        yield finish
+
+
+def _one_behind(begun: Iterable[Callable[[], list[_Measured]]]) -> Iterator[list[_Measured]]:
+    """The results, each asked for once the next has begun: scorers that wait work while the next pictures are drawn."""
+    last = None
+    for finish in begun:
+        if last is not None:
+            yield last()
+        last = finish
+    if last is not None:
+        yield last()
 
 
 def _merge(prompts: Sequence[str], parts: Sequence[_Measured], shown: list[int]) -> Evaluation:

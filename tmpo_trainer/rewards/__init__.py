@@ -4,7 +4,8 @@ One file per scorer, found by its name (`settings.discovery`) and imported only 
 `shapes_partial.py`. A file has a function `load` and, by the names of the fields of `Reward`, whatever else applies to
 its scorer. Beside the methods of `Scorer`, a scorer may have
 
-- `waits = True`: it does not use the GPU, and scores in a thread beside the others;
+- `waits = True`: it does not use the GPU, and scores in a thread beside other work, see `Scoring`;
+- `in_parts = True`, with `waits`: a picture's score depends on that picture alone, so that a batch may come in parts;
 - `to(device)`: moves its weights, which lets it be `Parked`;
 - `variants()`: the (label, scorer) pairs that a report shows in its place.
 
@@ -17,8 +18,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
@@ -80,6 +84,7 @@ class Parked:
 
     def __init__(self, scorer: Any, device: torch.device):
         self.name, self.scorer, self.device = scorer.name, scorer, device
+        # It is not `in_parts`, because every call moves the weights.
         self.waits: bool = getattr(scorer, "waits", False)
         scorer.to(torch.device("cpu"))
 
@@ -215,23 +220,126 @@ def variants(scorer: Any) -> list[tuple[str, Scorer]]:
     return scorer.variants() if hasattr(scorer, "variants") else [(scorer.name, scorer)]
 
 
+class Worker:
+    """A thread that makes calls one after the other, in the order of `submit`.
+
+    It is a daemon, so that a process with an error does not wait for a slow server before it ends.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None] = SimpleQueue()
+        self._closed = False
+        Thread(target=self._work, daemon=True).start()
+
+    def submit(self, call: Callable[[], Tensor]) -> Future[Tensor]:
+        future: Future[Tensor] = Future()
+        self._calls.put((call, future))
+        return future
+
+    def close(self) -> None:
+        """Ends the thread after the call that it is in. Those that it has not begun are dropped."""
+        self._closed = True
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (item := self._calls.get()) is not None and not self._closed:
+            call, future = item
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            # They hold pictures, and the next call may be a rollout away.
+            del item, call, future
+
+
+class Scoring:
+    """Scores batches of pictures: `with Scoring(scorers) as scoring`, then `scoring.batch` for each of them.
+
+    Every scorer that waits has a thread, in which it scores the batches in their order, whatever the caller does meanwhile.
+    The others score in the caller's thread.
+
+    Args:
+        scorers: (name, scorer) pairs.
+    """
+
+    def __init__(self, scorers: Sequence[tuple[str, Scorer]]):
+        self.scorers = scorers
+        self.workers = {name: Worker() for name, scorer in scorers if getattr(scorer, "waits", False)}
+        #: The scorers that can begin before a batch is complete.
+        self.early = {name for name, scorer in scorers if name in self.workers and getattr(scorer, "in_parts", False)}
+
+    def __enter__(self) -> Scoring:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    def batch(self, prompts: Sequence[str], metadata: Sequence[Any] | None) -> ScoredBatch:
+        """A batch of N pictures, whose prompts are known."""
+        return ScoredBatch(self, prompts, metadata)
+
+
+class ScoredBatch:
+    """The scores of one batch, see `Scoring`. The calls are `add` for each part of the pictures, `complete`, `scores`."""
+
+    def __init__(self, scoring: Scoring, prompts: Sequence[str], metadata: Sequence[Any] | None):
+        self._scoring, self._prompts, self._metadata = scoring, prompts, metadata
+        self._calls: dict[str, list[Future[Tensor]]] = {name: [] for name in scoring.workers}
+        self._here: dict[str, Tensor] = {}
+        self._added = 0
+
+    def add(self, images: np.ndarray) -> None:
+        """The next pictures of the batch, uint8 `[n, H, W, 3]`: the scorers that take parts begin with them."""
+        rows = slice(self._added, self._added + len(images))
+        self._added = rows.stop
+        about = None if self._metadata is None else self._metadata[rows]
+        for name, scorer in self._scoring.scorers:
+            if name in self._scoring.early:
+                self._submit(name, partial(scorer.score, images, self._prompts[rows], about))
+
+    def complete(self, images: np.ndarray) -> None:
+        """All pictures of the batch, `[N, H, W, 3]`, which were added: the other scorers begin. Returns when those that do not
+        wait are done. A scorer's own errors pass through."""
+        others = [(name, scorer) for name, scorer in self._scoring.scorers if name not in self._scoring.early]
+        for name, scorer in others:
+            if name in self._calls:
+                self._submit(name, partial(scorer.score, images, self._prompts, self._metadata))
+        for name, scorer in others:
+            if name not in self._calls:
+                self._here[name] = scorer.score(images, self._prompts, self._metadata)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Scores by name, float32 `[N]` each, once all scorers are done.
+
+        Raises:
+            ValueError: a score is not finite, or a scorer does not return N of them. A scorer's own errors pass through.
+        """
+        found = self._here | {name: _joined([call.result() for call in calls]) for name, calls in self._calls.items()}
+        return {name: check_finite(name, found[name], self._prompts) for name, _ in self._scoring.scorers}
+
+    def _submit(self, name: str, call: Callable[[], Tensor]) -> None:
+        self._calls[name].append(self._scoring.workers[name].submit(call))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    # A single part may have a wrong shape, which `check_finite` reports.
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def score_all(
     scorers: Sequence[tuple[str, Scorer]], images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None
 ) -> dict[str, Tensor]:
-    """Scores by name, float32 `[N]` each. Scorers that do not use the GPU (`waits`) run in threads beside the others.
+    """Scores of one batch by name, float32 `[N]` each; see `Scoring`.
 
     Raises:
         ValueError: a score is not finite, or a scorer does not return N of them. A scorer's own errors pass through.
     """
-    with ThreadPoolExecutor(len(scorers)) as pool:
-        aside = {
-            name: pool.submit(scorer.score, images, prompts, metadata)
-            for name, scorer in scorers
-            if getattr(scorer, "waits", False)
-        }
-        here = {name: scorer.score(images, prompts, metadata) for name, scorer in scorers if name not in aside}
-        found = here | {name: future.result() for name, future in aside.items()}
-    return {name: check_finite(name, found[name], prompts) for name, _ in scorers}
+    with Scoring(scorers) as scoring:
+        batch = scoring.batch(prompts, metadata)
+        batch.add(images)
+        batch.complete(images)
+        return batch.scores()
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:

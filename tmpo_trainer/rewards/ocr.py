@@ -202,8 +202,8 @@ class OcrScorer:
     """
 
     name = "ocr"
-    #: See `rewards.score_all`.
-    waits = True
+    #: See `rewards.Scoring`.
+    waits = in_parts = True
 
     def __init__(self, engines: int | None = None, path: str | None = None):
         from rapidocr import RapidOCR

@@ -140,7 +140,7 @@ class RemoteScorer:
             in the environment cannot be sent.
     """
 
-    #: See `rewards.score_all`.
+    #: See `rewards.Scoring`.
     waits = True
 
     def __init__(self, url: str, hosts: Sequence[str] = (), timeout: float = 120.0, name: str = "remote"):

@@ -6,8 +6,8 @@ import math
 import signal
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -235,25 +235,32 @@ class Trainer:
         """The rollouts of this process's prompts; all processes raise if one has an error."""
         slots, size = self._slots(update), self.config.prompts_per_batch
         rolled: Rolled = []
+        # Batches whose scorers may still be at work. During a rollout it is at most one, because its pictures are kept.
+        begun: deque[tuple[Callable[[], tuple[PromptBatch, Figures]], Network]] = deque()
         error: Exception | None = None
         sharded = self.weights.sharded
-        for first in range(0, len(slots), size):
-            chosen = slots[first : first + size]
-            try:
-                network = self.roller.network([prompt for _, prompt in chosen], clock)
-                batch, found = self.roller.roll_out(network, clock, plan, update, chosen)
-                rolled.append((batch, network))
-                _extend(figures, found)
-            except Exception as caught:
-                if sharded and isinstance(caught, torch.OutOfMemoryError):
-                    # The others wait for this one inside a block: the launcher has to end them.
-                    raise
-                error = caught
-            if sharded:
-                # The next batch's network calls need all processes.
-                self.processes.agree(error)
-            elif error is not None:
-                break
+        with self.judges.scoring() as scoring:
+            for first in range(0, len(slots), size):
+                chosen = slots[first : first + size]
+                last = first + size >= len(slots)
+                try:
+                    network = self.roller.network([prompt for _, prompt in chosen], clock)
+                    begun.append((self.roller.roll_out(network, clock, plan, update, chosen, scoring), network))
+                    while len(begun) > (0 if last else 1):
+                        finish, network = begun.popleft()
+                        batch, found = finish()
+                        rolled.append((batch, network))
+                        _extend(figures, found)
+                except Exception as caught:
+                    if sharded and isinstance(caught, torch.OutOfMemoryError):
+                        # The others wait for this one inside a block: the launcher has to end them.
+                        raise
+                    error = caught
+                if sharded:
+                    # The next batch's network calls need all processes.
+                    self.processes.agree(error)
+                elif error is not None:
+                    break
         self.processes.agree(error)
         return rolled
 

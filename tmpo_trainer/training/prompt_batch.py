@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..evaluation.features import Features
 from ..methods.base import Figures, Method
 from ..methods.batch import Clock, Network, PromptBatch
 from ..prompts.lists import about
-from ..rewards import Scorer, combine, score_all
+from ..rewards import ScoredBatch, Scorer, Scoring, combine
 from ..settings.config import TrainConfig
 from .weights import Diverged
 
@@ -34,10 +34,9 @@ class Judges:
     features: Features | None = None
     metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def scores(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Scores by name, float32 `[N]` each. A scorer that is there twice scores once."""
-        pairs = list({scorer.name: scorer for scorer in (*self.rewards, *self.extra)}.items())
-        return score_all(pairs, images, prompts, about(self.metadata, prompts))
+    def scoring(self) -> Scoring:
+        """Where they score, for one update. A scorer that is there twice scores once."""
+        return Scoring(list({scorer.name: scorer for scorer in (*self.rewards, *self.extra)}.items()))
 
 
 class Roller:
@@ -56,16 +55,26 @@ class Roller:
         return Network(self.backbone.velocity(prompts, self.config.guidance), clock, self.backbone.device)
 
     def roll_out(
-        self, network: Network, clock: Clock, plan: tree.TreePlan, update: int, slots: Sequence[tuple[int, str]]
-    ) -> tuple[PromptBatch, Figures]:
-        """The prompts' rollout with its rewards, and its figures, a value per prompt.
+        self,
+        network: Network,
+        clock: Clock,
+        plan: tree.TreePlan,
+        update: int,
+        slots: Sequence[tuple[int, str]],
+        scoring: Scoring,
+    ) -> Callable[[], tuple[PromptBatch, Figures]]:
+        """The prompts' rollout, whose scorers may still be at work. The result, when it is called, waits for them and gives the
+        rollout with its rewards, and its figures, a value per prompt.
 
         Args:
             network: for these prompts. plan: of one prompt. update: counted from 0.
             slots: (place among all prompts of the update on all processes, which keys the noise; prompt) each.
+            scoring: of `Judges.scoring`.
 
         Raises:
-            Diverged: a latent or log-probability is not finite. ValueError: a reward is not.
+            Diverged: a latent or log-probability is not finite.
+
+        The result raises ValueError if a reward is not finite. A scorer's own errors come from here or from the result.
         """
         config, prompts = self.config, [prompt for _, prompt in slots]
         count, leaves = len(slots), plan.leaves
@@ -81,23 +90,39 @@ class Roller:
         for name, value in (("latent", run.leaves), ("log-probability", run.log_probs)):
             if not torch.isfinite(value).all():
                 raise Diverged(f"non-finite {name} in the rollout of update {update + 1}, prompts {prompts}")
-        with clock("decode"):
-            images = self.backbone.decode(run.leaves, config.decode_batch)
+        # Row l * P + p is leaf l of prompt p.
+        rows = prompts * leaves
+        scored = scoring.batch(rows, about(self.judges.metadata, rows))
+        images = self._decode(run.leaves, clock, scored, bool(scoring.early))
         with clock("reward"):
-            # Row l * P + p is leaf l of prompt p.
-            scored = self.judges.scores(images, prompts * leaves)
-            scores = {name: values.view(leaves, count) for name, values in scored.items()}
+            scored.complete(images)
             features = None
             if self.judges.features is not None:
                 features = self.judges.features(images).unflatten(0, (leaves, count)).cpu()
-        chosen = {scorer.name: scores[scorer.name] for scorer in self.judges.rewards}
-        rewards = [
-            combine({name: s[:, p] for name, s in chosen.items()}, config.reward_weights, config.combining)
-            for p in range(count)
-        ]
-        share = count / config.prompts_per_update
-        batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features)
-        return batch, figures(batch)
+
+        def finish() -> tuple[PromptBatch, Figures]:
+            with clock("reward"):
+                scores = {name: values.view(leaves, count) for name, values in scored.scores().items()}
+            chosen = {scorer.name: scores[scorer.name] for scorer in self.judges.rewards}
+            rewards = [
+                combine({name: s[:, p] for name, s in chosen.items()}, config.reward_weights, config.combining)
+                for p in range(count)
+            ]
+            share = count / config.prompts_per_update
+            batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features)
+            return batch, figures(batch)
+
+        return finish
+
+    def _decode(self, latents: Tensor, clock: Clock, scored: ScoredBatch, early: bool) -> np.ndarray:
+        """The pictures of latents, which are added to `scored`: with `early` those of each call of the VAE at once."""
+        size = self.config.decode_batch
+        parts = []
+        for part in latents.split(size if early else len(latents)):
+            with clock("decode"):
+                parts.append(self.backbone.decode(part, size))
+            scored.add(parts[-1])
+        return np.concatenate(parts)
 
     def _noise(self, update: int, slots: Sequence[int]) -> tree.Noise:
         sources = [tree.keyed_noise((self.config.seed, update, slot), self.latent_shape) for slot in slots]
