@@ -22,6 +22,7 @@ from .. import tree
 from ..hub import readable_errors
 from ..settings.config import LoraTargets
 from ..settings.errors import ConfigError, one_line
+from . import decoder
 from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, size
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
@@ -114,13 +115,12 @@ class Backbone(ABC):
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module) and not (options.sharded and name == "transformer"):
                 part.to(options.device)
-        if options.device.type == "cpu":
-            # Convolutions on a CPU are about 1.4 times faster in this layout.
-            pipeline.vae.to(memory_format=torch.channels_last)
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 source = options.transformer if name == "transformer" else None
                 _check_finite(source or folder / name, part.requires_grad_(False).eval())
+        if options.device.type == "cpu":
+            decoder.prepare(pipeline.vae)
         pipeline.set_progress_bar_config(disable=True)
         backbone = cls(pipeline, options.max_sequence_length)
         backbone._text = text
