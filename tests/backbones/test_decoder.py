@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -32,3 +33,17 @@ def test_the_same_pictures_for_less_arithmetic(load: Callable[[], Backbone], tin
     assert expected.std() > 0.01
     rounded = ((expected / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
     assert np.abs(backbone.decode(latents, 2) - rounded).max() <= 1
+
+
+def test_a_cpu_decodes_few_pictures_at_once(load: Callable[[], Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, sizes = load(), []
+    whole = backbone.vae_pixels
+
+    def counted_pixels(unscaled: Tensor) -> Tensor:
+        sizes.append(len(unscaled))
+        return whole(unscaled)
+
+    monkeypatch.setattr(backbone, "vae_pixels", counted_pixels)
+    assert backbone.decode(torch.zeros(11, 16, 8, 8), 64).shape == (11, 64, 64, 3)
+    backbone.decode(torch.zeros(3, 16, 8, 8), 2)
+    assert sizes == [8, 3, 2, 1]
