@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -699,3 +700,23 @@ def test_a_parked_scorer_is_on_the_device_only_to_score(
     moves.clear()
     assert main.main([*base, "--output-dir", "plain"]) == 0
     assert moves == ["score"] * 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_not_cleared_again() -> None:
+    """In a process of its own, which no other test has told to keep its memory."""
+    script = """
+import resource
+from tmpo_trainer.commands import main
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [b"x" * 15_000_000 for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+main.main(["no-such-command"])
+print(faults(), faults(), faults())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, *later = map(int, run.stdout.split())
+    assert max(later) < first / 10

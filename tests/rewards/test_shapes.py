@@ -12,6 +12,7 @@ from PIL import Image
 
 from tmpo_trainer.demo import domain
 from tmpo_trainer.demo.domain import Clause, Object, Scene
+from tmpo_trainer.rewards import shapes
 from tmpo_trainer.rewards.shapes import Found, ShapesScorer, detect, judge
 
 GREY = np.array([0.5, 0.52, 0.48])
@@ -288,6 +289,22 @@ def test_modes_and_kinds_of_image_agree():
     assert torch.equal(ShapesScorer().score(images, prompts), strict)
     pictures = [Image.fromarray(image).convert("RGBA") for image in images]
     assert torch.equal(ShapesScorer("partial").score(pictures, prompts, [{}] * 10), partial)
+
+
+def test_both_modes_search_a_picture_once(monkeypatch: pytest.MonkeyPatch):
+    images, scenes = renders(1, seed=8)
+    searched: list[int] = []
+
+    def counted(image: np.ndarray) -> list[Found]:
+        searched.append(image.sum())
+        return detect(image)
+
+    monkeypatch.setattr(shapes, "detect", counted)
+    parts = [part for _, part in ShapesScorer().variants()]
+    for images_now in (images, images[::-1]):
+        prompts = texts(scenes if images_now is images else scenes[::-1])
+        assert [part.score(images_now, prompts).sum().item() for part in parts] == [5, 5]
+    assert len(searched) == 10
 
 
 def test_no_images_give_no_scores():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .base import Backbone, LoadOptions
 
 #: Files that are not backbones, see `settings.discovery`.
-SHARED = ("base", "check", "text")
+SHARED = ("base", "check", "decoder", "text")
 #: The files that are taken of a pipeline's part on the hub: its configs, and its vocabulary.
 HUB_CONFIGS = ("*.json", "*.txt", "*.model")
 #: Its weights, without other precisions (`model.fp16.safetensors`), which nothing reads.

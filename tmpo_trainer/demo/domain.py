@@ -15,6 +15,7 @@ Everything here needs only numpy and is a pure function of its `numpy.random.Gen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations, product
 
 import numpy as np
@@ -109,6 +110,7 @@ def _parse_clause(words: list[str], prompt: str) -> Clause:
     )
 
 
+@lru_cache(4096)
 def parse(prompt: str) -> Scene:
     """The scene of a prompt. Raises ValueError, naming the prompt, if it is not one of the domain."""
     text = " ".join(prompt.lower().strip().rstrip(".").split())
