@@ -25,13 +25,13 @@ AS_PRESET, NO_LORA, NO_LAYER, OWN = "(preset)", "(none)", "(none)", "(model's ow
 #: Settings that a workflow may give as text. None of them names a file, a host, a program or a package.
 MORE = (
     "reward_weights", "pickscore_scale", "reward_norm", "prompts_per_update", "prompts_per_batch", "rollout_steps",
-    "solver", "branching", "branch_early", "branch_late", "kappa", "schedule", "tree", "balance", "kernel", "eta",
-    "guidance", "resolution", "max_sequence_length", "max_batch", "replay_batch", "gradient_checkpointing",
-    "split_guidance", "decode_batch", "logp_reduce", "inner_updates", "beta_start", "beta_end", "beta_warmup", "baseline",
-    "anchor", "anchor_weight", "clip", "kl_weight", "window", "window_every", "lr_min_ratio", "weight_decay", "adam_betas",
-    "max_grad_norm", "ema_decay", "ema_every", "lora_targets", "lora_alpha", "eval_images", "eval_limit", "eval_steps",
-    "eval_solver", "eval_every", "sample_every", "checkpoint_every", "checkpoints_kept", "report", "dtype", "quantize",
-    "offload_scorers", "compile", "threads",
+    "solver", "leaf_steps", "reuse_forward", "branching", "branch_early", "branch_late", "kappa", "schedule", "tree",
+    "balance", "kernel", "eta", "guidance", "resolution", "max_sequence_length", "max_batch", "replay_batch",
+    "gradient_checkpointing", "split_guidance", "decode_batch", "logp_reduce", "inner_updates", "beta_start", "beta_end",
+    "beta_warmup", "baseline", "anchor", "anchor_weight", "clip", "kl_weight", "window", "window_every", "lr_min_ratio",
+    "weight_decay", "adam_betas", "max_grad_norm", "ema_decay", "ema_every", "lora_targets", "lora_alpha", "eval_images",
+    "eval_limit", "eval_steps", "eval_solver", "eval_every", "sample_every", "checkpoint_every", "checkpoints_kept",
+    "report", "dtype", "quantize", "offload_scorers", "compile", "threads",
 )  # fmt: skip
 #: A word of a value: a number, a choice, true or false.
 WORD = re.compile(r"[A-Za-z0-9_.+-]{1,40}")

@@ -410,7 +410,7 @@ def roll() -> Callable[..., tuple[PromptBatch, Network]]:
         trainer.method.begin(update, trainer.weights)
         network = trainer.roller.network([prompt for _, prompt in slots], clock)
         with trainer.judges.scoring() as scoring:
-            finish = trainer.roller.roll_out(network, clock, trainer.method.plan(update), update, slots, scoring)
+            finish = trainer.roller.roll_out(network, clock, trainer.method.shape(update), update, slots, scoring)
             return finish()[0], network
 
     return roll

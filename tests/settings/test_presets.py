@@ -66,7 +66,15 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
     own = {"kernel", "clip", "kl_weight", "kappa", "schedule", "tree", "balance", "baseline", "window", "auxiliary"}
     assert own <= found.keys() and not own & TrainConfig.model_fields.keys()
     assert all(field.description for field in found.values())
-    assert found.keys() == OLD.keys() | {"schedule", "tree", "balance", "solver", "eval_solver"}
+    assert found.keys() == OLD.keys() | {
+        "schedule",
+        "tree",
+        "balance",
+        "solver",
+        "eval_solver",
+        "leaf_steps",
+        "reuse_forward",
+    }
 
 
 def test_a_copied_method_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

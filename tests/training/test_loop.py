@@ -247,6 +247,7 @@ class Rows:
         ({"kl_weight": 0.1, "anchor": "ref", "guidance": 2.0}, 192, 24, 24),
         ({"inner_updates": 2}, 96 + 12, 24, 0),
         ({"inner_updates": 2, "anchor": "ref"}, 96 + 12, 24, 12),
+        ({"leaf_steps": 1}, 42, 12, 0),
     ],
     ids=str,
 )
@@ -261,9 +262,48 @@ def test_evaluations_per_prompt(
         phases = {name: metrics.get(f"evaluations/{name}", 0) for name in ("rollout", "reference", "ratio", "replay")}
         guided = 2 if settings.get("guidance", 1) > 1 else 1
         # Latents: guidance evaluates each twice.
-        assert phases == trainer.method.evaluations(trainer.method.plan(0))
+        assert phases == trainer.method.evaluations(trainer.method.shape(0))
         assert guided * (phases["rollout"] + phases["ratio"]) == rollout and guided * phases["replay"] == replay
         assert guided * phases["reference"] == reference
+
+
+@pytest.mark.parametrize("settings", [{}, {"inner_updates": 2}, {"kl_weight": 0.1, "prompts_per_batch": 2}], ids=str)
+def test_kept_graphs_give_the_same_update_with_fewer_evaluations(
+    make_trainer: MakeTrainer, shake: Callable[[Trainer], None], settings: dict[str, Any]
+) -> None:
+    weights, metrics, counts = [], [], []
+    for reuse in (False, True):
+        trainer = make_trainer(reuse_forward=reuse, **settings)
+        shake(trainer)
+        rows = Rows(trainer.backbone)
+        metrics.append([trainer.update() for _ in range(2)])
+        counts.append(rows.no_grad + rows.grad)
+        weights.append(torch.cat([value.detach().flatten() for value in trainer.weights.lora.values()]))
+        planned = trainer.method.evaluations(trainer.method.shape(0))
+        assert {name: metrics[-1][0].get(f"evaluations/{name}", 0) for name in planned} == planned
+    assert counts[0] - counts[1] == 2 * 2 * 12
+    # Adam's first step turns a gradient of nearly zero into one of either sign.
+    assert (weights[1] - weights[0]).norm() < 1e-4 * weights[0].norm()
+    assert metrics[1][1]["grad_norm"] == pytest.approx(metrics[0][1]["grad_norm"], rel=1e-4)
+    assert metrics[1][0]["replay_ratio_error"] == 0
+
+
+def test_a_second_attempt_after_running_out_of_memory_needs_no_graphs(
+    make_trainer: MakeTrainer, monkeypatch: Any
+) -> None:
+    trainer = make_trainer(reuse_forward=True)
+    original, failed = tree.replay, []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not failed:
+            for branch in args[1].branches:
+                branch.velocity = None
+            failed.append(1)
+            raise torch.OutOfMemoryError("none left")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(tree, "replay", once)
+    assert math.isfinite(trainer.update()["grad_norm"]) and trainer.replay_batch == 6
 
 
 def test_batches_stay_within_their_limits(make_trainer: MakeTrainer) -> None:

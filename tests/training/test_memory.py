@@ -86,7 +86,10 @@ def test_fake_tensors_count_what_real_ones_take(
     assert part(phases, "rollout, 9", "LoRA, optimiser, average") == 5 * lora
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"kl_weight": 0.1, "prompts_per_batch": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_checkpointing": True}, {"kl_weight": 0.1, "prompts_per_batch": 2}, {"reuse_forward": True}],
+)
 def test_a_whole_update_takes_what_the_phases_say(
     model: Path, make_trainer: Callable[..., Any], changes: dict[str, Any]
 ) -> None:

@@ -42,13 +42,13 @@ def dry_run(config: TrainConfig) -> int:
     print(f"text features: {_text_features(config, skeleton, folder, device, train_prompts, heldout)}")
     print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
     for update in sorted({0, config.updates // 2, config.updates - 1}):
-        plan = method.plan(update)
+        plan = method.shape(update)
         counts = ", ".join(f"{n} {phase}" for phase, n in method.evaluations(plan).items() if n)
         print(
             f"update {update + 1}: noise at steps {tuple(plan.fanout)}, {plan.roots} seeds, widths {plan.widths}, "
             f"{plan.leaves} leaves; network evaluations per prompt: {counts}"
         )
-    every = [method.plan(update) for update in range(config.updates)]
+    every = [method.shape(update) for update in range(config.updates)]
     plans = list({(plan.roots, tuple(plan.fanout.items())): plan for plan in every}.values())
     total = config.prompts_per_update * sum(methods.cost(method.evaluations(plan)) for plan in every)
     print(

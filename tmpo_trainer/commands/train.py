@@ -23,6 +23,7 @@ from ..evaluation.held_out import Evaluation, HeldOut, sample
 from ..evaluation.statistics import counted
 from ..files import write_text
 from ..lora import export
+from ..methods.base import TransitionSettings
 from ..processes import OtherProcessFailed, together
 from ..rewards import Scorer
 from ..settings.config import TrainConfig, absolute, to_yaml
@@ -68,6 +69,8 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
     loading.quiet()
     accelerator = Accelerator(cpu=chosen.type == "cpu", **trackers.arguments(config.tracker))
     device = chosen if accelerator.num_processes == 1 else accelerator.device
+    if accelerator.is_fsdp2 and isinstance(config, TransitionSettings) and config.reuse_forward:
+        raise ConfigError("--reuse-forward cannot be sharded: use `launch ddp`, or leave it out")
     if accelerator.is_fsdp2 and config.quantize == "nf4":
         raise ConfigError("--quantize nf4 cannot be sharded: use `launch ddp`, or leave it out")
     if checkpoint:

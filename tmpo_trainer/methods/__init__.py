@@ -47,6 +47,11 @@ def make(config: TrainConfig, sigmas: Tensor) -> Method:
     return discovery.load("methods", method_file(config.method)).Method(config, sigmas)
 
 
+def trained(counts: dict[str, int], steps: int) -> int:
+    """Latents with gradient in one of an update's optimiser steps, from its network evaluations."""
+    return (counts["replay"] + counts.get("backward", 0)) // steps
+
+
 def cost(counts: dict[str, float] | dict[str, int]) -> float:
     """Network evaluations as one number: a replay counts as two, since its backward pass takes about as long as its forward
     pass."""

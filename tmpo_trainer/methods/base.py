@@ -46,9 +46,13 @@ class Method(ABC):
     def plan(self, update: int) -> TreePlan:
         """The rollout of one prompt at an update counted from 0: a pure function. It may have no stochastic step."""
 
+    def shape(self, update: int) -> TreePlan:
+        """`plan` with its leaves' steps as `leaf_steps` has them: what is rolled out."""
+        return self.plan(update).shortened(self.config.leaf_steps)
+
     @property
     def transition(self) -> dict[str, Any]:
-        """Arguments of `tree.rollout` for its stochastic steps: kernel, eta, reduce."""
+        """Further arguments of `tree.rollout`: kernel, eta and reduce of its stochastic steps, graphs."""
         return {}
 
     def about(self, update: int) -> dict[str, float]:
@@ -62,7 +66,7 @@ class Method(ABC):
     @abstractmethod
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
         """Network evaluations of one prompt in one update, in latents: forward passes by phase; those of `replay` are
-        forward and backward passes."""
+        forward and backward passes, those of `backward` backward passes alone."""
 
     def keeps(self, plan: TreePlan) -> int:
         """Latents per prompt that are kept until the update ends: for the memory estimate."""
@@ -115,6 +119,9 @@ class TransitionSettings(TrainConfig):
     """How log-probabilities are reduced over latent dimensions (paper: mean)."""
     clip: float = Field(0.2, gt=0, le=1000)
     """PPO's epsilon."""
+    reuse_forward: bool = False
+    """Keep the activations of the rollout's stochastic steps, so that the first replay is a backward pass alone. They must fit
+    into memory all at once: those of every parent of every prompt of the update."""
     kl_weight: float = Field(0.0, ge=0, le=1e4)
     """Weight of the KL penalty to the pretrained model. With the GRPO family the KL is measured as Flow-GRPO does, see
     methods/flow_grpo.py."""
@@ -133,7 +140,13 @@ class TransitionMethod(Method):
 
     @property
     def transition(self) -> dict[str, Any]:
-        return {"kernel": self.config.kernel, "eta": self.config.eta, "reduce": self.config.logp_reduce}
+        config = self.config
+        return {
+            "kernel": config.kernel,
+            "eta": config.eta,
+            "reduce": config.logp_reduce,
+            "graphs": config.reuse_forward,
+        }
 
     @property
     def last(self) -> int:
@@ -153,13 +166,16 @@ class TransitionMethod(Method):
         return False
 
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
-        """Rollout, reference (for a KL or an anchor), ratio (of later optimiser steps) and replay, see `Method`."""
+        """Rollout, reference (for a KL or an anchor), ratio (of later optimiser steps), replay; backward, if graphs are kept;
+        see `Method`."""
         parents, steps = plan.train_evaluations, self.config.inner_updates
+        reused = {"backward": parents} if self.config.reuse_forward else {}
         return {
             "rollout": plan.rollout_evaluations,
             "reference": parents if self.needs_reference else 0,
             "ratio": parents * (steps - 1),
-            "replay": parents * steps,
+            "replay": parents * (steps - len(reused)),
+            **reused,
         }
 
     def keeps(self, plan: TreePlan) -> int:
@@ -229,6 +245,8 @@ class TransitionMethod(Method):
         weights = None
         if self.config.kl_weight:
             weights = self.config.kl_weight * torch.cat(self.kl_shares(batch)) * self.kl_prompts(batch)
+        if any(branch.velocity is not None for branch in run.branches):
+            network.evaluated["backward"] += sum(len(branch.x) for branch in run.branches)
         with network.phase("replay"):
             replayed, kl = tree.replay(
                 network,

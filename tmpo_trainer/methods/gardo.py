@@ -98,6 +98,8 @@ class Settings(flow_grpo.Settings):
             raise ValueError(
                 "method gardo needs auxiliary scorers and a kl_weight above 0: its gate decides where that acts"
             )
+        if self.reuse_forward:
+            raise ValueError("reuse_forward with gardo: its reference changes the adapter's weights before the replay")
         if len(set(self.auxiliary)) != len(self.auxiliary) or self.auxiliary == self.reward:
             raise ValueError(f"auxiliary {' '.join(self.auxiliary)}: name each once, and others than the reward alone")
         return self

@@ -88,6 +88,9 @@ class TrainConfig(BaseModel):
     solver: Solver = "euler"
     """How the rollout takes its deterministic steps: `euler` as in the paper, or `ab2`, which is of second order (two-step
     Adams-Bashforth) and needs no further network calls."""
+    leaf_steps: int | None = Field(None, ge=1, le=1000)
+    """At most this many denoising steps after the last stochastic one, where the tree is widest; by default as many as
+    `rollout_steps` leaves. Fewer are larger."""
     branching: int = Field(3, ge=2, le=MOST_LEAVES)
     """Children per branch point, B."""
     branch_early: tuple[int, ...] = (1, 2, 3)

@@ -190,7 +190,7 @@ class Trainer:
     def update(self) -> dict[str, Any]:
         """One rollout of all prompts and `inner_updates` optimiser steps. Returns what goes into metrics.jsonl."""
         u, clock, start = self.done, Clock(self.device), time.perf_counter()
-        plan = self.method.plan(u)
+        plan = self.method.shape(u)
         self._method_before = self.method.state()
         self.method.begin(u, self.weights)
         figures: defaultdict[str, list[float]] = defaultdict(list)
@@ -318,7 +318,7 @@ class Trainer:
         least = max(batch.count for batch in batches)
         # Of one optimiser step, in one call.
         most = max(
-            self.method.evaluations(batch.plan)["replay"] // self.config.inner_updates * batch.count
+            methods.trained(self.method.evaluations(batch.plan), self.config.inner_updates) * batch.count
             for batch in batches
         )
         before = min(self.replay_batch or most, most)

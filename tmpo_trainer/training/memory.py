@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .. import tree
+from .. import methods, tree
 from ..backbones.base import Backbone
 from ..lora.adapter import attach
 from ..methods.base import Method
@@ -122,9 +122,11 @@ def estimate(
 
     stored = max(map(method.keeps, plans)) * config.prompts_per_update * latent
     width = max(max(plan.widths) for plan in plans) * together
-    trained = max(method.evaluations(plan)["replay"] for plan in plans) // config.inner_updates * together
+    counts = [method.evaluations(plan) for plan in plans]
+    trained = max(methods.trained(each, config.inner_updates) for each in counts) * together
+    kept = max(each.get("backward", 0) for each in counts) * config.prompts_per_update
     rollout = tree.chunk_size(width, together, config.max_batch)
-    replay = tree.chunk_size(trained, together, config.replay_batch)
+    replay = kept or tree.chunk_size(trained, together, config.replay_batch)
     decode = min(max(plan.leaves for plan in plans) * together, config.decode_batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)
@@ -142,9 +144,11 @@ def estimate(
         "LoRA, optimiser, average": (5 + method.copies) * lora,
         "latents kept": stored,
     }
+    # From the rollout to the replay, which then has no forward pass.
+    graphs = {"activations kept": backward} if kept else {}
     phases = {
-        f"rollout, {rollout} latents a call": resident | {"forward": forward},
-        f"decoding, {decode} latents a call": resident | {"decoder": decoding},
+        f"rollout, {rollout} latents a call": resident | graphs | {"forward": forward},
+        f"decoding, {decode} latents a call": resident | graphs | {"decoder": decoding},
         f"replay, {replay} latents a call": resident | {"forward and backward": backward},
         "optimiser": resident | {"temporaries": lora},
         # The trained weights are kept aside while the averaged ones draw.

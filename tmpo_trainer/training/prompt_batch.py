@@ -81,7 +81,7 @@ class Roller:
         run = tree.rollout(
             network,
             self._noise(update, [slot for slot, _ in slots]),
-            self.sigmas,
+            tree.shortened_sigmas(self.sigmas, plan),
             plan.forest(count),
             solver=config.solver,
             max_batch=config.max_batch,
