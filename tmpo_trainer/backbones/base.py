@@ -191,7 +191,8 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        # diffusers' own property walks through all modules: milliseconds, where this is asked for every latent's noise.
+        return next(self.transformer.parameters()).device
 
     # Checks of the skeleton, see check.py
 
