@@ -507,6 +507,20 @@ def test_help_lists_every_setting_with_a_text(
     assert all(name in text for name in preset_names())
 
 
+def test_help_imports_nothing_large() -> None:
+    code = """
+import sys
+from tmpo_trainer.commands.main import main
+try:
+    main(["--help"])
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    large = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL", "tqdm"}
+    assert "pydantic" in done.stderr.split() and not large & set(done.stderr.split())
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main.main(["--version"])
