@@ -33,6 +33,24 @@ def load(folder: Path, **options: Any) -> Backbone:
     return load_backbone(str(folder), LoadOptions(torch.float32, CPU, TOKENS, **options))
 
 
+def test_the_device_is_found_without_a_walk_through_the_modules(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(tiny_model)
+    visited: list[str] = []
+    original = torch.nn.Module.named_modules
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        for name, module in original(self, *arguments, **options):
+            visited.append(name)
+            yield name, module
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    assert backbone.device == CPU
+    # Those up to the first parameter.
+    assert len(visited) < 5 < len(list(backbone.transformer.modules()))
+
+
 # A single file
 
 
