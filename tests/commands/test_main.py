@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 #: Scripts and notebooks rely on these: removing or renaming one is a breaking change and belongs into the CHANGELOG.
 FLAGS = {
-    "--adam-betas", "--anchor", "--anchor-weight", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
+    "--adam-betas", "--anchor", "--anchor-weight", "--attention", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
     "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
     "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
     "--eval-every", "--eval-images", "--eval-limit", "--eval-prompts", "--eval-steps", "--gradient-checkpointing",
@@ -196,6 +196,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--prompts-per-update 8 --prompts-per-batch 8 --replay-batch 7", ["replay_batch 7 cannot hold", "8 prompts"]),
     ("--tracker wandb", ["tracker wandb is not installed: pip install wandb"]),
     ("--quantize nf4", ["--quantize nf4 needs a CUDA GPU"]),
+    ("--attention sage", ["attention sage has no gradient"]),
+    ("--attention flash", ["--attention flash is not for SD3 models"]),
     ("--transformer none.safetensors", ["--transformer none.safetensors is missing"]),
     ("--transformer good.txt", ["--transformer good.txt is damaged"]),
     ("--init-lora good.txt", ["good.txt cannot be read as safetensors"]),

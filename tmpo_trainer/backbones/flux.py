@@ -30,6 +30,7 @@ class FluxBackbone(Backbone):
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
     patch_channels = 4
+    chooses_attention = True
     other_scaling_factors: ClassVar = {"SD3": 1.5305}
     #: q, k, v have the same names in the single-stream blocks as in the joint blocks.
     lora_targets: ClassVar = {
