@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
+from tmpo_trainer.commands import loading
 from tmpo_trainer.lora import export
 from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.settings.presets import make_config
 
 TOKENS = 12
 PROMPTS = ["a red circle", "two blue squares"]
@@ -31,6 +33,25 @@ def velocity(backbone: Backbone, guidance: float = 3.5) -> Tensor:
 
 def load(folder: Path, **options: Any) -> Backbone:
     return load_backbone(str(folder), LoadOptions(torch.float32, CPU, TOKENS, **options))
+
+
+def test_the_device_is_found_without_a_walk_through_the_modules(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load(tiny_model)
+    visited: list[str] = []
+    original = torch.nn.Module.named_modules
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        for name, module in original(self, *arguments, **options):
+            visited.append(name)
+            yield name, module
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    assert backbone.device == CPU
+    # Those up to the first parameter, once per level.
+    met = len(visited)
+    assert met < 10 < 50 < len(list(backbone.transformer.modules()))
 
 
 # A single file
@@ -307,3 +328,28 @@ def test_compiled_blocks_train_alike(
         assert figures["replay_ratio_error"] < 1e-4
     assert set(compiled) == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
+# Attention
+
+
+def test_flash_attention_is_refused_where_it_cannot_be(tiny_flux: Callable[[bool], Path], tmp_path: Path) -> None:
+    settings = {"model": str(tiny_flux(True)), "attention": "flash", "text_cache": str(tmp_path)}
+    for device, more, message in (
+        ("cpu", {}, "needs a CUDA GPU and bfloat16"),
+        ("cuda", {"dtype": "float32"}, "needs a CUDA GPU and bfloat16"),
+        ("cuda", {}, "needs a package: pip install flash-attn"),
+    ):
+        config = make_config([("settings", settings | more)])
+        with pytest.raises(ConfigError, match=f"^--attention flash {message}"):
+            loading.skeleton(config, torch.device(device))
+    # What diffusers says of a version that is too old.
+    with pytest.raises(ConfigError, match=r"^--attention flash: .*flash-attn>="):
+        loading.load_model(make_config([("settings", settings)]), CPU, PROMPTS)
+
+
+def test_native_attention_is_the_default(tiny_flux: Callable[[bool], Path]) -> None:
+    backbone = load(tiny_flux(True))
+    default = velocity(backbone)
+    backbone.transformer.set_attention_backend("native")
+    assert torch.equal(velocity(backbone), default)

@@ -151,3 +151,19 @@ def test_names_of_newer_comfyui_become_the_original_ones(tmp_path: Path) -> None
     assert found[f"{names[1]}.scale"].tolist() == [1, 1]
     save_file({f"{name}.scale": torch.ones(2) for name in names}, file)
     assert FluxBackbone.single_file(file) == str(file)
+
+
+def test_positions_are_made_once_per_size(backbone: Backbone) -> None:
+    seen: list[Tensor] = []
+
+    def watch(module: Any, arguments: Any, options: Any) -> None:
+        seen.append(options["img_ids"])
+
+    velocity = backbone.velocity(PROMPTS, 3.5)
+    hook = backbone.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    with torch.no_grad():
+        for rows, size in ((2, (32, 32)), (4, (32, 32)), (2, (16, 64)), (2, (32, 32))):
+            velocity(starts(backbone, size, rows), torch.full((rows,), 0.7))
+    hook.remove()
+    assert seen[0] is seen[1] is seen[3]
+    assert [ids[-1].tolist() for ids in seen] == [[0, 1, 1], [0, 1, 1], [0, 0, 3], [0, 1, 1]]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from tmpo_trainer.backbones import base, encode_text, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
@@ -85,6 +86,8 @@ def test_features_are_computed_once_for_all_runs_and_the_encoders_go(
     # The prompts and the empty one.
     assert len(list(tmp_path.glob("*.safetensors"))) == len(PROMPTS) + 1
     monkeypatch.setattr(FluxBackbone, "encode_prompts", lambda *arguments: pytest.fail("encoded again"))
+    loaded = classmethod(lambda *arguments, **options: pytest.fail("the text encoders were loaded again"))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", loaded)
     second = cached(folder, tmp_path, PROMPTS[::-1])
     for backbone in (first, second):
         torch.testing.assert_close(backbone.encode(PROMPTS), expected, atol=1e-6, rtol=1e-5)

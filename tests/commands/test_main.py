@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 #: Scripts and notebooks rely on these: removing or renaming one is a breaking change and belongs into the CHANGELOG.
 FLAGS = {
-    "--adam-betas", "--anchor", "--anchor-weight", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
+    "--adam-betas", "--anchor", "--anchor-weight", "--attention", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
     "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
     "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
     "--eval-every", "--eval-images", "--eval-limit", "--eval-prompts", "--eval-solver", "--eval-steps", "--solver",
@@ -198,6 +198,8 @@ BAD: list[tuple[str, list[str]]] = [
     ("--prompts-per-update 8 --prompts-per-batch 8 --replay-batch 7", ["replay_batch 7 cannot hold", "8 prompts"]),
     ("--tracker wandb", ["tracker wandb is not installed: pip install wandb"]),
     ("--quantize nf4", ["--quantize nf4 needs a CUDA GPU"]),
+    ("--attention sage", ["attention sage has no gradient"]),
+    ("--attention flash", ["--attention flash is not for SD3 models"]),
     ("--transformer none.safetensors", ["--transformer none.safetensors is missing"]),
     ("--transformer good.txt", ["--transformer good.txt is damaged"]),
     ("--init-lora good.txt", ["good.txt cannot be read as safetensors"]),
@@ -507,6 +509,20 @@ def test_help_lists_every_setting_with_a_text(
         assert field.description and " ".join(field.description.split()) in text
     assert "flags > --config > --preset > defaults" in text
     assert all(name in text for name in preset_names())
+
+
+def test_help_imports_nothing_large() -> None:
+    code = """
+import sys
+from tmpo_trainer.commands.main import main
+try:
+    main(["--help"])
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    large = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "PIL", "tqdm"}
+    assert "pydantic" in done.stderr.split() and not large & set(done.stderr.split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

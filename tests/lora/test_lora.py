@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -251,3 +253,29 @@ def test_beside_bfloat16_layers_it_computes_in_bfloat16(
     assert torch.cosine_similarity(flat[0], flat[1], dim=0) > 0.999
     assert flat[0].norm().item() == pytest.approx(flat[1].norm().item(), rel=0.02)
     assert peaks[0] < 0.9 * peaks[1]
+
+
+def test_a_layer_adds_its_lora_without_further_tensors(tiny_flux: Callable[[bool], Path], tmp_path: Path) -> None:
+    """In float32 the numbers are peft's to the bit; a layer makes its output and the small product, nothing else."""
+    options = LoadOptions(torch.float32, torch.device("cpu"), 12, prompts=["a red circle"], text_cache=tmp_path)
+    outputs, peaks = [], []
+    for ours in (True, False):
+        transformer = load_backbone(str(tiny_flux(True)), options).transformer
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["attn.to_q"], init_lora_weights=False)
+        torch.manual_seed(0)
+        if ours:
+            lora.attach(transformer, config)
+        else:
+            transformer.add_adapter(config)
+        layer = next(part for part in transformer.modules() if isinstance(part, LoraLayer))
+        x = torch.randn(3, 50, 32, requires_grad=True)
+        with_lora = layer(x)
+        (gradient,) = torch.autograd.grad(with_lora.square().sum(), x)
+        peaks.append(memory.peak_bytes(transformer, lambda x=x, layer=layer: layer(x), gradient=False))
+        transformer.disable_adapters()
+        outputs.append((with_lora, gradient, layer(x)))
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+    assert not torch.equal(outputs[0][0], outputs[0][2])
+    width, rank = 4 * 150 * 32, 4 * 150 * 4
+    # Input, output and the product with lora_A, before and after the scale.
+    assert peaks[0] <= 2 * width + 2 * rank < peaks[1]

@@ -35,7 +35,8 @@ OLD: dict[str, Any] = {
     "max_grad_norm": 0.5, "ema_decay": 0.9, "ema_every": 8, "lora_rank": 64, "lora_targets": "paper", "lora_alpha": 128.0,
     "init_lora": None, "eval_images": 8, "eval_limit": None, "features": "efficientnet-lite0", "eval_steps": 28,
     "eval_every": 0, "sample_every": 50, "checkpoint_every": 50, "checkpoints_kept": 2, "report": True, "tracker": "none",
-    "device": "auto", "dtype": "auto", "quantize": "none", "offload_scorers": False, "compile": False, "threads": None,
+    "device": "auto", "dtype": "auto", "quantize": "none", "attention": "native", "offload_scorers": False, "compile": False,
+    "threads": None,
 }  # fmt: skip
 
 

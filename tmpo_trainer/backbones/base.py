@@ -85,6 +85,8 @@ class Backbone(ABC):
     lora_targets: ClassVar[dict[LoraTargets, tuple[str, ...]]]
     #: Channels of the transformer's input per channel of the latent: FLUX takes patches of 2x2.
     patch_channels: ClassVar[int] = 1
+    #: Whether diffusers lets another package compute its attention.
+    chooses_attention: ClassVar[bool] = False
     #: Scaling factors of other families' VAEs of the same shape. A wrong VAE gives grey or garish pictures, but no error.
     other_scaling_factors: ClassVar[dict[str, float]] = {}
 
@@ -193,7 +195,8 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        # diffusers' own property walks through all modules: milliseconds, where this is asked for every latent's noise.
+        return next(self.transformer.parameters()).device
 
     # Checks of the skeleton, see check.py
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ class FluxBackbone(Backbone):
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
     patch_channels = 4
+    chooses_attention = True
     other_scaling_factors: ClassVar = {"SD3": 1.5305}
     #: q, k, v have the same names in the single-stream blocks as in the joint blocks.
     lora_targets: ClassVar = {
@@ -111,6 +113,10 @@ class FluxBackbone(Backbone):
         dtype = self.transformer.dtype
         text_ids = torch.zeros(text["tokens"].shape[1], 3, device=self.device, dtype=dtype)
 
+        @cache
+        def ids(rows: int, columns: int) -> Tensor:
+            return image_ids(rows, columns).to(self.device, dtype)
+
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             times = rows_per_prompt(len(x), len(prompts))
             rows, columns = x.shape[2] // 2, x.shape[3] // 2
@@ -123,7 +129,7 @@ class FluxBackbone(Backbone):
                 encoder_hidden_states=tree.tile(text["tokens"], times),
                 pooled_projections=tree.tile(text["pooled"], times),
                 txt_ids=text_ids,
-                img_ids=image_ids(rows, columns).to(self.device, dtype),
+                img_ids=ids(rows, columns),
                 return_dict=False,
             )[0]
             return unpack(output, rows, columns)

@@ -19,7 +19,7 @@ EVALUATION = {
     "resolution": "resolution", "max-sequence-length": "max_sequence_length", "text-cache": "text_cache", "seed": "seed",
     "output-dir": "output_dir", "max-batch": "max_batch", "split-guidance": "split_guidance",
     "decode-batch": "decode_batch", "device": "device", "dtype": "dtype", "quantize": "quantize",
-    "offload-scorers": "offload_scorers", "threads": "threads",
+    "attention": "attention", "offload-scorers": "offload_scorers", "threads": "threads",
 }  # fmt: skip
 
 #: Pictures per prompt by default. A run's config.yaml or a preset overrides it.

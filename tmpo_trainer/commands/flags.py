@@ -86,8 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_settings(parser: argparse._ActionsContainer, flags: Mapping[str, str]) -> None:
     """Adds flags {flag without dashes: setting}, with the settings' own help texts and defaults."""
+    known = all_settings()
     for flag, name in flags.items():
-        field = all_settings()[name]
+        field = known[name]
         text = (field.description or "").replace("%", "%%")
         if not field.is_required():
             default = field.default

@@ -24,12 +24,13 @@ from ..prompts.lists import PromptList, drawn, read_prompts
 from ..prompts.split import Split
 from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, variants
 from ..settings.config import TrainConfig, absolute
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from ..training import trackers
 
 #: The model's settings that `identity` includes.
 IDENTITY = (
-    "model", "transformer", "quantize", "dtype", "device", "max_sequence_length", "split_guidance", "reward_models", "features",
+    "model", "transformer", "quantize", "attention", "dtype", "device", "max_sequence_length", "split_guidance",
+    "reward_models", "features",
 )  # fmt: skip
 
 
@@ -141,6 +142,15 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
             raise ConfigError("--quantize nf4 needs a CUDA GPU: leave it out")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError('--quantize nf4 needs bitsandbytes: pip install -c constraints.txt -e ".[train,nf4]"')
+    if config.attention != "native":
+        if not found.chooses_attention:
+            raise ConfigError(f"--attention {config.attention} is not for {found.family} models: leave it out")
+        if device.type == "cpu" or _dtype(config, device) != torch.bfloat16:
+            raise ConfigError(f"--attention {config.attention} needs a CUDA GPU and bfloat16: leave it out")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise ConfigError(
+                f"--attention {config.attention} needs a package: pip install flash-attn, or leave it out"
+            )
     return found
 
 
@@ -236,6 +246,12 @@ def load_model(
     """Loads the model of a run. `prompts` are all that it will ever get, see `LoadOptions`."""
     backbone = load_backbone(config.model, _options(config, device, prompts, sharded))
     backbone.split_guidance = config.split_guidance
+    if config.attention != "native":
+        try:
+            backbone.transformer.set_attention_backend(config.attention)
+        except RuntimeError as error:
+            # Too old a version.
+            raise ConfigError(f"--attention {config.attention}: {one_line(error)}") from None
     return backbone
 
 

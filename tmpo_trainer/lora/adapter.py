@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn.functional import linear
 
 from ..backbones.base import Backbone
 from ..settings.config import LoraTargets
@@ -21,31 +23,30 @@ from .file import named
 from .layers import Layers
 
 
-class _MasterLinear(torch.nn.Linear):
-    """A linear layer with float32 weights that computes in its input's precision, as autocast would."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.nn.functional.linear(input, self.weight.to(input.dtype))
-
-
 def attach(transformer: Any, config: LoraConfig) -> None:
     """Adds a LoRA to a diffusers transformer, with float32 weights whatever the transformer's precision.
 
-    Next to bfloat16 layers it computes in bfloat16. Otherwise peft would keep a float32 copy of every layer's input for
-    the backward pass, which takes more than half of a replay's memory.
+    It computes in the precision of the layer's input. peft would keep a float32 copy of every bfloat16 layer's input for the
+    backward pass, which takes more than half of a replay's memory.
     """
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
-    if transformer.dtype == torch.float32:
-        return
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
-            for half in (layer.lora_A, layer.lora_B):
-                plain: Any = half["default"]
-                with torch.device("meta"):
-                    half["default"] = _MasterLinear(plain.in_features, plain.out_features, bias=False)
-                half["default"].weight = plain.weight
+            forward: Any = partial(_forward, layer)
+            layer.forward = forward
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """The layer with its LoRA, added to its output within one matrix product; peft multiplies by the scale, then adds."""
+    result = layer.base_layer(x)
+    if layer.disable_adapters:
+        return result
+    down, up = (half["default"].weight.to(x.dtype) for half in (layer.lora_A, layer.lora_B))
+    inner = linear(x, down) * layer.scaling["default"]
+    # In place it need not be copied, but of bitsandbytes' layers it is a view, which autograd does not let change.
+    add = torch.Tensor.addmm_ if type(layer.base_layer) is torch.nn.Linear else torch.addmm
+    return add(result.flatten(0, -2), inner.flatten(0, -2), up.T).view_as(result)
 
 
 def check_fits(path: Path, backbone: Backbone, targets: LoraTargets, rank: int) -> Layers:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,22 +16,36 @@ from .. import tree
 
 
 class Clock:
-    """Seconds by phase. On a GPU it waits for the queue, so that a phase's time is its own."""
+    """Seconds by phase. On a GPU a phase's time is that of its stretch of the queue, for which nothing waits but `seconds`."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self._stretches: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = self._now()
         yield
-        self.seconds[phase] += self._now() - start
+        self._stretches.append((phase, start, self._now()))
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        # It gets its time when the GPU reaches it: at once where the GPU has nothing to do, so work on the CPU counts too.
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far, by phase. It waits for the GPU."""
+        gpu = self.device.type == "cuda"
+        if gpu:
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        found: defaultdict[str, float] = defaultdict(float)
+        for phase, start, end in self._stretches:
+            found[phase] += start.elapsed_time(end) / 1000 if gpu else end - start
+        return dict(found)
 
 
 class Network:

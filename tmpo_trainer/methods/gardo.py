@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 from pydantic import model_validator
 
 from ..settings.errors import ConfigError
@@ -18,6 +17,7 @@ from . import flow_grpo
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    import numpy as np
     from torch import Tensor
 
     from ..processes import Processes
@@ -36,6 +36,8 @@ KL_LIMIT, UPDATES_LIMIT = 3e-4, 15
 
 def win_rate(scores: np.ndarray) -> np.ndarray:
     """The share of samples that each one beats, ties counting half: `[n]` -> `[n]` in 0..1."""
+    import numpy as np
+
     ordered = np.sort(scores)
     below = np.searchsorted(ordered, scores, "left")
     return (below + np.searchsorted(ordered, scores, "right")) / (2 * len(scores))
@@ -56,6 +58,8 @@ class Gate:
         Args:
             reward: `[n]`, over all prompts. auxiliary: `[n]` each.
         """
+        import numpy as np
+
         suspicion = win_rate(reward) - np.mean([win_rate(scores) for scores in auxiliary], axis=0)
         positive = suspicion[suspicion > 0]
         if not len(positive):
@@ -139,6 +143,7 @@ class Method(flow_grpo.Method):
 
     def judge(self, batches: Sequence[PromptBatch], processes: Processes) -> Figures:
         """Tells every batch which of its samples the gate holds; ranks are over all prompts of all processes."""
+        import numpy as np
         import torch
 
         own = [torch.stack(batch.rewards, 1).flatten().numpy() for batch in batches]

@@ -183,6 +183,9 @@ class TrainConfig(BaseModel):
     """Precision of the frozen weights; auto is bfloat16 on a GPU and float32 on a CPU. LoRA and latents are float32."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4` keeps the frozen transformer in four bits (bitsandbytes) on a GPU, in about a quarter of the memory."""
+    attention: Literal["native", "flash", "sage"] = "native"
+    """What computes FLUX's attention: torch, or the package flash-attn on a GPU in bfloat16. sage is refused, since it has no
+    gradient."""
     offload_scorers: bool = False
     """Keep scorers' weights in the computer's memory while they do not score."""
     compile: bool = False
@@ -205,6 +208,10 @@ class TrainConfig(BaseModel):
             if name not in (*self.reward, *self.extra_rewards):
                 shown, known = one_line(name, 80), one_line(" ".join(self.reward), 80)
                 raise ValueError(f"reward_models {one_line(entry, 80)}: {shown} is none of the rewards {known}")
+        if self.attention == "sage":
+            raise ValueError(
+                "attention sage has no gradient, and the replay must compute what the rollout did: use native or flash"
+            )
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
         self.check_steps("branch_early", self.branch_early)

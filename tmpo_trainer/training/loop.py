@@ -211,6 +211,7 @@ class Trainer:
         self.method.end(merged)
         self._method_before = self.method.state()
         self.done, self._whole = u + 1, True
+        phases = clock.seconds
         seconds = time.perf_counter() - start
         return {
             "update": self.done,
@@ -219,7 +220,7 @@ class Trainer:
             **self.method.about(u),
             "learning_rate": self.learning_rate(u),
             **merged,
-            "seconds": {**clock.seconds, "other": seconds - sum(clock.seconds.values()), "total": seconds},
+            "seconds": {**phases, "other": seconds - sum(phases.values()), "total": seconds},
         }
 
     def _slots(self, update: int) -> list[tuple[int, str]]:
@@ -278,12 +279,12 @@ class Trainer:
                 for parameter in self.weights.lora.values():
                     mean: Any = reduce(parameter.grad, "mean")
                     parameter.grad = mean
-            norm = whole(torch.nn.utils.clip_grad_norm_(self.weights.lora.values(), config.max_grad_norm))
-            if not torch.isfinite(norm):
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.weights.lora.values(), config.max_grad_norm)).item()
+            if not math.isfinite(norm):
                 # The norm is that of all processes' gradient.
                 self.processes.agreed = True
-                raise Diverged(f"the gradient of update {update + 1} is {norm.item()}")
-            figures["grad_norm"].append(norm.item())
+                raise Diverged(f"the gradient of update {update + 1} is {norm}")
+            figures["grad_norm"].append(norm)
             self._whole = False
             self.optimizer.step()
         if not all(self.processes.gather(self.weights.finite())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -42,7 +43,7 @@ class Weights:
     def finite(self) -> bool:
         """Whether the parameters, or this process's shards of them, are finite."""
         parts = [value.to_local() if isinstance(value, DTensor) else value for value in self.lora.values()]
-        return bool(torch.stack([torch.isfinite(part).all() for part in parts]).all())
+        return math.isfinite(torch.nn.utils.get_total_norm(parts, math.inf))
 
     def copy(self) -> dict[str, Tensor]:
         """A copy of the parameters as they stand."""
