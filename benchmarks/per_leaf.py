@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tmpo_trainer import flow, objectives, tree
 from tmpo_trainer.rewards import combine
-from tmpo_trainer.settings.config import TrainConfig
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training.loop import Trainer
 
@@ -75,13 +75,17 @@ def rollout(
     return nodes
 
 
-def coefficients(leaves: Sequence[Leaf], rewards: Tensor, beta: float, config: TrainConfig) -> Tensor:
-    """d loss / d log pi of every leaf's transitions, `[K, T]`; no two leaves share any. rewards: `[K]`."""
+def coefficients(leaves: Sequence[Leaf], rewards: Tensor, beta: float, config: Any) -> Tensor:
+    """d loss / d log pi of every leaf's transitions, `[K, T]`; no two leaves share any.
+
+    Args:
+        rewards: `[K]`. config: TMPO's settings.
+    """
     old = torch.cat([made.log_prob for leaf in leaves for made in leaf.transitions]).cpu()
     log_probs = old.clone().requires_grad_()
     edges = torch.arange(len(old))
     transitions = objectives.Transitions(log_probs, old, torch.zeros_like(old), edges.view(len(leaves), -1), edges)
-    loss, _ = objectives.softmax_tb_loss(transitions, rewards, beta, config.clip, config.baseline)  # type: ignore[attr-defined]
+    loss, _ = objectives.softmax_tb_loss(transitions, rewards, beta, config.clip, config.baseline)
     return objectives.edge_coefficients(loss, log_probs).view(len(leaves), -1)
 
 
@@ -113,8 +117,8 @@ class PerLeaf:
     """
 
     def __init__(self, trainer: Trainer):
-        config = trainer.config
-        if config.method != "tmpo" or config.kl_weight or config.anchor != "none" or config.baseline == "siblings":  # type: ignore[attr-defined]
+        config: Any = trainer.config
+        if config.method != "tmpo" or config.kl_weight or config.anchor != "none" or config.baseline == "siblings":
             raise ConfigError(
                 "the per-leaf implementation has no KL penalty, anchor or siblings: leave out the arm per-leaf, or those "
                 "settings"
@@ -129,7 +133,8 @@ class PerLeaf:
             rewards: of every prompt, `[K]`, in place of its own. Pictures that are decoded one by one differ from those of a
                 batch by rounding, and the z-score of nearly equal rewards makes much of that.
         """
-        trainer, config = self.trainer, self.trainer.config
+        trainer = self.trainer
+        config: Any = trainer.config
         backbone, how = trainer.backbone, trainer.method.transition
         plan, sigmas = trainer.method.plan(update), trainer.roller.sigmas.tolist()
         rolled = []
@@ -146,7 +151,7 @@ class PerLeaf:
                     for scorer in trainer.judges.rewards
                 }
             own = combine(scores, config.reward_weights, config.combining) if rewards is None else rewards[number]
-            rolled.append((velocity, leaves, coefficients(leaves, own, config.beta(update), config)))  # type: ignore[attr-defined]
+            rolled.append((velocity, leaves, coefficients(leaves, own, config.beta(update), config)))
         with phases("replay"):
             for velocity, leaves, weights in rolled:
                 replay(velocity, leaves, weights / config.prompts_per_update, **how)

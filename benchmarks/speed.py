@@ -4,8 +4,9 @@
     python -m benchmarks speed --variant "compiled: --compile" --variant "nine: --max-batch 9"
 
 The arms are measured in turn, in `--rounds` rounds; ratios are medians over the rounds. FLUX and SD3.5-Medium have random
-weights: in full size on a GPU, on a CPU in a size that is still limited by arithmetic. `--model` takes real ones. All other flags are those of
-`python -m tmpo_trainer` and apply to every arm; those of a `--variant` apply to one arm more for each position.
+weights: in full size on a GPU, on a CPU in a size that is still limited by arithmetic. `--model` takes a model with weights
+instead. All other flags are those of `python -m tmpo_trainer` and apply to every arm; those of a `--variant` apply to one arm
+more for each position.
 
 - floor: the calls of transformer, VAE decoder and scorer that the trainer makes, on prepared inputs, with nothing around them.
 - per-leaf: the same update with batch 1 and nothing shared between leaves (per_leaf.py).
@@ -152,7 +153,9 @@ def memory_by_leaves(model: models.Model, make: Any, folder: Path) -> dict[str, 
         arm = TrainerArm(leaves, model, make(**own), folder)
         arm.run()
         found[leaves] = measured_memory(arm)
-    found["replay, 81 / 27 leaves"] = found["81"]["replay"]["beyond its start"] / found["27"]["replay"]["beyond its start"]
+    found["replay, 81 / 27 leaves"] = (
+        found["81"]["replay"]["beyond its start"] / found["27"]["replay"]["beyond its start"]
+    )
     return found
 
 

@@ -40,7 +40,15 @@ def test_full_size_is_that_of_the_models() -> None:
     assert sd35m.config.dual_attention_layers == tuple(range(13))
 
 
-def test_a_random_model_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(f"random-model flux {tmp_path / 'flux'} --blocks 1 1 --heads 1".split()) == 0
-    assert "FluxPipeline" in capsys.readouterr().out
-    assert (tmp_path / "flux" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+def test_a_written_model_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "flux"
+    assert main(f"random-model flux {folder} --blocks 1 1 --heads 2".split()) == 0
+    flags = (
+        f"--model {folder} --preset pickscore --reward shapes --resolution 16 16 --max-sequence-length 8 --lora-rank 4"
+    )
+    assert main(f"speed {flags} --rounds 1 --arms floor --no-memory".split()) == 0
+    out = capsys.readouterr().out
+    assert "FluxPipeline" in out and "FluxBackbone" in out and "96 F + 12 G" in out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import arms, measuring, models, per_leaf, speed
+from benchmarks import arms, growth, measuring, models, per_leaf, speed
 from benchmarks.__main__ import main
 from tmpo_trainer import objectives, tree
 from tmpo_trainer.settings.errors import ConfigError
@@ -21,7 +21,7 @@ from tmpo_trainer.training.loop import Trainer
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("steps", "forwards", "backwards"), [((1, 2, 3), 96, 54), ((1, 3, 5), 54, 54)])
+@pytest.mark.parametrize(("steps", "forwards", "backwards"), [((1, 2, 3), 96, 54), ((1, 3, 4), 72, 54)])
 def test_the_per_leaf_gradient_is_the_trainers(
     make_trainer: Callable[..., Trainer],
     shake: Any,
@@ -30,19 +30,21 @@ def test_the_per_leaf_gradient_is_the_trainers(
     forwards: int,
     backwards: int,
 ) -> None:
-    own = {
-        "schedule": "fixed",
-        "branch_early": steps,
-        "branch_late": (1, 2, 3),
-        "kernel": "flow_sde",
-        "max_grad_norm": 1e9,
-    }
-    trainer = make_trainer(learning_rate=0.0, **own)
+    own = {"branch_early": steps, "branch_late": steps, "kernel": "flow_sde", "max_grad_norm": 1e9}
+    trainer = make_trainer(learning_rate=0.0, schedule="fixed", **own)
     shake(trainer)
+    rewards: list[Tensor] = []
+    backward = trainer.method.backward
+
+    def keeping(batch: Any, network: Any, inner: int) -> Any:
+        rewards.extend(batch.rewards)
+        return backward(batch, network, inner)
+
+    trainer.method.backward = keeping
     trainer.update()
     expected = gradient(trainer)
     single = per_leaf.PerLeaf(trainer)
-    single.update(0, measuring.Phases(CPU))
+    single.update(0, measuring.Phases(CPU), rewards)
     assert per_leaf.relative_error([gradient(trainer)], [expected]) < 1e-5
     # Two prompts.
     assert (single.forwards, single.backwards) == (2 * forwards, 2 * backwards)
@@ -192,7 +194,9 @@ def test_bad_flags_are_one_line(flags: list[str], message: str, capsys: pytest.C
     assert message in error and error.count("\n") == 1
 
 
-def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "STEPS", (6, 10))
+    monkeypatch.setattr(growth, "RESOLUTIONS", (1, 2))
     picture = tmp_path / "images" / "growth.png"
     flags = [
         "--backbone",
@@ -208,11 +212,11 @@ def test_growth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(["speed", *flags]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    growth = json.loads((tmp_path / "g").read_text())["growth"]
-    # At steps 1 to 4 of 6: 3 + 9 + 27 + 81 nodes, 81 twice more; parents 3 + 9 + 27.
-    assert [point["evaluations"]["tmpo"] for point in growth["leaves K"]] == [[14, 1], [51, 3], [96, 12], [282, 39]]
-    assert [point["evaluations"]["flow-grpo"][0] for point in growth["steps N"]] == [162, 270, 756]
-    assert len(growth["pixels per side"]) == 3
+    found = json.loads((tmp_path / "g").read_text())["growth"]
+    # With 81 leaves of six steps: 3 + 3 + 9 + 27 + 81 + 81 nodes, 3 + 9 + 27 parents.
+    assert [point["evaluations"]["tmpo"] for point in found["leaves K"]] == [[14, 1], [42, 3], [96, 12], [204, 39]]
+    assert [point["evaluations"]["flow-grpo"][0] for point in found["steps N"]] == [162, 270]
+    assert [point["pixels per side"] for point in found["pixels per side"]] == [16, 32]
 
 
 def test_weights_are_shared_and_adapters_are_not(tmp_path: Path) -> None:
