@@ -1,4 +1,4 @@
-"""Measures a built demo model and writes its card: `python benchmarks/card.py [FOLDER]`.
+"""Measures a built demo model and writes its card.
 
 The card has strict and partial accuracy per prompt family at 28 steps, a picture grid, and the SHA-256 of every weight file
 and of the prompt lists. The hashes freeze the reference of later comparisons.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ resumed twice, and each time the tokenizer gave the article "a" another id (fixe
 ## Accuracy
 
 {prompts} prompts per family x {images} images, 28 steps, seed {seed}, scored by the `shapes` scorer
-(`python benchmarks/card.py`).
+(`python -m benchmarks card`).
 
 | family | example | {columns} |
 |---|---|{rule}
@@ -75,8 +74,8 @@ def hashes(folder: Path) -> list[tuple[str, str]]:
     return [(name, hashlib.sha256(path.read_bytes()).hexdigest()) for name, path in files]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python benchmarks/card.py", description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks card", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", default=DEMO_MODEL)
     parser.add_argument("--prompts", type=int, default=24, help="per family")
     parser.add_argument("--images", type=int, default=8, help="per prompt")
@@ -127,7 +126,3 @@ def main(arguments: list[str] | None = None) -> int:
     )
     (args.folder / "README.md").write_text(text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Disturbs training runs at random points and checks that they go on as if nothing had happened: `python benchmarks/faults.py`.
+"""Disturbs training runs at random points and checks that they go on as if nothing had happened.
 
 Each case is a run of the demo model of a few updates that is killed, interrupted, or loses its disk, its reward server, its
 memory or its second process. It is resumed to its end. It survives if
@@ -568,13 +568,15 @@ def table(results: list[dict[str, object]]) -> str:
     return "\n".join(rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(flags: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/faults"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="one case of each kind, as in the tests")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(flags)
     torch.set_num_threads(1)
     place = arguments.output_dir.resolve()
     place.mkdir(parents=True, exist_ok=True)
@@ -593,7 +595,3 @@ def main() -> int:
             print(f"{kind} {number}: {'survived' if survived else 'BROKEN'}, {note}", file=sys.stderr, flush=True)
     print(table(results))
     return 0 if all(result["survived"] for result in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,8 @@
-"""How much of a gradient is signal, and how much of that is contrast: `python benchmarks/gradient_signal.py [train flags]`.
+"""Measures how much of a gradient is signal, and how much of that is contrast.
 
-Takes the gradients of `--updates` independent updates at the base model (the weights never move; `--prompts-per-update`
-is the batch) and prints, for the gradient with respect to lora_B (lora_A has none while lora_B is 0):
+Takes the flags of `python -m tmpo_trainer`. It computes the gradients of `--updates` independent updates at the base
+model (the weights never move; `--prompts-per-update` is the batch) and prints, for the gradient with respect to lora_B
+(lora_A has none while lora_B is 0):
 
 - signal to noise: |E g|^2 over the trace of Cov g, unbiased, from pairs of updates; and the same after dividing each
   coordinate by its root mean square, which is what Adam sees;
@@ -14,7 +15,6 @@ docs/demo-settings.md has figures and what follows from them.
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 from pathlib import Path
 
@@ -61,8 +61,8 @@ def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:
     return total / BATCHES
 
 
-def main() -> int:
-    actions, flags = parse(sys.argv[1:])
+def main(arguments: list[str]) -> int:
+    actions, flags = parse(arguments)
     flags = {
         "updates": "32",
         **flags,
@@ -96,7 +96,3 @@ def main() -> int:
     print(f"signal to noise per update {ratio:+.4f}, as Adam sees it {as_adam:+.4f}")
     print(f"contrast: cosine of the signal with the gradient of the latents' standard deviation {cosine:+.2f}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

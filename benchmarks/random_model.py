@@ -1,7 +1,6 @@
-"""Writes a pipeline of FLUX.1-dev's or SD3.5-Medium's size with random weights, to measure time and memory.
+"""Writes a pipeline of FLUX.1-dev's or SD3.5-Medium's size with random weights, for measurements.
 
-    python benchmarks/random_model.py flux /tmp/flux
-    python benchmarks/iteration.py --preset pickscore --reward shapes --model /tmp/flux
+    python -m benchmarks random-model flux /tmp/flux
 
 `--blocks` and `--heads` make it smaller, e.g. for a CPU. The text encoders have one thin layer: they are not measured.
 `--configs` writes only the configs, those of the full text encoders too, so that `--dry-run` can estimate memory anywhere.
@@ -10,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +35,20 @@ from transformers import (
 from tmpo_trainer.demo.build import make_tokenizer
 
 T5_WIDTH = 4096
+#: Scale and shift of the latents.
+FLUX_SCALE, SD3_SCALE = (0.3611, 0.1159), (1.5305, 0.0609)
 
 
-def vae(scale: float, shift: float) -> AutoencoderKL:
-    """The VAE of either model; they differ only in scale and shift."""
+def vae(
+    scale: float, shift: float, channels: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, groups: int = 32
+) -> AutoencoderKL:
+    """The VAE of either model; they differ only in scale and shift. Fewer channels and layers make a smaller one."""
     return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=layers,
+        norm_num_groups=groups,
         latent_channels=16,
         scaling_factor=scale,
         shift_factor=shift,
@@ -81,28 +84,35 @@ def clip(kind: Any, width: int, layers: int, thin: bool) -> Any:
     return tokenizer, kind(config)
 
 
-def flux(blocks: list[int], heads: int, thin: bool) -> FluxPipeline:
-    transformer = FluxTransformer2DModel(
+def flux_transformer(blocks: list[int], heads: int) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
         num_layers=blocks[0],
         num_single_layers=blocks[1],
         num_attention_heads=heads,
         guidance_embeds=True,
     )
+
+
+def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+
+
+def flux(blocks: list[int], heads: int, thin: bool) -> FluxPipeline:
     encoder, tokenizer = t5(thin)
     clip_tokenizer, clip_encoder = clip(CLIPTextModel, 768, 12, thin)
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=vae(0.3611, 0.1159),
+        scheduler=flux_scheduler(),
+        vae=vae(*FLUX_SCALE),
         text_encoder=clip_encoder,
         tokenizer=clip_tokenizer,
         text_encoder_2=encoder,
         tokenizer_2=tokenizer,
-        transformer=transformer,
+        transformer=flux_transformer(blocks, heads),
     )
 
 
-def sd35m(blocks: list[int], heads: int, thin: bool) -> StableDiffusion3Pipeline:
-    transformer = SD3Transformer2DModel(
+def sd35m_transformer(blocks: list[int], heads: int) -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
         sample_size=128,
         num_layers=blocks[0],
         num_attention_heads=heads,
@@ -116,19 +126,26 @@ def sd35m(blocks: list[int], heads: int, thin: bool) -> StableDiffusion3Pipeline
         # 0 to 12 of the 24.
         dual_attention_layers=tuple(range(blocks[0] // 2 + 1)),
     )
+
+
+def sd35m_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+def sd35m(blocks: list[int], heads: int, thin: bool) -> StableDiffusion3Pipeline:
     encoder, tokenizer = t5(thin)
     small_tokenizer, small = clip(CLIPTextModelWithProjection, 768, 12, thin)
     large_tokenizer, large = clip(CLIPTextModelWithProjection, 1280, 32, thin)
     return StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(1.5305, 0.0609),
+        scheduler=sd35m_scheduler(),
+        vae=vae(*SD3_SCALE),
         text_encoder=small,
         tokenizer=small_tokenizer,
         text_encoder_2=large,
         tokenizer_2=large_tokenizer,
         text_encoder_3=encoder,
         tokenizer_3=tokenizer,
-        transformer=transformer,
+        transformer=sd35m_transformer(blocks, heads),
     )
 
 
@@ -136,8 +153,10 @@ def sd35m(blocks: list[int], heads: int, thin: bool) -> StableDiffusion3Pipeline
 SIZES = {"flux": (flux, [19, 38], 24), "sd35m": (sd35m, [24], 24)}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks random-model", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("kind", choices=SIZES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, nargs="+", help="for FLUX joint and single ones, for SD3.5 all")
@@ -169,7 +188,3 @@ def main(arguments: list[str] | None = None) -> int:
     count = sum(p.numel() for p in pipeline.transformer.parameters())
     print(f"{args.folder}: {type(pipeline).__name__}, transformer of {count / 1e6:.1f} M random weights")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

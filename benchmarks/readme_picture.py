@@ -1,4 +1,4 @@
-"""Draws the README's picture of base against trained: `python benchmarks/readme_picture.py outputs/<run> [--output FILE]`.
+"""Draws the README's picture of base against trained.
 
 The demo model draws the noise of the run's report without and with the run's LoRA, in a plain diffusers pipeline, and the
 `shapes` scorer marks every picture as right or wrong. All held-out prompts are drawn and sorted by how many more of their
@@ -95,15 +95,17 @@ def compose(prompts: list[str], pictures: np.ndarray, scores: np.ndarray, column
     return sheet
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(flags: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks readme-picture", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("run", type=Path, help="a run's folder, or any folder with pytorch_lora_weights.safetensors")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "demo.png")
     parser.add_argument("--prompts", type=int, default=6, help="how many the picture shows")
     parser.add_argument("--images", type=int, default=4, help="per prompt and model")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--seed", type=int, default=0, help="the run's")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(flags)
 
     prompts = read_prompts(FOLDER / "heldout.txt").texts
     pipe = StableDiffusion3Pipeline.from_pretrained(
@@ -131,7 +133,4 @@ def main() -> None:
         print(f"{label}: base {table[0].sum():.0f}, trained {table[1].sum():.0f} of {table[0].size}")
     change = scores[1].sum(1) - scores[0].sum(1)
     print(f"prompts with more right {(change > 0).sum()}, as many {(change == 0).sum()}, fewer {(change < 0).sum()}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,4 +1,4 @@
-"""How the settings of the `demo` presets were chosen: `python benchmarks/sweep.py [VARIANT ...]`.
+"""Runs the sweep that chose the settings of the `demo` presets.
 
 Trains on the training prompts with one seed that no reported run uses, judges on the validation prompts (60 prompts x 8
 images, 28 steps, averaged weights), and prints a row of results per variant.
@@ -25,7 +25,7 @@ START = {
 SPREAD = {"kernel": "flow_sde", "branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"}
 #: Gradients of late branch steps are several times longer: a low clip gives every update the same weight.
 CLIPPED = SPREAD | {"kappa": "4", "max-grad-norm": "3e-4"}
-#: Neighbouring middle positions have the best signal (benchmarks/gradient_signal.py); a KL penalty holds the contrast down.
+#: Neighbouring middle positions have the best signal (gradient_signal.py); a KL penalty holds the contrast down.
 MIDDLE = {
     "kernel": "flow_sde", "eta": "1", "branch-early": "1 4 5", "branch-late": "1 4 5", "kappa": "20",
     "lora-targets": "attention", "kl-weight": "0.3", "updates": "110",
@@ -53,8 +53,8 @@ VARIANTS = {
 ROWS = ("shapes strict", "LGMD", "cosine diversity", "latent standard deviation")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sweep", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("variants", nargs="*", default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--output", type=Path, default=Path("outputs/sweep"))
     parser.add_argument("--threads", type=int, default=1)
@@ -88,7 +88,3 @@ def row(name: str, folder: Path) -> str:
     ends = f"{sum(rewards[:20]) / 20:.3f} {sum(rewards[-20:]) / 20:.3f}"
     figures = [f"{base.strip()} -> {trained.strip()} ({gain.strip()})" for base, trained, gain in cells]
     return f"| {name} | {' | '.join(figures)} | {ends} | {sum(seconds) / len(seconds):.2f} |"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

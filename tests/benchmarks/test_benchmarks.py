@@ -1,50 +1,54 @@
-"""The benchmark at a size that a CPU can do: a random model of the real classes, and an iteration measured on it."""
+"""The entry `python -m benchmarks`, and the models that it makes."""
 
 from __future__ import annotations
 
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks import random_model
+from benchmarks.__main__ import COMMANDS, main
+
+REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("kind", "blocks", "calls"), [("flux", "1 1", 96), ("sd35m", "2", 96)])
-def test_an_iteration_on_random_weights(
-    kind: str,
-    blocks: str,
-    calls: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def script(name: str, flags: str) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
-        assert done.value.code == 0
-        return capsys.readouterr().out
+def test_help_lists_every_subcommand_without_torch() -> None:
+    code = "import sys; from benchmarks.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for command in COMMANDS:
+        (line,) = (line for line in lines if line.split()[:1] == [command])
+        assert line.endswith(".")
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / kind
-    script("random_model.py", f"{kind} {folder} --blocks {blocks} --heads 2")
-    flags = f"""--preset pickscore --reward shapes --model {folder} --resolution 16 16 --max-sequence-length 8 --updates 1
-        --branch-early 1 2 3 --branch-late 1 2 3 --kappa 1e9 --lora-rank 4"""
-    out = script("iteration.py", flags)
-    for phase in ("rollout", "replay", "decode", "reward", "total"):
-        assert f"\n{phase} " in out
-    assert f"per prompt, rollout: {calls}.0" in out and "per prompt, replay: 12.0" in out
+
+def test_an_unknown_subcommand_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gradient_signal"]) == 2
+    assert "did you mean gradient-signal" in capsys.readouterr().err
 
 
 def test_full_size_is_that_of_the_models() -> None:
     """Of their published configs: 11.9 G weights, 2.2 G weights and a second attention in blocks 0 to 12."""
-    module = runpy.run_path(str(BENCHMARKS / "random_model.py"))
     with torch.device("meta"):
-        flux = module["flux"](*module["SIZES"]["flux"][1:], True).transformer
-        sd35m = module["sd35m"](*module["SIZES"]["sd35m"][1:], True).transformer
+        flux = random_model.flux(*random_model.SIZES["flux"][1:], True).transformer
+        sd35m = random_model.sd35m(*random_model.SIZES["sd35m"][1:], True).transformer
     assert sum(p.numel() for p in flux.parameters()) == 11_901_408_320
     assert sum(p.numel() for p in sd35m.parameters()) == pytest.approx(2.24e9, rel=0.02)
     assert sd35m.config.dual_attention_layers == tuple(range(13))
+
+
+def test_a_written_model_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "flux"
+    assert main(f"random-model flux {folder} --blocks 1 1 --heads 2".split()) == 0
+    flags = (
+        f"--model {folder} --preset pickscore --reward shapes --resolution 16 16 --max-sequence-length 8 --lora-rank 4"
+    )
+    assert main(f"speed {flags} --rounds 1 --arms floor --no-memory".split()) == 0
+    out = capsys.readouterr().out
+    assert "FluxPipeline" in out and "FluxBackbone" in out and "96 F + 12 G" in out

@@ -1,8 +1,6 @@
 """The bundled model: frozen, small, loadable by stock diffusers, good enough; and the check that judges its training."""
 
 import re
-import runpy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 
+from benchmarks import card
 from tmpo_trainer.backbones import DEMO_MODEL
 from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
@@ -19,7 +18,6 @@ from tmpo_trainer.evaluation.features import EfficientNetLite
 from tmpo_trainer.prompts.lists import PromptList, read_prompts
 from tmpo_trainer.rewards.shapes import ShapesScorer
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 HELDOUT = read_prompts(split.FOLDER / "heldout.txt").texts
 
 
@@ -41,8 +39,7 @@ def measure(backbone: SD3Backbone, prompts: list[str], images: int = 6) -> held_
 
 def test_weights_and_prompt_lists_are_the_frozen_ones():
     text = (DEMO_MODEL / "README.md").read_text()
-    card = runpy.run_path(str(BENCHMARKS / "card.py"))
-    assert re.findall(r"\| `(.+)` \| `([0-9a-f]{64})` \|", text) == card["hashes"](DEMO_MODEL)
+    assert re.findall(r"\| `(.+)` \| `([0-9a-f]{64})` \|", text) == card.hashes(DEMO_MODEL)
 
 
 def test_prompt_lists_are_what_the_script_writes_and_disjoint():

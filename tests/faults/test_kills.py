@@ -1,4 +1,4 @@
-"""A few disturbed runs of `benchmarks/faults.py`, which tries many more."""
+"""A few disturbed runs of `python -m benchmarks faults`, which tries many more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 def test_disturbed_runs_end_like_undisturbed_ones(tmp_path: Path) -> None:
     """SIGKILL at a random moment and while writing, Ctrl-C twice, damage, a full disk, two runs in one folder."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/faults.py", "--output-dir", str(tmp_path), "--short"],
+        [sys.executable, "-m", "benchmarks", "faults", "--output-dir", str(tmp_path), "--short"],
         cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from tmpo_trainer import methods, tree
 from tmpo_trainer.backbones import load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import LoadOptions
-from tmpo_trainer.rewards.shapes import ShapesScorer
+from tmpo_trainer.rewards.sharpness import SharpnessScorer
 from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import memory
 from tmpo_trainer.training.loop import Trainer
@@ -27,7 +27,7 @@ PROMPT = "a red circle"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLUX in full width with two blocks of each kind, random weights."""
     folder = tmp_path_factory.mktemp("random") / "flux"
-    command = [sys.executable, "benchmarks/random_model.py", "flux", str(folder), "--blocks", "2", "2"]
+    command = [sys.executable, "-m", "benchmarks", "random-model", "flux", str(folder), "--blocks", "2", "2"]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     return folder
 
@@ -47,7 +47,7 @@ def test_an_update_takes_what_was_estimated(model: Path, tmp_path: Path, quantiz
     phases = memory.estimate(skeleton, model, config, method, [plan])
     options = LoadOptions(torch.bfloat16, device, tokens, prompts=[PROMPT], text_cache=tmp_path, nf4=quantize == "nf4")
     backbone = load_backbone(str(model), options)
-    trainer = Trainer(config, tmp_path, backbone, [ShapesScorer()], [PROMPT])
+    trainer = Trainer(config, tmp_path, backbone, [SharpnessScorer()], [PROMPT])
     trainer.update()
     torch.cuda.reset_peak_memory_stats()
     assert trainer.update()["replay_ratio_error"] < 0.05

@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     pipeline = assemble(vae, tokenizer, model)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(args.output)
-    print(f"saved {args.output}; measure it with: python benchmarks/card.py {args.output}")
+    print(f"saved {args.output}; measure it with: python -m benchmarks card {args.output}")
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Measurements and tools of this repository, run by `python -m benchmarks`; not part of the installed package."""
