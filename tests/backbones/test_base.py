@@ -13,7 +13,7 @@ from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones import check, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.commands import loading
 from tmpo_trainer.lora import export
@@ -52,6 +52,13 @@ def test_the_device_is_found_without_a_walk_through_the_modules(
     # Those up to the first parameter, once per level.
     met = len(visited)
     assert met < 10 < 50 < len(list(backbone.transformer.modules()))
+
+
+def test_a_skeleton_is_made_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = load_skeleton(str(tiny_model), torch.float32, TOKENS)
+    monkeypatch.setattr(check, "skeleton", lambda *arguments: pytest.fail("made again"))
+    backbone = load_backbone(str(tiny_model), LoadOptions(torch.float32, CPU, TOKENS), skeleton)
+    assert backbone is not skeleton and backbone.device == CPU
 
 
 # A single file

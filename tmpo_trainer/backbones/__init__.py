@@ -157,11 +157,15 @@ def check_model(model: str) -> Path:
     return folder
 
 
-def load_backbone(model: str, options: LoadOptions) -> Backbone:
-    """Loads a model, after the checks that need no weights. Raises ConfigError for one that cannot be loaded."""
+def load_backbone(model: str, options: LoadOptions, skeleton: Backbone | None = None) -> Backbone:
+    """Loads a model, after the checks that need no weights. Raises ConfigError for one that cannot be loaded.
+
+    Args:
+        skeleton: of the same model and options, where there is one already: making it takes about a second.
+    """
     from . import check
 
-    skeleton = load_skeleton(model, options.dtype, options.max_sequence_length)
+    skeleton = skeleton or load_skeleton(model, options.dtype, options.max_sequence_length)
     if options.transformer is not None:
         check.check_transformer(options.transformer, skeleton, options.nf4)
     encode_text(model, skeleton, options)

@@ -73,7 +73,7 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
 
     def load() -> tuple[list[Scorer], Features, Backbone]:
-        backbone = loading.load_model(config, device, texts)
+        backbone = loading.load_model(config, device, texts, skeleton=skeleton)
         if lora is not None:
             attach(backbone, lora)
         return loading.scorers(config, device), loading.features(config, device), backbone

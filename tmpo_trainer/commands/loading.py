@@ -241,10 +241,14 @@ def check_text(config: TrainConfig, skeleton: Backbone, device: torch.device, pr
 
 
 def load_model(
-    config: TrainConfig, device: torch.device, prompts: list[str] | None = None, sharded: bool = False
+    config: TrainConfig,
+    device: torch.device,
+    prompts: list[str] | None = None,
+    sharded: bool = False,
+    skeleton: Backbone | None = None,
 ) -> Backbone:
-    """Loads the model of a run. `prompts` are all that it will ever get, see `LoadOptions`."""
-    backbone = load_backbone(config.model, _options(config, device, prompts, sharded))
+    """Loads the model of a run. `prompts` are all that it will ever get, see `LoadOptions`; `skeleton` see `load_backbone`."""
+    backbone = load_backbone(config.model, _options(config, device, prompts, sharded), skeleton)
     backbone.split_guidance = config.split_guidance
     if config.attention != "native":
         try:

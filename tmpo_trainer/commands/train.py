@@ -79,7 +79,7 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
     rank, processes = accelerator.process_index, accelerator.num_processes
     texts = loading.drawn_prompts(config, train_prompts, heldout, processes, done)
     together(accelerator, lambda: loading.encode(config, skeleton, device, texts, rank, processes))
-    parts = together(accelerator, lambda: _load(config, device, texts, accelerator.is_fsdp2))
+    parts = together(accelerator, lambda: _load(config, device, texts, accelerator.is_fsdp2, skeleton))
     folder = checkpoint.parent if checkpoint else agreed_folder(config.output_dir, preset, accelerator)
     if not checkpoint:
         claim(folder, accelerator, held)
@@ -131,13 +131,13 @@ def _still_newest(checkpoint: Path, named: bool, accelerator: Accelerator) -> No
             raise ConfigError(f"the processes see different checkpoints ({', '.join(chosen)}): give one as --resume")
 
 
-def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: bool) -> _Parts:
+def _load(config: TrainConfig, device: torch.device, texts: list[str], sharded: bool, skeleton: Backbone) -> _Parts:
     """Loads all parts of a run, so that nothing is found missing after hours of training."""
     names = tuple(dict.fromkeys((*config.reward, *config.extra_rewards)))
     scorers = dict(zip(names, loading.scorers(config, device, names), strict=True))
     measured = config.report or config.eval_every or config.needs_features
     features = loading.features(config, device) if measured else None
-    return _Parts(scorers, features, loading.load_model(config, device, texts, sharded))
+    return _Parts(scorers, features, loading.load_model(config, device, texts, sharded, skeleton))
 
 
 def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
