@@ -14,7 +14,7 @@ import itertools
 import math
 import operator
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -373,27 +373,23 @@ class _ParentBatch:
     pieces: list[_Piece]
 
 
-def _parent_batches(run: Rollout, max_batch: int | None) -> list[_ParentBatch]:
-    """Parents of all branches in micro-batches.
+def _parent_batches(run: Rollout, max_batch: int | None) -> Iterator[_ParentBatch]:
+    """Parents of all branches in micro-batches, one at a time, so that memory does not grow with the number of parents.
 
     Parents of different steps share a batch (sigma is per row); all widths are multiples of the trees, so tiling holds.
     """
-    if not run.branches:
-        return []
-    x = torch.cat([branch.x for branch in run.branches])
-    levels = [(branch.sigma, branch.sigma_next) for branch in run.branches for _ in branch.x]
     where = [(b, row) for b, branch in enumerate(run.branches) for row in range(len(branch.x))]
-    size = chunk_size(len(x), run.plan.trees, max_batch)
-    batches = []
-    for first in range(0, len(x), size):
-        last = min(first + size, len(x))
+    size = chunk_size(len(where), run.plan.trees, max_batch)
+    for first in range(0, len(where), max(size, 1)):
+        chosen = where[first : first + size]
         pieces = []
-        for b in sorted({b for b, _ in where[first:last]}):
-            rows = [row for branch, row in where[first:last] if branch == b]
+        for b, group in itertools.groupby(chosen, operator.itemgetter(0)):
+            rows = [row for _, row in group]
             pieces.append(_Piece(b, rows[0], rows[-1] + 1))
-        sigma, sigma_next = torch.tensor(levels[first:last], dtype=x.dtype, device=x.device).unbind(1)
-        batches.append(_ParentBatch(x[first:last], sigma, sigma_next, pieces))
-    return batches
+        x = torch.cat([run.branches[b].x[start:end] for b, start, end in pieces])
+        levels = [(run.branches[b].sigma, run.branches[b].sigma_next) for b, _ in chosen]
+        sigma, sigma_next = torch.tensor(levels, dtype=x.dtype, device=x.device).unbind(1)
+        yield _ParentBatch(x, sigma, sigma_next, pieces)
 
 
 @torch.no_grad()
