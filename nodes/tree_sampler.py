@@ -42,10 +42,11 @@ class TreeSampler(comfy.samplers.Sampler):
         kernel: flow.Kernel,
         eta: float,
         max_batch: int,
+        solver: flow.Solver,
         progress: Callable[[int, int, Tensor], None] | None = None,
     ):
         self.branch_steps, self.branching = branch_steps, branching
-        self.kernel, self.eta, self.max_batch, self.progress = kernel, eta, max_batch, progress
+        self.kernel, self.eta, self.max_batch, self.solver, self.progress = kernel, eta, max_batch, solver, progress
         self.tree: Tree | None = None
         #: If the latents were taken from another batch, their places there, which determine their noise.
         self.places: list[int] | None = None
@@ -158,9 +159,10 @@ class TreeSampler(comfy.samplers.Sampler):
             draw,
             sigmas.tolist(),
             plan,
-            # Without noise these are Euler's steps, exact to the bit.
+            # Without noise a branch step is Euler's, exact to the bit.
             kernel=self.kernel if self.eta else "ode",
             eta=self.eta,
+            solver=self.solver,
             max_batch=self.largest(plan),
             callback=called,
         )

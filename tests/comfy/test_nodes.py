@@ -17,6 +17,7 @@ NODES = {
     "TMPO_ScoreImages", "TMPO_CombineScores", "TMPO_BoltzmannWeights", "TMPO_Diversity", "TMPO_SelectBranches",
     "TMPO_TreeView", "TMPO_LoadLora", "TMPO_Compare", "TMPO_Train", "TMPO_TrainingMonitor",
 }  # fmt: skip
+#: Without `solver`, as in prompts that were saved before the samplers had it.
 TREE = {
     "seed": 5, "steps": 10, "cfg": 1.0, "scheduler": "normal", "branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps",
     "eta": 0.7, "max_batch": 0,

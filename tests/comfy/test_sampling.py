@@ -111,10 +111,49 @@ def test_without_noise_it_is_stock_euler_to_the_bit(pack: Any, cfg: float) -> No
     torch.testing.assert_close(leaves, stock.expand(9, -1, -1, -1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kernel", ["cps", "flow_sde", "dance"])
-def test_leaves_are_those_of_the_trainers_rollout(pack: Any, kernel: str) -> None:
+def test_ab2_is_stock_ipndm_v_of_order_two(pack: Any) -> None:
+    """Without branches, and with branches without noise: these steps are Euler's, and the next one starts a new history.
+
+    The sigmas do not end in 0, because ipndm_v takes a step to sigma 0 by Euler and ab2 takes it like any other. In few steps
+    that is nearer to the exact picture.
+    """
+    guider = pack.comfy.samplers.CFGGuider(pack.model)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)[:-1]
+    noise = pack.sampling._Seeded(SEED)
+    samplers = {"ab2": pack.comfy.samplers.ksampler("ipndm_v", {"max_order": 2})}
+    samplers["euler"] = pack.comfy.samplers.sampler_object("euler")
+
+    def stock(*stretches: tuple[str, int, int]) -> Tensor:
+        """Stock samplers one after another, each from one place in the sigmas to another."""
+        latent, start = empty()["samples"], noise.generate_noise(empty())
+        for name, first, last in stretches:
+            latent = guider.sample(
+                start, latent, samplers[name], sigmas[first : last + 1], seed=SEED, disable_pbar=True
+            )
+            start = torch.zeros_like(latent)
+        return latent
+
+    def ours(branch_steps: str, solver: str) -> Tensor:
+        return pack.sampling.TreeSamplerAdvanced.execute(
+            noise, guider, sigmas, empty(), branch_steps, 1, "cps", 0.0, 0, solver
+        ).result[0]["samples"]
+
+    whole, broken = ours("1", "ab2"), ours("1, 4", "ab2")
+    torch.testing.assert_close(whole, stock(("ab2", 0, 9)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(broken, stock(("ab2", 0, 3), ("euler", 3, 4), ("ab2", 4, 9)), atol=1e-4, rtol=0)
+    for other in (whole, ours("1, 4", "euler")):
+        assert (broken - other).abs().max() > 0.01
+    with pytest.raises(ValueError, match="solver: heun is not in the list"):
+        ours("1", "heun")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "solver"), [("cps", "euler"), ("flow_sde", "euler"), ("dance", "euler"), ("cps", "ab2")]
+)
+def test_leaves_are_those_of_the_trainers_rollout(pack: Any, kernel: str, solver: str) -> None:
     """The same weights through diffusers, the same noise: text encoders, network and kernels agree. So does the VAE."""
-    leaves, found = sample(pack, PROMPTS, kernel=kernel)
+    leaves, found = sample(pack, PROMPTS, kernel=kernel, solver=solver)
     backbone = loading.load_model(TrainConfig(max_sequence_length=0), torch.device("cpu"))
     start = pack.comfy.sample.prepare_noise(empty(2)["samples"], SEED)
     sources = [tree.keyed_noise((SEED, p), (16, 8, 8)) for p in range(2)]
@@ -129,8 +168,9 @@ def test_leaves_are_those_of_the_trainers_rollout(pack: Any, kernel: str) -> Non
         noise,
         backbone.sigmas(STEPS, 64, 64),
         plan,
-        kernel=kernel,
-        eta=0.7,  # type: ignore[arg-type]
+        kernel=kernel,  # type: ignore[arg-type]
+        eta=0.7,
+        solver=solver,  # type: ignore[arg-type]
     )
     scaled = (leaves - SHIFT) * SCALE
     torch.testing.assert_close(scaled, run.leaves, atol=1e-4, rtol=0)
@@ -189,10 +229,11 @@ def test_masked_regions_stay_and_an_image_can_be_the_start(pack: Any) -> None:
     mask = torch.zeros(1, 64, 64)
     mask[:, :, 32:] = 1
     latent = {"samples": given, "noise_mask": mask}
-    leaves, _ = sample(pack, latent=latent)
-    assert leaves.shape == (27, 16, 8, 8)
-    torch.testing.assert_close(leaves[..., :3], given.expand(27, -1, -1, -1)[..., :3], atol=1e-5, rtol=0)
-    assert leaves[..., 5:].std(0).mean() > 0.05
+    for solver in ("euler", "ab2"):
+        leaves, _ = sample(pack, latent=latent, solver=solver)
+        assert leaves.shape == (27, 16, 8, 8)
+        torch.testing.assert_close(leaves[..., :3], given.expand(27, -1, -1, -1)[..., :3], atol=1e-5, rtol=0)
+        assert leaves[..., 5:].std(0).mean() > 0.05
     one, _ = sample(pack, latent=latent, branch_steps="2", branching=1, eta=0.0)
     positive, negative = batch(pack, PROMPTS[:1]), batch(pack, ("a green triangle",))
     noise = pack.comfy.sample.prepare_noise(given, SEED)
