@@ -33,8 +33,8 @@ def attach(transformer: Any, config: LoraConfig) -> None:
     cast_training_params(transformer, dtype=torch.float32)
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            forward: Any = partial(_forward, layer)
-            layer.forward = forward
+            part: Any = layer
+            part.forward = partial(_forward, part)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
