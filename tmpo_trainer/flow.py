@@ -31,7 +31,10 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 def per_row(value: float | Tensor, x: Tensor) -> Tensor:
     """A number, or one number per row `[N]`, shaped to broadcast over `x [N, ...latent]`, in the working dtype."""
-    value = torch.as_tensor(value, dtype=working_dtype(x), device=x.device)
+    if not isinstance(value, Tensor):
+        # Filled on the device: a number copied to a GPU would be waited for.
+        return torch.full([1] * x.dim(), value, dtype=working_dtype(x), device=x.device)
+    value = value.to(x.device, working_dtype(x))
     return value.reshape(-1, *[1] * (x.dim() - 1))
 
 

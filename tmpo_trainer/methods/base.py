@@ -52,8 +52,13 @@ class Method(ABC):
 
     @property
     def transition(self) -> dict[str, Any]:
-        """Further arguments of `tree.rollout`: kernel, eta and reduce of its stochastic steps, graphs."""
+        """Arguments of `tree.rollout` for its stochastic steps: kernel, eta, reduce."""
         return {}
+
+    @property
+    def graphs(self) -> bool:
+        """Whether the rollout keeps the graphs of its stochastic steps."""
+        return False
 
     def about(self, update: int) -> dict[str, float]:
         """What metrics.jsonl shall say of an update's settings."""
@@ -140,13 +145,11 @@ class TransitionMethod(Method):
 
     @property
     def transition(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "kernel": config.kernel,
-            "eta": config.eta,
-            "reduce": config.logp_reduce,
-            "graphs": config.reuse_forward,
-        }
+        return {"kernel": self.config.kernel, "eta": self.config.eta, "reduce": self.config.logp_reduce}
+
+    @property
+    def graphs(self) -> bool:
+        return self.config.reuse_forward
 
     @property
     def last(self) -> int:

@@ -85,6 +85,7 @@ class Roller:
             plan.forest(count),
             solver=config.solver,
             max_batch=config.max_batch,
+            graphs=self.method.graphs,
             **self.method.transition,
         )
         for name, value in (("latent", run.leaves), ("log-probability", run.log_probs)):
@@ -129,7 +130,9 @@ class Roller:
 
         def noise(step: int, path: tree.NodePath) -> Tensor:
             root, prompt = divmod(path[0], len(sources))
-            return sources[prompt](step, (root, *path[1:])).to(self.backbone.device)
+            drawn = sources[prompt](step, (root, *path[1:]))
+            # That of a stochastic step is moved by the rollout, all at once.
+            return drawn.to(self.backbone.device) if step == 0 else drawn
 
         return noise
 
