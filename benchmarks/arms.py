@@ -106,8 +106,10 @@ class TrainerArm:
         with self.phases.whole():
             line = self.trainer.update()
         evaluated = {name: n for name, n in line.items() if name.startswith("evaluations/")}
-        self.backwards = evaluated.pop("evaluations/replay")
-        self.forwards = sum(evaluated.values())
+        # With graphs kept, the forward passes are in the rollout.
+        kept = evaluated.pop("evaluations/backward", 0.0)
+        self.backwards = evaluated.pop("evaluations/replay", 0.0) + kept
+        self.forwards = sum(evaluated.values()) - kept
         seconds = dict(self.phases.seconds)
         # What the trainer waits for scorers in other threads.
         waited = max(line["seconds"].get("reward", 0.0) - seconds.get("reward", 0.0), 0.0)
@@ -115,7 +117,7 @@ class TrainerArm:
 
     @property
     def plan(self) -> TreePlan:
-        return self.trainer.method.plan(0)
+        return self.trainer.method.shape(0)
 
     def gradient(self) -> list[Tensor]:
         """That of the last update."""

@@ -19,7 +19,7 @@ from .held_out import Evaluation
 from .report import markdown_table, running_mean
 from .statistics import counted, paired_gain
 
-PHASES = ("rollout", "reference", "ratio", "replay")
+PHASES = ("rollout", "reference", "ratio", "replay", "backward")
 
 #: The number of prompts shown, and of pictures of each.
 PROMPTS, PICTURES = 4, 4
