@@ -20,7 +20,7 @@ SEED = 100
 START = {
     "updates": "60", "kernel": "cps", "eta": "0.7", "rollout-steps": "10", "kappa": "12", "learning-rate": "1e-3",
     "branch-early": "1 5 6", "branch-late": "1 5 6", "branching": "3", "prompts-per-update": "8",
-    "prompts-per-batch": "8", "baseline": "siblings", "max-grad-norm": "1",
+    "prompts-per-batch": "8", "baseline": "siblings", "max-grad-norm": "1", "solver": "euler", "leaf-steps": "1000",
 }  # fmt: skip
 SPREAD = {"kernel": "flow_sde", "branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"}
 #: Gradients of late branch steps are several times longer: a low clip gives every update the same weight.
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
             flags = [part for key, value in settings.items() for part in (f"--{key}", *value.split())]
             fixed = {
                 "seed": SEED, "eval-prompts": FOLDER / "validation.txt", "output-dir": folder, "threads": args.threads,
-                "sample-every": 0, "checkpoint-every": 0,
+                "sample-every": 0, "checkpoint-every": 0, "eval-solver": "euler", "eval-steps": 28,
             }  # fmt: skip
             flags += [part for key, value in fixed.items() for part in (f"--{key}", str(value))]
             with open(args.output / f"{name}.log", "w") as log:
