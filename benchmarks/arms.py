@@ -209,7 +209,7 @@ def measured_memory(arm: TrainerArm) -> dict[str, dict[str, float]]:
     """
     trainer, config = arm.trainer, arm.config
     skeleton = arm.model.skeleton(config)
-    predicted = memory.estimate(skeleton, arm.model.folder, config, trainer.method, [arm.plan])
+    predicted = memory.estimate(skeleton, arm.model.folder, config, trainer.method, [arm.plan], trainer.device)
     lora = sum(p.numel() * p.element_size() for p in trainer.weights.lora.values())
     if trainer.device.type == "cuda":
         arm.run()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from tmpo_trainer.backbones import find_model
+from tmpo_trainer.backbones import decoder, find_model
 from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.backbones.flux import FluxBackbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
@@ -132,7 +132,7 @@ def make(kind: str, size: str, config: TrainConfig, device: torch.device, folder
         part.to(device, dtype).requires_grad_(False).eval()
     if device.type == "cpu":
         # As `Backbone.load` does.
-        vae.to(memory_format=torch.channels_last)
+        decoder.prepare(vae)
     if config.quantize == "nf4":
         quantise(network, dtype)
     backbone = family(pipeline, config.max_sequence_length)

@@ -44,7 +44,7 @@ def test_an_update_takes_what_was_estimated(model: Path, tmp_path: Path, quantiz
     skeleton = load_skeleton(str(model), torch.bfloat16, tokens)
     plan = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
     method = methods.make(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
-    phases = memory.estimate(skeleton, model, config, method, [plan])
+    phases = memory.estimate(skeleton, model, config, method, [plan], device)
     options = LoadOptions(torch.bfloat16, device, tokens, prompts=[PROMPT], text_cache=tmp_path, nf4=quantize == "nf4")
     backbone = load_backbone(str(model), options)
     trainer = Trainer(config, tmp_path, backbone, [SharpnessScorer()], [PROMPT])

@@ -33,7 +33,7 @@ def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
     skeleton = load_skeleton(str(folder), torch.float32, TOKENS)
     skeleton.split_guidance = config.split_guidance
     method = methods.make(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
-    return memory.estimate(skeleton, folder, config, method, [PLAN])
+    return memory.estimate(skeleton, folder, config, method, [PLAN], torch.device("cuda"))
 
 
 def part(phases: dict[str, dict[str, int]], phase: str, name: str) -> int:
@@ -181,3 +181,10 @@ def test_dry_run_loads_nothing(
     for phase in ("rollout, ", "decoding, ", "replay, ", "optimiser: "):
         assert out.count(f"\n  {phase}") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cpu_decodes_what_its_caches_hold(tiny_sd35: Path) -> None:
+    skeleton, config = load_skeleton(str(tiny_sd35), torch.float32, TOKENS), settings(decode_batch=64)
+    method = methods.make(config, skeleton.sigmas(config.rollout_steps, *config.resolution))
+    phases = memory.estimate(skeleton, tiny_sd35, config, method, [PLAN], torch.device("cpu"))
+    assert any(title.startswith("decoding, 8 ") for title in phases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -413,20 +414,23 @@ class Backbone(ABC):
         """Latents `[N, ...]` -> uint8 RGB `[N, H, W, 3]`, rounded as diffusers does.
 
         Args:
-            batch: the largest number at a time. On a CPU there are fewer, which is faster; see CACHED.
+            batch: the largest number at a time, see `decoded_together`.
 
         Raises:
             ValueError: a pixel is not finite, which would look black.
         """
-        if latents.device.type == "cpu":
-            batch = max(1, min(batch, CACHED // latents[0].numel()))
         images = []
-        for part in latents.split(batch):
+        for part in latents.split(decoded_together(batch, latents.shape[1:], latents.device)):
             pixels = self.vae_pixels(self.unscale(part)).float()
             if not pixels.isfinite().all():
                 raise ValueError("the VAE gave pixels that are not finite: use --dtype float32")
             images.append(((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
         return torch.cat(images).numpy()
+
+
+def decoded_together(batch: int, shape: Sequence[int], device: torch.device) -> int:
+    """How many latents of a shape one VAE call gets: at most `batch`, and on a CPU fewer, which is faster."""
+    return max(1, min(batch, CACHED // math.prod(shape))) if device.type == "cpu" else batch
 
 
 def _check_finite(source: Path, module: torch.nn.Module) -> None:

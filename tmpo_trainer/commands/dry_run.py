@@ -56,7 +56,7 @@ def dry_run(config: TrainConfig) -> int:
         f"{total:,} network evaluations (forward and backward pass count one each)"
     )
     print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
-    for phase, parts in memory.estimate(skeleton, folder, config, method, plans).items():
+    for phase, parts in memory.estimate(skeleton, folder, config, method, plans, device).items():
         listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
         print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
     return 0

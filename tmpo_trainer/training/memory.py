@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import methods, tree
-from ..backbones.base import Backbone
+from ..backbones.base import Backbone, decoded_together
 from ..lora.adapter import attach
 from ..methods.base import Method
 from ..settings.config import TrainConfig
@@ -97,7 +97,12 @@ def weight_bytes(module: torch.nn.Module, nf4: bool = False) -> int:
 
 
 def estimate(
-    skeleton: Backbone, folder: Path, config: TrainConfig, method: Method, plans: Sequence[tree.TreePlan]
+    skeleton: Backbone,
+    folder: Path,
+    config: TrainConfig,
+    method: Method,
+    plans: Sequence[tree.TreePlan],
+    device: torch.device,
 ) -> dict[str, dict[str, int]]:
     """Bytes on one device, `{phase: {part: bytes}}`; a phase needs the sum of its parts.
 
@@ -105,7 +110,7 @@ def estimate(
 
     Args:
         skeleton: from `Backbone.skeleton`; it gets the run's adapter and is of no use afterwards.
-        folder: the model's. method: of the run. plans: of one prompt, all that the run may meet.
+        folder: the model's. method: of the run. plans: of one prompt, all that the run may meet. device: of the run.
     """
     transformer, vae = skeleton.transformer, skeleton.vae
     text = {"text encoders": skeleton.text_encoder_bytes(folder, transformer.dtype)}
@@ -127,7 +132,7 @@ def estimate(
     kept = max(each.get("backward", 0) for each in counts) * config.prompts_per_update
     rollout = tree.chunk_size(width, together, config.max_batch)
     replay = kept or tree.chunk_size(trained, together, config.replay_batch)
-    decode = min(max(plan.leaves for plan in plans) * together, config.decode_batch)
+    decode = min(max(plan.leaves for plan in plans) * together, decoded_together(config.decode_batch, shape, device))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)
         fake(vae)
