@@ -46,4 +46,28 @@ def test_a_cpu_decodes_few_pictures_at_once(load: Callable[[], Backbone], monkey
     monkeypatch.setattr(backbone, "vae_pixels", counted_pixels)
     assert backbone.decode(torch.zeros(11, 16, 8, 8), 64).shape == (11, 64, 64, 3)
     backbone.decode(torch.zeros(3, 16, 8, 8), 2)
-    assert sizes == [8, 3, 2, 1]
+    assert sorted(sizes) == [1, 2, 3, 8]
+
+
+def test_threads_share_the_parts_and_are_as_many_as_before(
+    load: Callable[[], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, latents = load(), torch.randn(20, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, before, counts = backbone.vae_pixels, torch.get_num_threads(), []
+
+    def counted_pixels(unscaled: Tensor) -> Tensor:
+        counts.append(torch.get_num_threads())
+        return whole(unscaled)
+
+    try:
+        torch.set_num_threads(1)
+        alone = backbone.decode(latents, 8)
+        torch.set_num_threads(2)
+        monkeypatch.setattr(backbone, "vae_pixels", counted_pixels)
+        assert (backbone.decode(latents, 8) == alone).all()
+        assert counts == [1, 1, 1] and torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="not finite"):
+            backbone.decode(latents * torch.inf, 8)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

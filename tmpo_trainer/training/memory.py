@@ -132,7 +132,9 @@ def estimate(
     kept = max(each.get("backward", 0) for each in counts) * config.prompts_per_update
     rollout = tree.chunk_size(width, together, config.max_batch)
     replay = kept or tree.chunk_size(trained, together, config.replay_batch)
-    decode = min(max(plan.leaves for plan in plans) * together, decoded_together(config.decode_batch, shape, device))
+    decoders = torch.get_num_threads() if device.type == "cpu" else 1
+    decode = decoders * decoded_together(config.decode_batch, shape, device)
+    decode = min(max(plan.leaves for plan in plans) * together, decode)
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)
         fake(vae)
