@@ -55,7 +55,7 @@ def integrate(name: str, velocity: Velocity, x: Tensor, sigmas: Sequence[float],
     """x at the last sigma by a multistep solver, which may know earlier calls."""
     known = list(past)
     for sigma, sigma_next in itertools.pairwise(sigmas):
-        known = [*known, Past(x, sigma, velocity(x, torch.full((len(x),), sigma)))][-ORDERS[name] :]
+        known = [*known, Past(x, sigma, velocity(x, x.new_full((len(x),), sigma)))][-ORDERS[name] :]
         x = (dpm if name == "dpm" else adams_bashforth)(known, sigma_next)
     return x
 
