@@ -274,14 +274,14 @@ def test_each_reward_wants_its_own_prompts_only(place: Path) -> None:
 
 
 def test_defaults_are_the_papers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """10 pictures, and for a model from the hub the preset's features and batch."""
+    """10 pictures, and for a model from the hub the preset's features and batch; the demo has its own steps."""
     seen: list[TrainConfig] = []
     monkeypatch.setattr(evaluation, "run", lambda config, *more: seen.append(config) or 0)
     for flags in (["--model", "black-forest-labs/FLUX.1-dev"], [], ["--model", "x/y", "--reward", "geneval"], ["run"]):
         assert main.main(["evaluate", *flags]) == 0
-    assert [(c.eval_images, c.eval_steps, c.features, c.max_batch) for c in seen] == [
-        (10, 28, "facebook/dinov2-large", 27), (10, 28, "efficientnet-lite0", None),
-        (10, 28, "facebook/dinov2-large", 27), (3, 4, "efficientnet-lite0", None),
+    assert [(c.eval_images, c.eval_steps, c.eval_solver, c.features, c.max_batch) for c in seen] == [
+        (10, 28, "euler", "facebook/dinov2-large", 27), (10, 12, "ab2", "efficientnet-lite0", None),
+        (10, 28, "euler", "facebook/dinov2-large", 27), (3, 4, "euler", "efficientnet-lite0", None),
     ]  # fmt: skip
 
 
