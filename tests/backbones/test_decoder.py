@@ -64,10 +64,13 @@ def test_threads_share_the_parts_and_are_as_many_as_before(
         alone = backbone.decode(latents, 8)
         torch.set_num_threads(2)
         monkeypatch.setattr(backbone, "vae_pixels", counted_pixels)
-        assert (backbone.decode(latents, 8) == alone).all()
+        assert (backbone.decode(latents, 16) == alone).all()
         assert counts == [1, 1, 1] and torch.get_num_threads() == 2
+        # Two calls at once would be more than the caller allows.
+        backbone.decode(latents, 8)
+        assert counts[3:] == [2, 2, 2]
         with pytest.raises(ValueError, match="not finite"):
-            backbone.decode(latents * torch.inf, 8)
+            backbone.decode(latents * torch.inf, 16)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -415,14 +415,14 @@ class Backbone(ABC):
         """Latents `[N, ...]` -> uint8 RGB `[N, H, W, 3]`, rounded as diffusers does.
 
         Args:
-            batch: the largest number at a time, see `decoded_together`.
+            batch: the largest number at a time, see `decoder_calls`.
 
         Raises:
             ValueError: a pixel is not finite, which would look black.
         """
-        parts = latents.split(decoded_together(batch, latents.shape[1:], latents.device))
-        threads = torch.get_num_threads()
-        if latents.device.type != "cpu" or threads == 1 or len(parts) == 1:
+        rows, calls = decoder_calls(batch, latents.shape[1:], latents.device)
+        parts, threads = latents.split(rows), torch.get_num_threads()
+        if calls < threads or threads == 1 or len(parts) == 1:
             return torch.cat([self._decode(part) for part in parts]).numpy()
         # A thread for each of several small batches makes better use of the cores than all threads for each in turn.
         try:
@@ -440,9 +440,15 @@ class Backbone(ABC):
         return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def decoded_together(batch: int, shape: Sequence[int], device: torch.device) -> int:
-    """How many latents of a shape one VAE call gets: at most `batch`, and on a CPU fewer, which is faster."""
-    return max(1, min(batch, CACHED // math.prod(shape))) if device.type == "cpu" else batch
+def decoder_calls(batch: int, shape: Sequence[int], device: torch.device) -> tuple[int, int]:
+    """How many latents of a shape one VAE call gets, and how many calls run at once: together at most `batch`.
+
+    On a CPU calls are small, which is faster, and there is one for each of its threads if `batch` allows as many.
+    """
+    if device.type != "cpu":
+        return batch, 1
+    rows, threads = max(1, min(batch, CACHED // math.prod(shape))), torch.get_num_threads()
+    return rows, threads if rows * threads <= batch else 1
 
 
 def _check_finite(source: Path, module: torch.nn.Module) -> None:

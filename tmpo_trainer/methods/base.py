@@ -57,7 +57,7 @@ class Method(ABC):
 
     @property
     def graphs(self) -> bool:
-        """Whether the rollout keeps the graphs of its stochastic steps."""
+        """Whether the rollout keeps the graphs of its stochastic steps. Not with `rollout_weights`, which are gone by then."""
         return False
 
     def about(self, update: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import methods, tree
-from ..backbones.base import Backbone, decoded_together
+from ..backbones.base import Backbone, decoder_calls
 from ..lora.adapter import attach
 from ..methods.base import Method
 from ..settings.config import TrainConfig
@@ -132,9 +132,9 @@ def estimate(
     kept = max(each.get("backward", 0) for each in counts) * config.prompts_per_update
     rollout = tree.chunk_size(width, together, config.max_batch)
     replay = kept or tree.chunk_size(trained, together, config.replay_batch)
-    decoders = torch.get_num_threads() if device.type == "cpu" else 1
-    decode = decoders * decoded_together(config.decode_batch, shape, device)
-    decode = min(max(plan.leaves for plan in plans) * together, decode)
+    decode = min(
+        max(plan.leaves for plan in plans) * together, math.prod(decoder_calls(config.decode_batch, shape, device))
+    )
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake(transformer)
         fake(vae)
