@@ -3,9 +3,10 @@
     python -m benchmarks gpu --json gpu.json
 
 Nothing is downloaded, no weights are written to a disk, and nobody has to be present. Every part runs in a process of its own
-with its own limit of time. A part that fails leaves one line in the result, and the others go on. The file is written after
-every part. The packages needed are torch, diffusers, transformers, peft, accelerate, and what tmpo_trainer needs to import;
-bitsandbytes for NF4 and pytest for the tests are used where they are installed. `--tiny` runs the same code on a CPU.
+with its own limit of time. A part that fails leaves one line in the result and all that it printed in gpu.log, and the others
+go on. Both files are written after every part. The packages needed are torch, diffusers, transformers, peft, accelerate, and
+what tmpo_trainer needs to import; bitsandbytes for NF4 and pytest for the tests are used where they are installed. `--tiny`
+runs the same code on a CPU.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -37,13 +41,13 @@ REPOSITORY = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Part:
-    """seconds: its limit. backbone, presets: what is measured, in updates of one prompt that branches as the paper's last
+    """seconds: its limit. backbone, presets, own: what is measured, in updates of one prompt that branches as the paper's last
     updates do."""
 
     seconds: int
     backbone: str = "flux"
     presets: tuple[str, ...] = ()
-    compile: bool = False
+    own: dict[str, Any] = field(default_factory=dict)
 
 
 #: The tests come before what may take longest.
@@ -52,8 +56,10 @@ PARTS = {
     "flux-80gb": Part(100, presets=("pickscore", "flux-80gb")),
     "flux-24gb": Part(100, presets=("pickscore", "flux-24gb")),
     "sd35m": Part(80, "sd35m", ("pickscore", "sd35m-24gb")),
+    # The options that change no gradient, and little of the pictures.
+    "options": Part(80, presets=("pickscore",), own={"solver": "ab2", "leaf_steps": 2, "reuse_forward": True}),
     "tests": Part(100),
-    "compile": Part(170, presets=("pickscore", "flux-80gb"), compile=True),
+    "compile": Part(170, presets=("pickscore", "flux-80gb"), own={"compile": True}),
 }
 #: Of all parts, with the start of their processes: a margin below nine minutes.
 SECONDS = 525
@@ -70,6 +76,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=trainer_flags.path_flag, default=Path("gpu.json"), metavar="FILE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=" ".join(PARTS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="limit of all parts together")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="updates of each part")
     parser.add_argument("--tiny", action="store_true", help="the same code on tiny models, on a CPU too")
     # Of the processes that this one starts.
     parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)
@@ -77,19 +84,23 @@ def main(arguments: list[str]) -> int:
     if not args.tiny and not torch.cuda.is_available():
         raise ConfigError("this measures full-size models and needs a CUDA GPU: --tiny runs the same code on a CPU")
     if args.only:
-        work(args.only, args.tiny, args.json, time.monotonic() + args.seconds)
+        work(args.only, args.tiny, args.json, time.monotonic() + args.seconds, args.rounds)
         return 0
-    return run(args.parts, args.tiny, args.json, args.seconds)
+    return run(args.parts, args.tiny, args.json, args.seconds, args.rounds)
 
 
-def run(parts: list[str], tiny: bool, file: Path, seconds: float) -> int:
+def run(parts: list[str], tiny: bool, file: Path, seconds: float, rounds: int) -> int:
     """Runs the parts one after another. Returns 1 if one failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"machine": machine(device), "tiny": tiny, "parts": {}}
     end = time.monotonic() + seconds
     for name in parts:
         begun, limit = time.monotonic(), min(PARTS[name].seconds, end - time.monotonic())
-        found = {"error": "no time was left"} if limit < LEAST else part(name, tiny, limit)
+        found = (
+            {"error": "no time was left"}
+            if limit < LEAST
+            else part(name, tiny, limit, rounds, file.with_suffix(".log"))
+        )
         found["wall seconds"] = round(time.monotonic() - begun, 1)
         result["parts"][name] = found
         file.write_text(json.dumps(result, indent=1) + "\n")
@@ -98,33 +109,52 @@ def run(parts: list[str], tiny: bool, file: Path, seconds: float) -> int:
     return int(any("error" in found for found in result["parts"].values()))
 
 
-def part(name: str, tiny: bool, limit: float) -> dict[str, Any]:
-    """A part's figures from a process of its own; what it had measured, and an error, if it fails or takes too long."""
+def part(name: str, tiny: bool, limit: float, rounds: int, log: Path) -> dict[str, Any]:
+    """A part's figures from a process of its own; what it had measured, and an error, if it fails or takes too long.
+
+    log: what the process prints is added to it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "part.json"
         command = [sys.executable, "-m", "benchmarks", "gpu", "--only", name, "--json", str(file)]
         # The process stops by itself before it is killed.
-        command += ["--seconds", f"{limit - 10:.0f}", *(["--tiny"] if tiny else [])]
+        command += ["--seconds", f"{limit - 10:.0f}", "--rounds", str(rounds), *(["--tiny"] if tiny else [])]
         error = None
-        try:
-            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if line.strip()]
-                error = one_line(lines[-1]) if lines else f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            error = f"it took longer than its {limit:.0f} seconds"
+        with log.open("a+", encoding="utf-8", errors="replace") as output:
+            begin = output.tell()
+            code = finished(command, limit, output)
+            if code is None:
+                error = f"it took longer than its {limit:.0f} seconds"
+            elif code:
+                output.seek(begin)
+                lines = [line for line in output if line.strip()]
+                error = one_line(lines[-1]) if lines else f"exit code {code}"
         found = json.loads(file.read_text()) if file.exists() else {}
     return found | ({} if error is None else {"error": error})
 
 
-def work(name: str, tiny: bool, file: Path, end: float) -> None:
+def finished(command: list[str], limit: float, output: IO[str]) -> int | None:
+    """Runs a command. Returns its exit code, or None if it was killed after `limit` seconds with all that it had started:
+    what outlives it would keep the GPU's memory and time from the next part."""
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def work(name: str, tiny: bool, file: Path, end: float, rounds: int = ROUNDS) -> None:
     """Measures one part, and writes its figures after every step. end: of `time.monotonic`, after which no round begins."""
     if name == "tests":
         write(file, run_tests(end))
         return
     chosen = PARTS[name]
     with tempfile.TemporaryDirectory() as folder:
-        measure(chosen, "tiny" if tiny else "full", file, Path(folder), end)
+        measure(chosen, "tiny" if tiny else "full", file, Path(folder), end, rounds)
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
@@ -137,19 +167,20 @@ def run_tests(end: float) -> dict[str, Any]:
     """The tests that need a GPU."""
     if importlib.util.find_spec("pytest") is None:
         return {"error": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-p", "no:warnings"]
     limit = end - time.monotonic()
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit)
+    print(done.stdout, done.stderr, sep="\n")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     failed = [one_line(line) for line in lines if line.startswith(("FAILED", "ERROR"))]
     found: dict[str, Any] = {"summary": one_line(lines[-1]) if lines else "", "failed": failed}
     return found if done.returncode == 0 else found | {"error": "; ".join(failed) or f"exit code {done.returncode}"}
 
 
-def measure(chosen: Part, size: str, file: Path, folder: Path, end: float) -> None:
+def measure(chosen: Part, size: str, file: Path, folder: Path, end: float, rounds: int) -> None:
     """Seconds, ratios to the floor and memory of a part's settings."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own: dict[str, Any] = {"compile": chosen.compile}
+    own = dict(chosen.own)
     config = configure(chosen.backbone, size, list(chosen.presets), {}, **own)
     if config.quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         write(file, {"error": "bitsandbytes is not installed, so nothing was measured in NF4"})
@@ -175,7 +206,7 @@ def measure(chosen: Part, size: str, file: Path, folder: Path, end: float) -> No
     found |= {"forwards": arm.forwards, "forwards and backwards": arm.backwards, "updates": [], "floors": []}
     write(file, found)
     slowest = 0.0
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         if time.monotonic() + slowest > end:
             break
         begun = time.monotonic()

@@ -41,7 +41,7 @@ sys.exit(main(["gpu", "--tiny", "--only", "flux-24gb", "--json", {str(tmp_path /
 def test_a_failed_part_is_one_line_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def part(name: str, tiny: bool, limit: float) -> dict[str, Any]:
+    def part(name: str, tiny: bool, limit: float, rounds: int, log: Path) -> dict[str, Any]:
         assert limit <= gpu.PARTS[name].seconds
         if name == "sd35m":
             file = tmp_path / "own.json"
@@ -57,12 +57,25 @@ def test_a_failed_part_is_one_line_and_the_others_go_on(
     assert "pickscore: CUDA error: out of memory" in out and "| sd35m " in out
 
 
-def test_a_part_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(command: list[str], **how: Any) -> None:
-        raise subprocess.TimeoutExpired(command, how["timeout"])
+def test_the_log_has_what_a_failed_part_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.sys, "executable", str(Path(sys.prefix) / "bin" / "python"))
+    monkeypatch.setattr(gpu, "REPOSITORY", tmp_path)
+    log = tmp_path / "gpu.log"
+    log.write_text("of an earlier part\n")
+    assert gpu.part("pickscore", True, 60, 1, log) == {"error": f"{sys.prefix}/bin/python: No module named benchmarks"}
+    assert log.read_text().startswith("of an earlier part\n") and "No module named" in log.read_text()
 
-    monkeypatch.setattr(gpu.subprocess, "run", slow)
-    assert gpu.part("pickscore", True, 30) == {"error": "it took longer than its 30 seconds"}
+
+def test_a_part_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "gpu.log"
+    code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    with log.open("w+") as output:
+        assert gpu.finished([sys.executable, "-c", code], 2, output) is None
+    child = int(log.read_text())
+    status = Path(f"/proc/{child}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+    monkeypatch.setattr(gpu, "finished", lambda command, limit, output: None)
+    assert gpu.part("pickscore", True, 30, 1, log) == {"error": "it took longer than its 30 seconds"}
 
 
 def test_nothing_begins_without_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,7 @@ from tmpo_trainer.training import memory
 from tmpo_trainer.training.loop import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-REPOSITORY = Path(__file__).parents[2]
 PROMPT = "a red circle"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FLUX in full width with two blocks of each kind, random weights."""
-    folder = tmp_path_factory.mktemp("random") / "flux"
-    command = [sys.executable, "-m", "benchmarks", "random-model", "flux", str(folder), "--blocks", "2", "2"]
-    subprocess.run(command, cwd=REPOSITORY, check=True)
-    return folder
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
