@@ -279,3 +279,37 @@ def test_a_layer_adds_its_lora_without_further_tensors(tiny_flux: Callable[[bool
     width, rank = 4 * 150 * 32, 4 * 150 * 4
     # Input, output and the product with lora_A, before and after the scale.
     assert peaks[0] <= 2 * width + 2 * rank < peaks[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["flux-dev", "flux-schnell", "sd3", "sd35"])
+def test_gradients_reach_attention_as_contiguous_tensors(
+    tiny_flux: Callable[[bool], Path],
+    tiny_model: Path,
+    tiny_sd35: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    checkpointing: bool,
+) -> None:
+    """cuDNN's attention takes others for packed ones: wrong gradients on a Hopper GPU, see `ContiguousGradient`."""
+    models = {"sd3": tiny_model, "sd35": tiny_sd35}
+    model = models[kind] if kind in models else tiny_flux(kind == "flux-dev")
+    backbone = load_backbone(str(model), LoadOptions(torch.float32, torch.device("cpu"), 8, prompts=["a red circle"]))
+    lora.attach(backbone.transformer, backbone.adapter("paper", 2, 2))
+    if checkpointing:
+        backbone.transformer.enable_gradient_checkpointing()
+    plain = torch.nn.functional.scaled_dot_product_attention
+    contiguous = []
+
+    def watched(*arguments: Any, **more: Any) -> Tensor:
+        found = plain(*arguments, **more)
+        if found.requires_grad:
+            # [B, heads, S, D], and in memory [B, S, heads, D].
+            found.register_hook(lambda gradient: contiguous.append(gradient.transpose(1, 2).is_contiguous()))
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    x = torch.randn(2, *backbone.latent_shape(32, 32))
+    velocity = backbone.velocity(["a red circle"], 1.0)(x, torch.full((2,), 0.5))
+    velocity.square().sum().backward()
+    assert contiguous and all(contiguous)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -28,6 +29,8 @@ def attach(transformer: Any, config: LoraConfig) -> None:
 
     It computes in the precision of the layer's input. peft would keep a float32 copy of every bfloat16 layer's input for the
     backward pass, which takes more than half of a replay's memory.
+
+    The gradients of attention's outputs are made contiguous, see `ContiguousGradient`.
     """
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
@@ -35,6 +38,32 @@ def attach(transformer: Any, config: LoraConfig) -> None:
         if isinstance(layer, LoraLayer):
             part: Any = layer
             part.forward = partial(_forward, part)
+        elif isinstance(layer, AttentionModuleMixin):
+            layer.register_forward_hook(_contiguous_gradient)
+
+
+class ContiguousGradient(torch.autograd.Function):
+    """The identity, which hands on its gradient as a contiguous tensor.
+
+    FLUX's single-stream blocks concatenate attention's output with another tensor, so its gradient is a slice of a wider one.
+    cuDNN's attention, torch's choice on Hopper GPUs since torch 2.11, reads such a slice as if it were packed (cuDNN 9.19 on an
+    H100): the gradients of query, key and value have nothing in common with the right ones, or the memory access is illegal.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()
+
+
+def _contiguous_gradient(module: Any, arguments: Any, output: Any) -> Any:
+    """A forward hook of an attention module, whose output is a tensor or a tuple of them."""
+    if isinstance(output, tuple):
+        return tuple(ContiguousGradient.apply(part) for part in output)
+    return ContiguousGradient.apply(output)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
