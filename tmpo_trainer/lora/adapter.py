@@ -34,10 +34,10 @@ def attach(transformer: Any, config: LoraConfig) -> None:
     """
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
+    layer: Any
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            part: Any = layer
-            part.forward = partial(_forward, part)
+            layer.forward = partial(_forward, layer)
         elif isinstance(layer, AttentionModuleMixin):
             layer.register_forward_hook(_contiguous_gradient)
 
