@@ -34,11 +34,11 @@ def attach(transformer: Any, config: LoraConfig) -> None:
     """
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
-    layer: Any
-    for layer in transformer.modules():
-        if isinstance(layer, LoraLayer):
+    for module in transformer.modules():
+        layer: Any = module
+        if isinstance(module, LoraLayer):
             layer.forward = partial(_forward, layer)
-        elif isinstance(layer, AttentionModuleMixin):
+        elif isinstance(module, AttentionModuleMixin):
             layer.register_forward_hook(_contiguous_gradient)
 
 
