@@ -24,7 +24,7 @@ from .pictures.statistics import PICTURE_STATISTICS, PictureStatistic
 #: A statistic whose standard deviation is at most this share of its largest value is constant but for rounding. Directions
 #: in which statistics differ by less than this share of what they have in common are left alone for the same reason.
 CONSTANT = 1e-6
-#: A residual of at most this share of the reward's spread is rounding, and is taken as 0.
+#: A residual of at most this share of the reward's spread, or of rewards' rounding in float32, is taken as 0.
 ROUNDING = 1e-5
 #: A residual is stretched at most this much. Where the statistics explain all but 1% of the variance, the rest is no signal.
 MOST_STRETCH = 10.0
@@ -117,7 +117,8 @@ def neutral_rewards(rewards: Tensor, statistics: Tensor, share: float = 1.0, kee
         return rewards
     left = centred - share * (basis @ (basis.T @ centred))
     before, after = centred.norm(), left.norm()
-    if after <= ROUNDING * before:
+    rounded = torch.finfo(torch.float32).eps * wide.norm()
+    if after <= ROUNDING * before + rounded:
         left = torch.zeros_like(left)
     elif keep_spread:
         left = left * (before / after).clamp_max(MOST_STRETCH)
