@@ -117,7 +117,7 @@ class Roller:
             ]
             neutral: Figures = {}
             if statistics:
-                # A reward that is z-scored is z-scored again, as it were: the method's beta or weights mean the same as before.
+                # A z-scored reward stays normalised, so that beta and the weights of other terms mean the same.
                 keep_spread = config.combining == "zscore"
                 rewards, neutral = nuisance.neutralise(rewards, statistics, config.neutral_share, keep_spread)
             share = count / config.prompts_per_update
