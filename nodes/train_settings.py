@@ -31,7 +31,8 @@ MORE = (
     "beta_warmup", "baseline", "anchor", "anchor_weight", "clip", "kl_weight", "window", "window_every", "lr_min_ratio",
     "weight_decay", "adam_betas", "max_grad_norm", "ema_decay", "ema_every", "lora_targets", "lora_alpha", "eval_images",
     "eval_limit", "eval_steps", "eval_solver", "eval_every", "sample_every", "checkpoint_every", "checkpoints_kept",
-    "report", "dtype", "quantize", "attention", "offload_scorers", "compile", "threads",
+    "report", "dtype", "quantize", "attention", "offload_scorers", "compile", "threads", "neutral", "neutral_share",
+    "diversity_weight", "diversity",
 )  # fmt: skip
 #: A word of a value: a number, a choice, true or false.
 WORD = re.compile(r"[A-Za-z0-9_.+-]{1,40}")

@@ -18,7 +18,7 @@ ROWS = (
     ("flow", "objectives", "diversity"),
     ("tree", "selection"),
     ("demo", "pictures"),
-    ("prompts",),
+    ("prompts", "nuisance"),
     ("rewards", "backbones"),
     ("methods",),
     ("lora",),

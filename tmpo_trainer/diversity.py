@@ -54,6 +54,12 @@ def cosine_distances(features: Tensor) -> Tensor:
     return (1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)
 
 
+def mean_cosine_distances(features: Tensor) -> Tensor:
+    """Mean of 1 - cos(f_i, f_j) over the other samples j: `features [K, D]` -> float64 `[K]`, in 0..2."""
+    distances = cosine_distances(features)
+    return distances.sum(1) / (len(distances) - 1)
+
+
 def cosine_diversity(features: Tensor) -> Tensor:
     """Mean over pairs i != j of 1 - cos(f_i, f_j) (GARDO, arXiv:2512.24138). `features [K, D]` -> scalar in 0..2."""
     unit = _unit(features)

@@ -16,7 +16,13 @@ Loss = Callable[[Any, Callable[..., Tensor]], Tensor]
 VARIANTS = ("tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching")
 
 
-def softmax_tb(beta: float, baseline: str = "none", anchor: float | None = None) -> Loss:
+def z_scored(prompt: Any) -> Tensor:
+    return prompt.z
+
+
+def softmax_tb(
+    beta: float, baseline: str = "none", anchor: float | None = None, reward: Callable[[Any], Tensor] = z_scored
+) -> Loss:
     """Algorithm 4, path by path: log softmax(beta R) - log softmax(log pi), or the anchor's log ratio in its place."""
 
     def loss(prompt: Any, clipped: Callable[..., Tensor]) -> Tensor:
@@ -28,7 +34,7 @@ def softmax_tb(beta: float, baseline: str = "none", anchor: float | None = None)
             return [torch.stack([v[row] for v, row in zip(values, path, strict=True)]).sum() for path in rows]
 
         policy = torch.stack(along([step.new if anchor is None else anchor * step.delta for step in steps])).detach()
-        advantage = (beta * prompt.z).log_softmax(0) - policy.log_softmax(0)
+        advantage = (beta * reward(prompt)).log_softmax(0) - policy.log_softmax(0)
         ratios = [step.new - step.old + step.shift for step in steps]
         if baseline != "siblings":
             centre = advantage.mean() if baseline == "group" else 0.0
@@ -84,6 +90,28 @@ def step_balance(beta: float) -> Loss:
 )
 def test_gradient_is_that_of_the_loss_written_out(check_gradient: Check, loss: Loss, settings: dict[str, Any]) -> None:
     check_gradient("tmpo", loss, **{"kernel": "cps", **settings})
+
+
+def cosine_distances(prompt: Any) -> Tensor:
+    """Of the features of `conftest.Corner`, with infinity on the diagonal."""
+    corner = torch.nn.functional.normalize(prompt.leaves[:, :, 0, 0], dim=1)
+    return (1 - corner @ corner.T).fill_diagonal_(torch.inf)
+
+
+def with_distance(prompt: Any) -> Tensor:
+    distance = cosine_distances(prompt).fill_diagonal_(0).sum(1)
+    return prompt.z + 0.3 * (distance - distance.mean()) / distance.std(correction=0)
+
+
+def with_rarity(prompt: Any) -> Tensor:
+    nearest = cosine_distances(prompt).min(1).values
+    return torch.where(prompt.z > 0, prompt.z * (1 + 0.3 * (nearest / nearest.mean() - 1)), prompt.z)
+
+
+@pytest.mark.parametrize(("kind", "reward"), [("distance", with_distance), ("rarity", with_rarity)])
+def test_diversity_is_a_part_of_the_reward(check_gradient: Check, kind: str, reward: Callable[[Any], Tensor]) -> None:
+    loss = softmax_tb(0.8, "siblings", reward=reward)
+    check_gradient("tmpo", loss, baseline="siblings", diversity=kind, diversity_weight=0.3)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,11 @@ from tmpo_trainer.settings.presets import all_settings, make_config
             "max_batch 1 cannot hold one latent of each of 2",
         ),
         ({"replay_batch": 1, "prompts_per_batch": 2, "prompts_per_update": 2}, "replay_batch 1 cannot hold"),
+        ({"neutral": ("contrast", "contrast")}, "neutral contrast contrast names one twice"),
+        (
+            {"neutral": ("contrast", "sharpness", "saturation"), "branch_early": (2, 3)},
+            "neutral names 3 statistics, and 9 pictures per prompt allow 2",
+        ),
         ({"kappa": 3.0}, "Extra inputs are not permitted"),
         ({"learning_rate": float("nan")}, "finite number"),
     ],

@@ -75,6 +75,10 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "eval_solver",
         "leaf_steps",
         "reuse_forward",
+        "neutral",
+        "neutral_share",
+        "diversity_weight",
+        "diversity",
     }
 
 

@@ -104,7 +104,8 @@ class PromptBatch:
     """The rollout of P prompts in one forest, K leaves each. Row l * P + p is leaf l of prompt p.
 
     plan: of one prompt. rollout: of all of them. share: of the update's prompts on this process, P / prompts_per_update.
-    scores: by scorer, `[K, P]`. rewards: of every prompt, combined, `[K]` each. features: `[K, P, D]`, or None.
+    scores: by scorer, `[K, P]`. rewards: of every prompt, combined and without the
+    part that the `neutral` statistics explain, `[K]` each. features: `[K, P, D]`, or None.
     own: what the method keeps of this batch until the update ends.
     """
 

@@ -27,7 +27,7 @@ class Settings(TransitionSettings):
         "tmpo-no-tree": {"tree": False},
         "tmpo-fixed-branching": {"schedule": "fixed"},
     }
-    exclusive: ClassVar[tuple[str, ...]] = ("baseline", "anchor")
+    exclusive: ClassVar[tuple[str, ...]] = ("baseline", "anchor", "diversity_weight")
 
     branch_late: tuple[int, ...] = (1, 3, 5)
     """Mean branch steps at the last update."""
@@ -51,6 +51,12 @@ class Settings(TransitionSettings):
     """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
     anchor_weight: float = Field(1.0, ge=1e-4, le=1e4)
     """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
+    diversity_weight: float = Field(0.0, ge=0, le=100)
+    """Weight of a term for diversity in the reward, see `diversity`; 0 for none."""
+    diversity: Literal["distance", "rarity"] = "distance"
+    """`distance` adds diversity_weight times the z-scored mean cosine distance of a picture's features to those of the other
+    leaves. `rarity` multiplies what a reward has above the group's mean by 1 + diversity_weight (d - 1), where d is the
+    distance to the nearest other leaf over its mean: with a weight of 1 that is GARDO's advantage (arXiv:2512.24138)."""
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> Settings:
@@ -64,6 +70,10 @@ class Settings(TransitionSettings):
         if self.baseline == "group" and self.balance == "subtree":
             raise ValueError(f"baseline group with {self.method}: it has no advantage per path, use none or siblings")
         return self
+
+    @property
+    def needs_features(self) -> bool:
+        return super().needs_features or self.diversity_weight > 0
 
     def beta(self, update: int) -> float:
         """Inverse temperature of an update counted from 0."""
@@ -120,10 +130,23 @@ class Method(TransitionMethod):
     def anchored(self) -> bool:
         return self.config.anchor == "ref"
 
+    def rewards(self, batch: PromptBatch, p: int) -> Tensor:
+        """`[K]`, those of prompt number p with the term for diversity."""
+        from .. import diversity, objectives
+
+        rewards, weight = batch.rewards[p], self.config.diversity_weight
+        if not weight:
+            return rewards
+        assert batch.features is not None
+        features = batch.features[:, p]
+        if self.config.diversity == "rarity":
+            return (1 - weight) * rewards + weight * objectives.diverse_advantage(rewards, features)
+        return rewards + weight * objectives.zscore(diversity.mean_cosine_distances(features)).to(rewards.dtype)
+
     def loss(self, batch: PromptBatch, p: int, transitions: Transitions) -> tuple[Tensor, dict[str, float]]:
         from .. import objectives
 
-        config, rewards, beta = self.config, batch.rewards[p], self.config.beta(batch.update)
+        config, rewards, beta = self.config, self.rewards(batch, p), self.config.beta(batch.update)
         if config.balance == "subtree":
             return objectives.subtree_balance_loss(transitions, rewards, beta, config.clip, config.baseline)
         weight = config.anchor_weight if self.anchored else None

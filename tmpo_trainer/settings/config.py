@@ -20,6 +20,11 @@ from .paths import LocalPath, NamedPlace, Place
 LoraTargets = Literal["paper", "attention", "text", "all-linear"]
 #: How deterministic steps are taken: the names in `flow.Solver`, which would need torch.
 Solver = Literal["euler", "ab2"]
+#: Statistics of a sample that a reward can be made neutral to: the names in `nuisance.STATISTICS`, which would need torch.
+Nuisance = Literal[
+    "latent_norm", "latent_distance", "feature_distance", "brightness", "contrast", "saturation", "sharpness", "edge_density",
+    "high_frequency", "colour_entropy", "file_size",
+]  # fmt: skip
 
 #: Upper bound of settings that count something and cost nothing by themselves, such as updates between two checkpoints.
 COUNT = 10**9
@@ -119,6 +124,14 @@ class TrainConfig(BaseModel):
     """The largest number of latents in one VAE decode."""
 
     # Objective
+    neutral: tuple[Nuisance, ...] = ()
+    """Statistics that the reward shall not be gained by: within the K leaves of a prompt, what a least-squares fit on them
+    explains is taken out of the reward. Of latents: latent_norm (squared norm), latent_distance (squared distance to the
+    group's mean). Of features: feature_distance (mean cosine distance to the other leaves). Of pictures: brightness, contrast,
+    saturation, sharpness, edge_density, high_frequency, colour_entropy, file_size. At most (K - 1) / 4 of them. A reward that
+    is z-scored gets its standard deviation back afterwards."""
+    neutral_share: float = Field(1.0, ge=0, le=1)
+    """How much of the fit on the `neutral` statistics is taken out of the reward, from 0 (nothing) to 1 (all)."""
     inner_updates: int = Field(1, ge=1, le=1000)
     """Optimiser steps per rollout."""
 
@@ -219,6 +232,13 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"branching {self.branching} at {len(self.branch_early)} steps: more than {MOST_LEAVES} pictures per prompt"
             )
+        if len(set(self.neutral)) != len(self.neutral):
+            raise ValueError(f"neutral {' '.join(self.neutral)} names one twice")
+        if len(self.neutral) > (most := (self.leaves - 1) // 4):
+            raise ValueError(
+                f"neutral names {len(self.neutral)} statistics, and {self.leaves} pictures per prompt allow {most}, a quarter "
+                "of K - 1: name fewer, or raise branching"
+            )
         together = min(self.prompts_per_batch, self.prompts_per_update)
         for name in ("max_batch", "replay_batch"):
             if (getattr(self, name) or together) < together:
@@ -246,8 +266,8 @@ class TrainConfig(BaseModel):
 
     @property
     def needs_features(self) -> bool:
-        """Whether the method looks at the image features of every rollout."""
-        return False
+        """Whether the method, or the reward's neutral statistics, look at the image features of every rollout."""
+        return "feature_distance" in self.neutral
 
     @property
     def combining(self) -> Literal["zscore", "none"]:

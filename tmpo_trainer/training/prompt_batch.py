@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import diversity, objectives, tree
+from .. import diversity, nuisance, objectives, tree
 from ..backbones.base import Backbone
 from ..evaluation.features import Features
 from ..methods.base import Figures, Method
@@ -101,6 +101,12 @@ class Roller:
             if self.judges.features is not None:
                 features = self.judges.features(images).unflatten(0, (leaves, count)).cpu()
 
+            statistics = {}
+            if config.neutral:
+                latents = run.leaves.unflatten(0, (leaves, count))
+                pictures = images.reshape(leaves, count, *images.shape[1:])
+                statistics = nuisance.measure(config.neutral, latents, pictures, features)
+
         def finish() -> tuple[PromptBatch, Figures]:
             with clock("reward"):
                 scores = {name: values.view(leaves, count) for name, values in scored.scores().items()}
@@ -109,9 +115,14 @@ class Roller:
                 combine({name: s[:, p] for name, s in chosen.items()}, config.reward_weights, config.combining)
                 for p in range(count)
             ]
+            neutral: Figures = {}
+            if statistics:
+                # A z-scored reward stays normalised, so that beta and the weights of other terms mean the same.
+                keep_spread = config.combining == "zscore"
+                rewards, neutral = nuisance.neutralise(rewards, statistics, config.neutral_share, keep_spread)
             share = count / config.prompts_per_update
             batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features)
-            return batch, figures(batch)
+            return batch, {**figures(batch), **neutral}
 
         return finish
 
