@@ -193,7 +193,8 @@ def costs(front: Front, reward: np.ndarray, spread: Mapping[str, np.ndarray]) ->
 def slope(base: np.ndarray, model: np.ndarray) -> float | None:
     """Least-squares slope of the model's values on the base's, each less its prompt's mean: `[P, n]` each, same noise.
 
-    1: every picture kept its place. Below 1: pictures have contracted to their prompt's mean. A pair with NaN is left out.
+    1: every picture kept its place. Below 1: pictures have moved to their prompt's mean, or no longer correspond to the
+    base's. A pair with NaN is left out.
     None if the base's pictures do not differ.
     """
     known = np.isfinite(base) & np.isfinite(model)
