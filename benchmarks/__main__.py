@@ -10,7 +10,18 @@ from pathlib import Path
 from tmpo_trainer.commands.flags import hush
 from tmpo_trainer.settings.errors import ConfigError, one_line, suggest
 
-COMMANDS = ("speed", "gpu", "solvers", "random-model", "card", "sweep", "gradient-signal", "faults", "readme-picture")
+COMMANDS = (
+    "speed",
+    "gpu",
+    "solvers",
+    "limit",
+    "random-model",
+    "card",
+    "sweep",
+    "gradient-signal",
+    "faults",
+    "readme-picture",
+)
 
 
 def module(command: str) -> str:

@@ -99,10 +99,17 @@ def test_the_row_of_base_and_lora(
     assert gain["mean"] == pytest.approx(models["LoRA"]["red"]["mean"] - models["base"]["red"]["mean"], abs=1e-6)
     assert abs(gain["mean"]) > 1e-3 and gain["low"] <= gain["mean"] <= gain["high"]
     out = capsys.readouterr().out
-    assert [line.split("|")[1].strip() for line in out.splitlines()] == ["", "---", "base", "LoRA", "change, paired"]
+    table, limit = out.strip().split("\n\n")
+    assert [line.split("|")[1].strip() for line in table.splitlines()] == ["", "---", "base", "LoRA", "change, paired"]
+    assert [line.split("|")[2].strip() for line in limit.splitlines()[2:]] == ["cosine diversity"]
     text = Path("out/table.md").read_text()
-    assert out.strip() in text and "3 prompts x 3 images, 4 steps" in text and str(place) not in text
-    assert Image.open("out/samples.png").size[0] > 100
+    assert table in text and limit in text and "3 prompts x 3 images, 4 steps" in text and str(place) not in text
+    assert min(Image.open(f"out/{picture}.png").size[0] for picture in ("samples", "pareto")) > 100
+    front = content["limit"]["front"]
+    assert front["reward"][0] == pytest.approx(models["base"]["red"]["mean"], abs=1e-5)
+    lost = content["limit"]["models"]["LoRA"]["cosine diversity"]["lost"]["mean"]
+    cosine = {label: found["cosine diversity"]["mean"] for label, found in models.items()}
+    assert lost == pytest.approx(1 - cosine["LoRA"] / cosine["base"], abs=1e-5)
     # The run's own folder is as it was.
     assert {path.name for path in Path("run").iterdir()} == {FILE_NAME, "config.yaml"}
 

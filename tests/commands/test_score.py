@@ -72,9 +72,14 @@ def test_one_prompt_and_diversity(pictures: Path, capsys: pytest.CaptureFixture[
     ]  # fmt: skip
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(pictures.glob("*.png"))])
     vectors = EfficientNetLite(torch.device("cpu"))(images)
-    numbers = out.splitlines()[-1].split()
+    _, table, limit = out.strip().split("\n\n")
+    numbers = table.splitlines()[-1].split()
     expected = diversity.measure(features=vectors)
     assert numbers[0] == "3" and [float(x) for x in numbers[1:3]] == pytest.approx([*expected.values()], abs=1e-4)
+    # One right picture of three: from the mean to that picture alone, log 3 away.
+    points = [line.split() for line in limit.splitlines()[2:]]
+    assert points[0] == ["0", "0.333", "100.0%", "0.000"] and points[-1][1] == "1.000"
+    assert float(points[-1][3]) == pytest.approx(np.log(3), abs=1e-2) and len(points) == 8
 
 
 def test_diversity_alone_needs_no_prompts(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,21 @@ def test_copies_of_a_prompt_are_one_prompt() -> None:
     assert comparison.figures([run], base.evaluation)["gain"]["right"].low == -np.inf
 
 
+def test_the_limit_is_a_table_and_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row per arm, from the base's own pictures; without their distances, as of an earlier version, nothing."""
+    runs = {"base": [measured(0.4, 0.4)], "x": [measured(0.4, 0.3, 5), measured(0.4, 0.3, 5)]}
+    comparison.write(tmp_path, runs, {})
+    assert "limit" not in capsys.readouterr().out and (tmp_path / "pareto.png").exists()
+    base = runs["base"][0].evaluation
+    base.scores = {"right": base.scores["right"] - np.array([0.3, 0.1])}
+    base.distances = np.full((3, 2, 2), 0.4)
+    comparison.write(tmp_path, runs, {})
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| x | cosine diversity |")]
+    assert "| 0.4 | 0.3 | 25.0% [25.0%, 25.0%] |" in row and row in (tmp_path / "table.md").read_text()
+    cost = json.loads((tmp_path / "table.json").read_text())["limit"]["models"]["x"]["cosine diversity"]
+    assert cost["lost"]["mean"] == pytest.approx(0.25) and cost["excess"] is None
+
+
 def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has a column in both tables and a panel in the picture."""
     monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))

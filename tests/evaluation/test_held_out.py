@@ -232,6 +232,33 @@ def test_a_file_that_lacks_a_measure_is_not_taken(
     assert len(measured) == 3
 
 
+def test_what_the_limit_needs_is_measured_and_kept(
+    backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Distances between a prompt's pictures, and a scorer's factors; a file without them is replaced, with a notice."""
+
+    class Judged:
+        name, score = "red", red_scorer.score
+
+        def factors(self, images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
+            return {"brightness": images.mean((1, 2, 3)), "length": np.array([float(len(text)) for text in prompts])}
+
+    file = tmp_path / "base.npz"
+    first = base(backbone, file, red_scorer, scorers=[("red", Judged())])
+    assert first.distances is not None and first.distances.shape == (3, 2, 2)
+    assert first.distances[:, 0, 1] == pytest.approx(first.diversity["cosine diversity"], abs=1e-5)
+    assert first.factors["brightness"][0] == pytest.approx(first.images[0].mean((1, 2, 3)))
+    assert first.factors["length"].tolist() == [[len(text)] * 2 for text in PROMPTS]
+    again = base(backbone, file, red_scorer, scorers=[("red", Judged())])
+    assert (again.distances == first.distances).all() and (again.factors["length"] == first.factors["length"]).all()
+    assert len(measured) == 1 and "base.npz" not in capsys.readouterr().err
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored if name != "distances"}
+    np.savez_compressed(file, **arrays)
+    assert base(backbone, file, red_scorer, scorers=[("red", Judged())]).distances is not None and len(measured) == 2
+    assert "base.npz is of a version that kept no distances" in capsys.readouterr().err
+
+
 def test_a_damaged_file_is_replaced(
     backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int]
 ) -> None:

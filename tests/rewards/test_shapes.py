@@ -333,3 +333,23 @@ def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match=r"'lenient'.*strict, partial"):
         ShapesScorer("lenient")
     assert ShapesScorer.name == "shapes"
+
+
+def test_factors_are_what_the_picture_was_drawn_with() -> None:
+    """Background, and place and size of the object named first, not of the other one; NaN for what is not there."""
+    scene = domain.parse("a blue square and a red circle")
+    images, expected = [], []
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        objects, grey = domain.layout(scene, generator), generator.uniform(0.1, 0.9)
+        images.append(domain.draw(objects, np.full(3, grey)))
+        linear = ((grey + 0.055) / 1.055) ** 2.4
+        lightness = 116 * linear ** (1 / 3) - 16
+        expected.append([lightness, objects[0].x, objects[0].y, objects[0].radius * np.pi**0.5])
+    found = shapes.ShapesScorer().factors(np.stack(images), [scene.text()] * 6)
+    np.testing.assert_allclose(np.array([*found.values()]).T, expected, atol=1.0)
+    missing = shapes.ShapesScorer().factors(np.stack(images), ["a green circle"] * 6)
+    assert (
+        np.isnan(missing["position x"]).all()
+        and (missing["background lightness"] == found["background lightness"]).all()
+    )

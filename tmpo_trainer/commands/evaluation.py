@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..backbones import is_hub_id
 from ..backbones.base import Backbone
-from ..evaluation import report
+from ..evaluation import limit, report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut
 from ..evaluation.statistics import counted
@@ -142,6 +142,13 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
     model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
     text = intervals.markdown()
     sections = [f"# {model}", about(config, parts, features), text, *(f"![pictures]({path.name})" for path in pictures)]
+    # Diversity is measured on the last part's prompts.
+    base, *others = (found[-1] for found in models.values())
+    curve, table, costs = limit.front(base), "", {}
+    if curve is not None:
+        text_on_limit, table, costs = report.limit_section(curve, base, {"LoRA": others} if others else {})
+        limit.plot(folder / "pareto.png", curve, base, dict(zip(["LoRA"], others, strict=False)))
+        sections += [text_on_limit, table, "![limit](pareto.png)"]
     write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     settings: dict[str, Any] = {
         "model": model,
@@ -156,9 +163,9 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
         "preference_prompts": len(parts[1].prompts.texts) if len(parts) > 1 else 0,
         "features": features,
     }
-    content = {"settings": settings, **intervals.content()}
+    content = {"settings": settings, **intervals.content(), "limit": costs}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print(text)
+    print(f"{text}\n\n{table}" if table else text)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
 
 

@@ -103,13 +103,15 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
 
     def work() -> int:
         scores = scoring.score_images(pictures, metadata, scorers) if scorers else {}
-        groups = scoring.measure_diversity(pictures, features, encoder) if features is not None else {}
+        groups, distances = scoring.measure_diversity(pictures, features, encoder) if features is not None else ({}, {})
         # If one of the two fails, as on a full disk or into a closed pipe, the other still holds the scores.
         try:
             if namespace.output:
                 scoring.write(namespace.output, pictures, scores, groups)
         finally:
             print(scoring.text_table(pictures, scores, groups))
+            if scores and distances:
+                print(f"\n{scoring.limit_table(pictures, scores, distances)}")
         if namespace.output:
             print(f"written: {namespace.output}", file=sys.stderr)
         return 0

@@ -15,8 +15,9 @@ from ..diversity import MEASURES
 from ..files import write_text
 from ..methods import cost
 from ..pictures.grids import grid, zoom
+from . import limit
 from .held_out import Evaluation
-from .report import markdown_table, running_mean
+from .report import limit_section, markdown_table, running_mean
 from .statistics import counted, paired_gain
 
 PHASES = ("rollout", "reference", "ratio", "replay", "backward")
@@ -122,25 +123,31 @@ def write(
     found = {name: figures(group, base) for name, group in runs.items()}
     text = figures_table(found, names)
     gains = [[arm, *(row["gain"][n].text("+.3f") for n in names)] for arm, row in found.items() if arm != "base"]
+    curve = limit.front(base)
+    about, table, costs = "", "", {}
+    if curve is not None:
+        models = {name: [run.evaluation for run in group] for name, group in runs.items() if name != "base"}
+        about, table, costs = limit_section(curve, base, models)
     sections = [
         "# Comparison",
         _about(base, budget, failed),
         text,
         "Change against the base: means over seeds, with 95% bootstrap intervals over prompts:",
         markdown_table(["", *(f"{name}, change" for name in names)], gains),
+        *([about, table] if table else []),
         "![reward, diversity, time](pareto.png)",
         "![training curves](curves.png)",
         "![pictures](samples.png)",
     ]
     write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     arms = {arm: row | {"gain": {n: gain.finite() for n, gain in row["gain"].items()}} for arm, row in found.items()}
-    content = {"budget": dict(budget), "failed": list(failed), "arms": arms}
+    content = {"budget": dict(budget), "failed": list(failed), "arms": arms, "limit": costs}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     colours = {name: f"C{i % 10}" for i, name in enumerate(name for name in runs if name != "base")} | {"base": "black"}
-    pareto(folder / "pareto.png", found, next(iter(base.scores)), colours)
+    pareto(folder / "pareto.png", found, next(iter(base.scores)), colours, curve)
     curves(folder / "curves.png", {name: group for name, group in runs.items() if name != "base"}, colours)
     samples(folder / "samples.png", runs)
-    print(text)
+    print(f"{text}\n\n{table}" if table else text)
 
 
 def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str]) -> str:
@@ -155,8 +162,17 @@ def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str])
     return about + (f" Failed and not in the table: {', '.join(failed)}." if failed else "")
 
 
-def pareto(path: Path, found: Mapping[str, Mapping[str, Any]], target: str, colours: Mapping[str, str]) -> None:
-    """The target score against every measure of diversity, and against time: a point per run, a larger one for their mean."""
+def pareto(
+    path: Path,
+    found: Mapping[str, Mapping[str, Any]],
+    target: str,
+    colours: Mapping[str, str],
+    curve: limit.Front | None = None,
+) -> None:
+    """The target score against every measure of diversity, and against time: a point per run, a larger one for their mean.
+
+    Against the cosine diversity also the limit.
+    """
     from matplotlib.figure import Figure
 
     against = {**{name: name for name in MEASURES}, "s/update": "seconds per update"}
@@ -169,6 +185,9 @@ def pareto(path: Path, found: Mapping[str, Mapping[str, Any]], target: str, colo
             style = {"color": colours[name], "marker": "X" if name == "base" else "o"}
             axis.scatter(row[key]["runs"], row[target]["runs"], s=14, alpha=0.5, linewidths=0, **style)
             axis.scatter(row[key]["mean"], row[target]["mean"], s=70, label=name, **style)
+        if key == limit.COSINE and curve is not None:
+            limit.draw(axis, curve)
+            axis.legend(handles=axis.lines, fontsize=8)
         axis.set_xlabel(label)
         axis.set_ylabel(f"{target}, held out")
         axis.grid(alpha=0.3)

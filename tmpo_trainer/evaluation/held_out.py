@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import diversity, flow, tree
 from ..backbones.base import Backbone
 from ..files import replacing
 from ..prompts.lists import PromptList, about
-from ..rewards import ScoredBatch, Scorer, Scoring
+from ..rewards import ScoredBatch, Scorer, Scoring, factors
 from .features import Features
 
 if TYPE_CHECKING:
@@ -37,7 +39,8 @@ class Evaluation:
     """The results of one model on P prompts x n images.
 
     scores: {name: `[P, n]`}. diversity: {name in `diversity.MEASURES`: `[P]`}. latent_std: standard deviation of
-    all final latents. images: of the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`.
+    all final latents. images: of the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`. distances: cosine
+    distances of the features of a prompt's pictures, `[P, n, n]`. factors: {name: `[P, n]`}, see `rewards.factors`.
     """
 
     prompts: list[str]
@@ -46,6 +49,8 @@ class Evaluation:
     latent_std: float
     shown: list[int]
     images: np.ndarray
+    distances: np.ndarray | None = None
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
@@ -153,6 +158,8 @@ class _Measured:
     latent_square_sum: float
     latent_count: int
     images: np.ndarray | None
+    distances: np.ndarray
+    factors: dict[str, np.ndarray]
 
 
 def evaluate(
@@ -208,6 +215,8 @@ def _measure(
         scored.complete(flat)
         vectors = protocol.features(flat).unflatten(0, (len(prompts), protocol.images))
         exact = latents.double().flatten(1)
+        judged = factors(protocol.scorers, flat, texts)
+        judged = {name: values.reshape(len(prompts), protocol.images) for name, values in judged.items()}
         found = [
             _Measured(
                 {},
@@ -216,6 +225,8 @@ def _measure(
                 exact[row].square().sum().item(),
                 exact[row].numel(),
                 pictures[row],
+                diversity.cosine_distances(vectors[row]).float().numpy(),
+                {name: values[row] for name, values in judged.items()},
             )
             for row in range(len(prompts))
         ]
@@ -250,6 +261,8 @@ def _merge(prompts: Sequence[str], parts: Sequence[_Measured], shown: list[int])
         latent_std=((square - total**2 / count) / (count - 1)) ** 0.5,
         shown=shown,
         images=np.stack([part.images for part in parts if part.images is not None]),
+        distances=np.stack([part.distances for part in parts]),
+        factors={name: np.stack([part.factors[name] for part in parts]) for name in parts[0].factors},
     )
 
 
@@ -330,6 +343,10 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
         with np.load(file) as stored:
             if str(stored["key"]) != key:
                 return None
+            if "distances" not in stored:
+                notice = f"{file.name} is of a version that kept no distances between pictures: they are drawn again"
+                tqdm.write(f"tmpo_trainer: {notice}", file=sys.stderr)
+                return None
             return Evaluation(
                 prompts=protocol.prompts.texts,
                 scores={name: stored[f"score/{name}"] for name, _ in protocol.scorers},
@@ -337,6 +354,8 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
                 latent_std=float(stored["latent_std"]),
                 shown=stored["shown"].tolist(),
                 images=stored["images"],
+                distances=stored["distances"],
+                factors={name.removeprefix("factor/"): stored[name] for name in stored if name.startswith("factor/")},
             )
     except Exception:
         # The file only saves time: a damaged one is replaced, and numpy and zipfile have many errors for those.
@@ -349,6 +368,8 @@ def _write(file: Path, evaluation: Evaluation, key: str) -> None:
         "latent_std": np.array(evaluation.latent_std),
         "shown": np.array(evaluation.shown),
         "images": evaluation.images,
+        "distances": evaluation.distances,
+        **{f"factor/{name}": values for name, values in evaluation.factors.items()},
         **{f"score/{name}": values for name, values in evaluation.scores.items()},
         **{f"diversity/{name}": values for name, values in evaluation.diversity.items()},
     }

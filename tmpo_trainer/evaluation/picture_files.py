@@ -22,6 +22,7 @@ from ..prompts.lists import LONGEST, PromptList, about
 from ..rewards import Scorer, score_all
 from ..settings.errors import ConfigError, one_line
 from ..settings.text import decode
+from . import limit
 from .features import Features
 from .latents import LatentEncoder
 
@@ -257,11 +258,12 @@ def check_encodable(pictures: Sequence[Picture], encoder: LatentEncoder) -> None
 
 def measure_diversity(
     pictures: Sequence[Picture], features: Features, encoder: LatentEncoder | None
-) -> dict[str, dict[str, float]]:
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
     """The diversity of each prompt's pictures by `diversity.MEASURES`; those on latents need an encoder.
 
     Returns:
-        {prompt: {"images": how many, measure: value}} for prompts with two pictures or more.
+        {prompt: {"images": how many, measure: value}} and {prompt: cosine distances `[n, n]`}, for prompts with two pictures
+        or more.
     """
     compared = by_prompt(pictures)
     chosen = [i for numbers in compared.values() for i in numbers]
@@ -280,7 +282,21 @@ def measure_diversity(
         own = None if encoder is None else torch.stack([latents[i] for i in numbers])
         return diversity.measure(features=torch.stack([vectors[i] for i in numbers]), latents=own)
 
-    return {prompt: {"images": len(numbers), **measured(numbers)} for prompt, numbers in compared.items()}
+    groups = {prompt: {"images": len(numbers), **measured(numbers)} for prompt, numbers in compared.items()}
+    tables = {p: diversity.cosine_distances(torch.stack([vectors[i] for i in own])) for p, own in compared.items()}
+    return groups, {prompt: table.numpy() for prompt, table in tables.items()}
+
+
+def limit_table(
+    pictures: Sequence[Picture], scores: Mapping[str, np.ndarray], distances: Mapping[str, np.ndarray]
+) -> str:
+    """Points of the limit if the pictures are the base's, by the first score; see `limit`."""
+    name, values = next(iter(scores.items()))
+    numbers = by_prompt(pictures)
+    curve = limit.Front.of(list(distances), [values[numbers[p]] for p in distances], list(distances.values()))
+    rows = [dict(zip(limit.POINTS_HEAD, cells, strict=True)) for cells in limit.point_rows(curve)]
+    lines = [f"the limit of training by {name}, if these are the base's pictures:", _columns(rows[0])]
+    return "\n".join([*lines, *(_columns(row, "") for row in rows)])
 
 
 def text_table(

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..files import replacing, write_text
 from ..pictures.grids import grid, zoom
+from . import limit
 from .held_out import Evaluation
 from .statistics import Interval, interval, paired_gain, summary, verdict
 
@@ -129,6 +130,22 @@ def side_by_side(base: Evaluation, trained: Evaluation, path: Path, images: int 
         grid(rows, labels, zoom(base.images[0])).save(temporary)
 
 
+def limit_section(
+    curve: limit.Front, base: Evaluation, runs: Mapping[str, Sequence[Evaluation]]
+) -> tuple[str, str, dict[str, Any]]:
+    """What a report says about the limit: a sentence on it, the table, and the figures for JSON.
+
+    Args:
+        runs: {label: one arm's models}. Without any, the table shows points of the front.
+    """
+    found = {label: limit.compared(curve, base, group) for label, group in runs.items()}
+    table = markdown_table(limit.POINTS_HEAD, limit.point_rows(curve))
+    if found:
+        table = markdown_table(limit.HEAD, [row for label, own in found.items() for row in limit.rows(label, own)])
+    models = {label: {name: cost.content() for name, cost in own.items()} for label, own in found.items()}
+    return limit.ABOUT, table, {"front": limit.content(curve), "models": models}
+
+
 def write_report(
     run: Path,
     base: Evaluation,
@@ -139,7 +156,7 @@ def write_report(
     about: Sequence[str],
     target: str,
 ) -> dict[str, bool]:
-    """Writes report.md, report.json, curves.png and samples.png. Returns the verdict.
+    """Writes report.md, report.json, curves.png, pareto.png and samples.png. Returns the verdict.
 
     Args:
         metrics: lines of metrics.jsonl. evaluations: lines of evaluations.jsonl. rewards: names of the run's rewards.
@@ -150,8 +167,14 @@ def write_report(
     curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
     side_by_side(base, trained, run / "samples.png")
     checks = verdict(base, trained, target)
-    write_text(run / "report.md", _markdown(figures, checks, about))
     content = {"prompts": len(base.prompts), **figures, "verdict": checks}
+    sections = [_markdown(figures, checks, about)]
+    curve = limit.front(base)
+    if curve is not None:
+        text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})
+        limit.plot(run / "pareto.png", curve, base, {"trained": trained})
+        sections.append(f"{text}\n\n{table}\n\n![limit](pareto.png)\n")
+    write_text(run / "report.md", "\n".join(sections))
     write_text(run / "report.json", json.dumps(content, indent=2) + "\n")
     return checks
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .held_out import Evaluation
+if TYPE_CHECKING:
+    from .held_out import Evaluation
 
 #: Limits of `verdict`: largest loss of LGMD, smallest share of cosine diversity, largest change of the latent std.
 LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15

@@ -7,7 +7,8 @@ its scorer. Beside the methods of `Scorer`, a scorer may have
 - `waits = True`: it does not use the GPU, and scores in a thread beside other work, see `Scoring`;
 - `in_parts = True`, with `waits`: a picture's score depends on that picture alone, so that a batch may come in parts;
 - `to(device)`: moves its weights, which lets it be `Parked`;
-- `variants()`: the (label, scorer) pairs that a report shows in its place.
+- `variants()`: the (label, scorer) pairs that a report shows in its place;
+- `factors(images, prompts)`: what a prompt leaves open, such as positions, see `factors`.
 
 A class elsewhere is a reward as well, by the name `package.module:Class`. It is called as `Class(device)`, or as
 `Class(device, path)` where `--reward-models` gives it a path.
@@ -218,6 +219,17 @@ def load_scorer(
 def variants(scorer: Any) -> list[tuple[str, Scorer]]:
     """The (label, scorer) pairs that a report shows for a scorer."""
     return scorer.variants() if hasattr(scorer, "variants") else [(scorer.name, scorer)]
+
+
+def factors(scorers: Sequence[tuple[str, Any]], images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the prompts leave open, by name, float `[N]` each, NaN where a picture has none: judges of diversity.
+
+    They are those of the first scorer that defines `factors(images, prompts)`; none if no scorer does.
+
+    Args:
+        scorers: (name, scorer) pairs. images: uint8 RGB `[N, H, W, 3]`.
+    """
+    return next((scorer.factors(images, prompts) for _, scorer in scorers if hasattr(scorer, "factors")), {})
 
 
 class Worker:

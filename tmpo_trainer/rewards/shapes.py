@@ -63,6 +63,9 @@ POSITION_COSINE = 0.5
 
 MODES = ("strict", "partial")
 
+#: The names of `ShapesScorer.factors`.
+FACTORS = ("background lightness", "position x", "position y", "size")
+
 
 @dataclass(frozen=True)
 class Found:
@@ -111,9 +114,8 @@ def detect(image: np.ndarray) -> list[Found]:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 RGB image [H, W, 3], got {image.dtype} {list(image.shape)}")
     lab = _to_lab(cv2.medianBlur(np.ascontiguousarray(image), 3))
-    border = np.concatenate([lab[0], lab[-1], lab[1:-1, 0], lab[1:-1, -1]])
     to_palette = _squared_distances(lab, _palette_lab())
-    to_background = _squared_distances(lab, _median(border)[None])[0]
+    to_background = _squared_distances(lab, _median(_border(lab))[None])[0]
     foreground = _fill_holes((to_palette.min(0) < to_background).astype(np.uint8))
 
     found: list[Found] = []
@@ -224,6 +226,22 @@ class ShapesScorer:
         table = torch.tensor(scores, dtype=torch.float32).reshape(-1, 2)
         return table[:, 0].contiguous(), table[:, 1].contiguous()
 
+    def factors(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What prompts leave open, float `[N]` each: lightness of the background, place and size of the object named first.
+
+        The lightness is CIE L, 0 to 100. Place and size are means over the detected objects of the first clause's colour and
+        shape, in pixels: centres of bounding boxes, square roots of areas. They are NaN if no such object was detected.
+
+        Args:
+            images: uint8 RGB `[N, H, W, 3]`. prompts: N prompts of the demo domain.
+        """
+        rows = []
+        for image, prompt, found in zip(images, prompts, self.detector(list(images)), strict=True):
+            asked = domain.parse(prompt).clauses[0]
+            own = [(f.x, f.y, f.area**0.5) for f in found if (f.color, f.shape) == (asked.color, asked.shape)]
+            rows.append([_background_lightness(image), *(np.mean(own, 0) if own else [np.nan] * 3)])
+        return dict(zip(FACTORS, np.array(rows).reshape(-1, len(FACTORS)).T, strict=True))
+
     def variants(self) -> list[tuple[str, Scorer]]:
         """Both modes, whichever one is trained on. They share the detector, which searches each picture once."""
         return [(f"shapes {mode}", ShapesScorer(mode, self.detector)) for mode in MODES]
@@ -319,6 +337,18 @@ def _fill_holes(mask: np.ndarray) -> np.ndarray:
     outside = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(0,))
     cv2.floodFill(outside, None, (0, 0), (2,), flags=4)
     return (outside[1:-1, 1:-1] != 2).astype(np.uint8)
+
+
+def _border(image: np.ndarray) -> np.ndarray:
+    """The outermost pixels of `[H, W, 3]`: `[M, 3]`."""
+    return np.concatenate([image[0], image[-1], image[1:-1, 0], image[1:-1, -1]])
+
+
+def _background_lightness(image: np.ndarray) -> float:
+    """L of the background as `detect` sees it, 0 to 100; uint8 RGB `[H, W, 3]`."""
+    import cv2
+
+    return float(_median(_to_lab(_border(cv2.medianBlur(np.ascontiguousarray(image), 3))[None])[0])[0])
 
 
 def _to_lab(image: np.ndarray) -> np.ndarray:
