@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..backbones import is_hub_id
 from ..backbones.base import Backbone
-from ..evaluation import report
+from ..evaluation import drift, report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut
 from ..evaluation.statistics import counted
@@ -141,7 +141,12 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
     # Results contain no local paths.
     model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
     text = intervals.markdown()
-    sections = [f"# {model}", about(config, parts, features), text, *(f"![pictures]({path.name})" for path in pictures)]
+    # As diversity, on the last list of prompts.
+    last = parts[-1].evaluations
+    base, lora = last["base"], last.get("LoRA")
+    moved = {} if lora is None else drift.drifts(base.statistics, lora.statistics, base.prompts)
+    sections = [f"# {model}", about(config, parts, features), text, *([drift.section(moved)] if moved else [])]
+    sections += [f"![pictures]({path.name})" for path in pictures]
     write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     settings: dict[str, Any] = {
         "model": model,
@@ -156,9 +161,11 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
         "preference_prompts": len(parts[1].prompts.texts) if len(parts) > 1 else 0,
         "features": features,
     }
-    content = {"settings": settings, **intervals.content()}
+    content = {"settings": settings, **intervals.content(), **({"drift": drift.content(moved)} if moved else {})}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     print(text)
+    if drift.warning(moved):
+        print(drift.warning(moved), file=sys.stderr)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
 
 

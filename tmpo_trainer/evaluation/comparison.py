@@ -15,9 +15,10 @@ from ..diversity import MEASURES
 from ..files import write_text
 from ..methods import cost
 from ..pictures.grids import grid, zoom
+from . import drift
 from .held_out import Evaluation
-from .report import markdown_table, running_mean
-from .statistics import counted, paired_gain
+from .report import running_mean
+from .statistics import counted, markdown_table, paired_gain
 
 PHASES = ("rollout", "reference", "ratio", "replay", "backward")
 
@@ -122,18 +123,26 @@ def write(
     found = {name: figures(group, base) for name, group in runs.items()}
     text = figures_table(found, names)
     gains = [[arm, *(row["gain"][n].text("+.3f") for n in names)] for arm, row in found.items() if arm != "base"]
+    drifts = {
+        name: [drift.drifts(base.statistics, run.evaluation.statistics, base.prompts) for run in group]
+        for name, group in runs.items()
+        if name != "base"
+    }
     sections = [
         "# Comparison",
         _about(base, budget, failed),
         text,
         "Change against the base: means over seeds, with 95% bootstrap intervals over prompts:",
         markdown_table(["", *(f"{name}, change" for name in names)], gains),
+        drift.by_arm(drifts),
         "![reward, diversity, time](pareto.png)",
         "![training curves](curves.png)",
         "![pictures](samples.png)",
     ]
     write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     arms = {arm: row | {"gain": {n: gain.finite() for n, gain in row["gain"].items()}} for arm, row in found.items()}
+    for arm, found_drifts in drifts.items():
+        arms[arm]["drift"] = [drift.content(one) for one in found_drifts]
     content = {"budget": dict(budget), "failed": list(failed), "arms": arms}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     colours = {name: f"C{i % 10}" for i, name in enumerate(name for name in runs if name != "base")} | {"base": "black"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from ..backbones.base import Backbone
 from ..files import replacing
 from ..prompts.lists import PromptList, about
 from ..rewards import ScoredBatch, Scorer, Scoring
+from ..settings.errors import one_line
+from . import appearance
 from .features import Features
 
 if TYPE_CHECKING:
@@ -37,7 +40,8 @@ class Evaluation:
     """The results of one model on P prompts x n images.
 
     scores: {name: `[P, n]`}. diversity: {name in `diversity.MEASURES`: `[P]`}. latent_std: standard deviation of
-    all final latents. images: of the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`.
+    all final latents. images: of the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`. statistics: of each
+    picture, {name in `appearance.NAMES`: `[P, n]`}.
     """
 
     prompts: list[str]
@@ -46,6 +50,7 @@ class Evaluation:
     latent_std: float
     shown: list[int]
     images: np.ndarray
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
@@ -153,6 +158,7 @@ class _Measured:
     latent_square_sum: float
     latent_count: int
     images: np.ndarray | None
+    statistics: dict[str, np.ndarray]
 
 
 def evaluate(
@@ -216,6 +222,7 @@ def _measure(
                 exact[row].square().sum().item(),
                 exact[row].numel(),
                 pictures[row],
+                appearance.measure(pictures[row], latents[row].float().cpu().numpy()),
             )
             for row in range(len(prompts))
         ]
@@ -250,6 +257,7 @@ def _merge(prompts: Sequence[str], parts: Sequence[_Measured], shown: list[int])
         latent_std=((square - total**2 / count) / (count - 1)) ** 0.5,
         shown=shown,
         images=np.stack([part.images for part in parts if part.images is not None]),
+        statistics={name: np.stack([part.statistics[name] for part in parts]) for name in appearance.NAMES},
     )
 
 
@@ -337,7 +345,14 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
                 latent_std=float(stored["latent_std"]),
                 shown=stored["shown"].tolist(),
                 images=stored["images"],
+                statistics={name: stored[f"statistics/{name}"] for name in appearance.NAMES},
             )
+    except KeyError as error:
+        print(
+            f"tmpo_trainer: {file.name} is from another version ({one_line(error.args[0])}): its pictures are drawn again",
+            file=sys.stderr,
+        )
+        return None
     except Exception:
         # The file only saves time: a damaged one is replaced, and numpy and zipfile have many errors for those.
         return None
@@ -351,6 +366,7 @@ def _write(file: Path, evaluation: Evaluation, key: str) -> None:
         "images": evaluation.images,
         **{f"score/{name}": values for name, values in evaluation.scores.items()},
         **{f"diversity/{name}": values for name, values in evaluation.diversity.items()},
+        **{f"statistics/{name}": values for name, values in evaluation.statistics.items()},
     }
     with replacing(file) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
