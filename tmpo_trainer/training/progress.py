@@ -39,8 +39,8 @@ class Reporter:
 
     Args:
         run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
-        rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts, drift from the base) of the model as
-            it stands.
+        rewards: scorer names. draw_samples: gives of the model as it stands (pictures `[P, n, H, W, 3]`, prompts, drift from
+            the base; {} shows none).
         compare: measures (base, model as it stands) on the held-out prompts.
         accelerator: of several processes one shows and writes, and feeds the trackers; the others only take part in
             drawing and measuring.
@@ -94,9 +94,10 @@ class Reporter:
         with replacing(folder / f"update-{update:06d}.png") as temporary:
             sheet.save(temporary)
         trackers.log_image(self.accelerator, "samples", sheet, update)
-        self._append("drift.jsonl", {"update": update, **drift.content(moved)})
-        trackers.log(self.accelerator, drift.figures(moved, "drift"), update)
-        self._warn(update, moved, "samples")
+        if moved:
+            self._append("drift.jsonl", {"update": update, **drift.content(moved)})
+            trackers.log(self.accelerator, drift.figures(moved, "drift"), update)
+            self._warn(update, moved, "samples")
 
     def evaluation(self, update: int) -> None:
         """Measures the model as it stands beside the base; a line in evaluations.jsonl and one above the bar."""
