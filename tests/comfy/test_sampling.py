@@ -463,12 +463,12 @@ def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.M
 
 
 def test_the_compare_node_shows_the_drift_of_pictures_and_latents(pack: Any) -> None:
-    """Ten pairs each of a dark and a bright prompt, a tenth of full brightness apart; the scores tell the prompts."""
+    """Ten pairs each of a dark and a bright prompt, 26 of 255 levels apart; the scores tell the prompts."""
     from tmpo_pack.nodes import images, types  # type: ignore[import-not-found]
 
     rng = torch.Generator().manual_seed(0)
     level = torch.tensor([0.2, 0.6] * 10) + 0.1 * torch.rand(20, generator=rng)
-    base, lora = ((level + change)[:, None, None, None].expand(20, 8, 8, 3) for change in (0, 0.1))
+    base, lora = ((level + change)[:, None, None, None].expand(20, 8, 8, 3) for change in (0, 26 / 255))
     latents = [{"samples": scale * torch.randn(20, 16, 2, 2, generator=rng.manual_seed(1))} for scale in (1, 0.5)]
     scores = types.Scores({"any": level}, ["dark", "bright"] * 10, images.thumbs(base))
 
@@ -478,7 +478,7 @@ def test_the_compare_node_shows_the_drift_of_pictures_and_latents(pack: Any) -> 
         return {row[0]: row[1:] for row in found} | {"last": [text.splitlines()[-1]]}
 
     with_prompts = rows(scores, None, *latents)
-    assert with_prompts["brightness"][2] == "+0.100" and with_prompts["brightness"][4].startswith("1.00 [")
+    assert with_prompts["brightness"][2] == "+0.102" and with_prompts["brightness"][4].startswith("1.00 [")
     assert with_prompts["latent norm"][4:] == ["0.50 [0.50, 0.50]"] * 2 and "contrast" in with_prompts
     within = float(with_prompts["brightness"][3].split()[0])
     assert (
