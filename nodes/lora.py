@@ -15,6 +15,7 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..tmpo_trainer.diversity import measure
+from ..tmpo_trainer.evaluation import appearance, drift
 from ..tmpo_trainer.lora import file as lora_file
 from ..tmpo_trainer.pictures import grids
 from .demo_model import FOLDER
@@ -138,7 +139,8 @@ class Compare(io.ComfyNode):
             node_id="TMPO_Compare",
             display_name="Compare",
             category=CATEGORY,
-            description="Compares base and LoRA on the same seeds, in a grid of pairs and a table of scores and diversity.",
+            description="Compares base and LoRA on the same seeds, in pairs and tables of scores, diversity and drift "
+            "(what the LoRA does to all pictures).",
             inputs=[
                 io.Image.Input("base", tooltip="Pictures of the model without the LoRA."),
                 io.Image.Input("lora", tooltip="Pictures with the LoRA, from the same seeds in the same order."),
@@ -152,19 +154,29 @@ class Compare(io.ComfyNode):
                     default=True,
                     tooltip="Also measures the diversity of the pictures, if EfficientNet-lite0 is installed.",
                 ),
+                io.Latent.Input(
+                    "base_latent", optional=True, tooltip="The base's latents, for the drift of their norm."
+                ),
+                io.Latent.Input(
+                    "lora_latent", optional=True, tooltip="The LoRA's latents, for the drift of their norm."
+                ),
             ],
             outputs=[
                 io.Image.Output(
                     display_name="grid",
                     tooltip="Pairs of pictures, the base's on the left and the LoRA's on the right.",
                 ),
-                io.String.Output(display_name="table", tooltip="Mean scores and diversity of both, as Markdown."),
+                io.String.Output(
+                    display_name="table", tooltip="Mean scores and diversity of both, and the drift, as Markdown."
+                ),
             ],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, base, lora, pairs, diversity, base_scores=None, lora_scores=None) -> io.NodeOutput:
+    def execute(
+        cls, base, lora, pairs, diversity, base_scores=None, lora_scores=None, base_latent=None, lora_latent=None
+    ) -> io.NodeOutput:
         if base.shape != lora.shape:
             raise ValueError(
                 f"base is a batch of {len(base)} {base.shape[2]}x{base.shape[1]}, lora of {len(lora)} "
@@ -173,6 +185,13 @@ class Compare(io.ComfyNode):
         for scores, images, name in ((base_scores, base, "base_scores"), (lora_scores, lora, "lora_scores")):
             if scores is not None:
                 scores.check(images, name)
+        if (base_latent is None) != (lora_latent is None):
+            raise ValueError("base_latent and lora_latent go together: connect both or neither")
+        for latent, name in ((base_latent, "base_latent"), (lora_latent, "lora_latent")):
+            if latent is not None and len(latent["samples"]) != len(base):
+                raise ValueError(
+                    f"{name} has {len(latent['samples'])} entries for {len(base)} images: connect the latents of these images"
+                )
         before, after = pixels(base), pixels(lora)
         chosen = np.unique(np.linspace(0, len(before) - 1, min(pairs, len(before))).round().astype(int))
         # The grid is as near to a square as the pairs allow.
@@ -182,7 +201,10 @@ class Compare(io.ComfyNode):
         tiles = [np.concatenate([before[i], thin, after[i], wide], 1) for i in chosen]
         rows = [np.stack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
         picture: Image.Image = grids.grid(rows, (), grids.zoom(before))
-        text = table(cls._lines(base, lora, diversity, base_scores, lora_scores))
+        # Pictures without scores are taken to be of one prompt.
+        prompts = [""] * len(before) if base_scores is None else base_scores.prompts
+        moved = drift.drifts(statistics(before, base_latent), statistics(after, lora_latent), prompts)
+        text = table(cls._lines(base, lora, diversity, base_scores, lora_scores)) + "\n\n" + drift.section(moved)
         return io.NodeOutput(to_image(picture), text, ui=ui.PreviewText(text))
 
     @staticmethod
@@ -196,6 +218,12 @@ class Compare(io.ComfyNode):
             before, after = (measure(features=feature_vectors("efficientnet-lite0", images)) for images in (base, lora))
             lines += [(name, before[name], after[name]) for name in before]
         return lines
+
+
+def statistics(images: np.ndarray, latent: Any) -> dict[str, np.ndarray]:
+    """Statistics `[N, 1]` of pictures uint8 `[N, H, W, 3]` and, if there are any, of their latents."""
+    latents = None if latent is None else latent["samples"].float().cpu().numpy()
+    return {name: values[:, None] for name, values in appearance.measure(images, latents).items()}
 
 
 def table(lines: list[tuple[str, float, float]]) -> str:

@@ -462,6 +462,37 @@ def test_the_diversity_node_lists_every_measure(pack: Any, monkeypatch: pytest.M
     assert math.isnan(values[0]) and values[1:] == expected[1:] and len(text.splitlines()) == 1
 
 
+def test_the_compare_node_shows_the_drift_of_pictures_and_latents(pack: Any) -> None:
+    """Ten pairs each of a dark and a bright prompt, 26 of 255 levels apart; the scores tell the prompts."""
+    from tmpo_pack.nodes import images, types  # type: ignore[import-not-found]
+
+    rng = torch.Generator().manual_seed(0)
+    level = torch.tensor([0.2, 0.6] * 10) + 0.1 * torch.rand(20, generator=rng)
+    base, lora = ((level + change)[:, None, None, None].expand(20, 8, 8, 3) for change in (0, 26 / 255))
+    latents = [{"samples": scale * torch.randn(20, 16, 2, 2, generator=rng.manual_seed(1))} for scale in (1, 0.5)]
+    scores = types.Scores({"any": level}, ["dark", "bright"] * 10, images.thumbs(base))
+
+    def rows(*more: Any) -> dict[str, list[str]]:
+        _, text = pack.lora.Compare.execute(base, lora, 2, False, *more).result
+        found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+        return {row[0]: row[1:] for row in found} | {"last": [text.splitlines()[-1]]}
+
+    with_prompts = rows(scores, None, *latents)
+    assert with_prompts["brightness"][2] == "+0.102" and with_prompts["brightness"][4].startswith("1.00 [")
+    assert with_prompts["latent norm"][4:] == ["0.50 [0.50, 0.50]"] * 2 and "contrast" in with_prompts
+    within = float(with_prompts["brightness"][3].split()[0])
+    assert (
+        within > 3 and "brightness moved by" in with_prompts["last"][0] and "latent_distance" in with_prompts["last"][0]
+    )
+    without = rows()
+    # As one prompt the pictures differ more among themselves.
+    assert float(without["brightness"][3].split()[0]) < within / 3 and "latent norm" not in without
+    with pytest.raises(ValueError, match="base_latent and lora_latent go together"):
+        rows(scores, None, latents[0])
+    with pytest.raises(ValueError, match="lora_latent has 3 entries for 20 images"):
+        rows(scores, None, latents[0], {"samples": torch.zeros(3, 16, 2, 2)})
+
+
 def test_a_sample_is_drawn_by_the_weights_of_each_prompt(pack: Any) -> None:
     """One prompt is hard: its pictures all score less. z-scored over both, q would be e^4 times as much for the other's."""
     from tmpo_pack.nodes import diversity, images, types  # type: ignore[import-not-found]

@@ -86,6 +86,8 @@ def test_the_row_of_base_and_lora(
         if label == "LoRA":
             backbone.pipeline.load_lora_weights("run", weight_name=FILE_NAME)
         expected = held_out.evaluate(backbone, protocol)
+        if label == "base":
+            dark = float(expected.statistics["brightness"].mean())
         found = content["models"][label]
         assert list(found) == ["red", "green", *MEASURES]
         for name in ("red", "green"):
@@ -97,6 +99,9 @@ def test_the_row_of_base_and_lora(
     gain = content["gain"]["red"]
     models = content["models"]
     assert gain["mean"] == pytest.approx(models["LoRA"]["red"]["mean"] - models["base"]["red"]["mean"], abs=1e-6)
+    drift = content["drift"]["brightness"]
+    assert drift["shift"]["mean"] == pytest.approx(drift["trained"] - drift["base"]) != 0
+    assert drift["base"] == pytest.approx(dark, abs=1e-4)
     assert abs(gain["mean"]) > 1e-3 and gain["low"] <= gain["mean"] <= gain["high"]
     out = capsys.readouterr().out
     table, limit = out.strip().split("\n\n")
@@ -128,7 +133,7 @@ def test_a_file_and_a_base_alone(place: Path, tiny_model: Path) -> None:
     flags += ["--max-sequence-length", "0", "--guidance", "1", "--images", "3", "--steps", "4", "--seed", "3"]
     whole = run(*FLAGS)["models"]
     alone = run(*flags)
-    assert list(alone["models"]) == ["base"] and "gain" not in alone
+    assert list(alone["models"]) == ["base"] and "gain" not in alone and "drift" not in alone
     assert alone["models"]["base"]["red"] == whole["base"]["red"]
     other = run(f"run/{FILE_NAME}", *flags)
     assert other["models"]["LoRA"]["red"] == whole["LoRA"]["red"]

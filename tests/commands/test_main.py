@@ -21,6 +21,7 @@ from tmpo_trainer import __version__
 from tmpo_trainer.backbones import hub_files
 from tmpo_trainer.commands import main
 from tmpo_trainer.commands.flags import make_parser
+from tmpo_trainer.evaluation import appearance
 from tmpo_trainer.rewards import Parked
 from tmpo_trainer.settings.presets import all_settings, make_config, preset_names
 
@@ -565,7 +566,7 @@ def test_what_a_run_leaves_behind(
     err = capsys.readouterr().err
     assert "red: " in err and "largest: " in err and "report: out/report.md" in err
     names = {path.name for path in (place / "out").iterdir()}
-    assert {"config.yaml", "env.json", "metrics.jsonl", "samples", "checkpoint-2", "report.md", "report.json",
+    assert {"config.yaml", "env.json", "metrics.jsonl", "drift.jsonl", "samples", "checkpoint-2", "report.md", "report.json",
             "curves.png", "samples.png", "pytorch_lora_weights.safetensors", ".lock"} == names  # fmt: skip
     assert sorted(path.name for path in (place / "out" / "samples").iterdir()) == [
         "update-000001.png", "update-000002.png"
@@ -581,6 +582,13 @@ def test_what_a_run_leaves_behind(
     summary = json.loads((place / "out" / "report.json").read_text())
     assert summary["gain"]["red"]["low"] <= summary["gain"]["red"]["mean"] <= summary["gain"]["red"]["high"]
     assert summary["trained"]["red"] != summary["base"]["red"]
+    (line,) = [json.loads(line) for line in (place / "out" / "drift.jsonl").read_text().splitlines()]
+    # The grid has the report's prompts, noise and weights, and 8 pictures of each in place of 3.
+    assert line.pop("update") == 2 and line.keys() == summary["drift"].keys() == set(appearance.NAMES)
+    assert "| latent norm |" in report and line["latent_norm"]["shift"]["mean"] != 0
+    assert line["latent_norm"]["slope"]["mean"] == pytest.approx(
+        summary["drift"]["latent_norm"]["slope"]["mean"], abs=0.2
+    )
 
 
 def test_evaluation_on_the_way(
@@ -607,6 +615,7 @@ def test_evaluation_on_the_way(
     path = place / "out" / "evaluations.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["update"] for line in lines] == [1, 2, 3] and len(measured) == 4
+    assert lines[0]["drift"]["brightness"]["base"] == lines[2]["drift"]["brightness"]["base"]
     assert len({line["base"]["red"] for line in lines}) == 1 and len({line["trained"]["red"] for line in lines}) == 3
     assert "update 2, held-out prompts: red " in capsys.readouterr().err
     assert main.main(["--resume", "out/checkpoint-1", "--report"]) == 0
@@ -648,6 +657,10 @@ def test_a_tracker_gets_figures_and_pictures(place: Path, base: list[str]) -> No
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         assert logged == [(line["update"], pytest.approx(line[name], rel=1e-5)) for line in written]
     assert "seconds/total" in events.Tags()["scalars"]
+    (drift,) = [json.loads(line) for line in (place / "out" / "drift.jsonl").read_text().splitlines()]
+    (slope,) = events.Scalars("drift/latent_norm slope")
+    assert slope.step == drift["update"] == 2
+    assert slope.value == pytest.approx(drift["latent_norm"]["slope"]["mean"], rel=1e-5)
     assert [event.step for event in events.Images("samples")] == [1, 2]
 
 

@@ -23,6 +23,7 @@ def measured(score: float, cosine: float, updates: int = 0) -> comparison.Measur
         latent_std=0.5 * (1 + score),
         shown=[0, 2],
         images=np.zeros((2, 2, 8, 8, 3), np.uint8),
+        statistics={"saturation": 0.5 + (0.2 - score / 10) * np.array([[1, -1], [2, -2], [3, -3]])},
     )
     line = {
         "evaluations/rollout": 100.0, "evaluations/replay": 10.0, "seconds": {"total": 2.0}, "reward/right": score,
@@ -58,6 +59,7 @@ def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
         found.prompts, found.shown, found.images = ["a"], [0], found.images[:1]
         found.scores = {"right": found.scores["right"][:1]}
         found.diversity = {name: values[:1] for name, values in found.diversity.items()}
+        found.statistics = {name: values[:1] for name, values in found.statistics.items()}
     comparison.write(tmp_path, runs, {})
     assert "| x | +0.100 [-inf, +inf] |" in (tmp_path / "table.md").read_text()
     gain = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]["gain"]["right"]
@@ -96,6 +98,7 @@ def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest
     assert f"| {' | '.join(MEASURES)} | latent std |" in text and "| largest, change |" in text
     assert "Budget: 10,000 network evaluations per run." in text and "Failed and not in the table: y." in text
     arm = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]
+    assert "| x | +0.00, 0.90, 0.90 |" in text and arm["drift"][0]["saturation"]["slope"]["high"] == pytest.approx(0.9)
     assert arm["largest"]["mean"] == pytest.approx(0.3) and arm["gain"]["largest"]["mean"] == pytest.approx(-0.1)
     width, height = Image.open(tmp_path / "pareto.png").size
     assert width / height == pytest.approx(1.1 * (len(MEASURES) + 1))

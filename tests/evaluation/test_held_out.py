@@ -14,7 +14,7 @@ import torch
 
 from tmpo_trainer import diversity
 from tmpo_trainer.backbones.sd3 import SD3Backbone
-from tmpo_trainer.evaluation import held_out
+from tmpo_trainer.evaluation import appearance, held_out
 from tmpo_trainer.evaluation.held_out import Evaluation, EvaluationProtocol, HeldOut, Sampling, evaluate
 from tmpo_trainer.evaluation.statistics import interval, summary
 from tmpo_trainer.prompts.lists import PromptList
@@ -108,6 +108,8 @@ def test_evaluation_measures_each_prompts_own_pictures(backbone: SD3Backbone, re
         pictures = backbone.decode(latents[p], 64)
         if p in result.shown:
             assert np.abs(result.images[result.shown.index(p)].astype(int) - pictures).max() <= 1
+        for name, values in appearance.measure(pictures, latents[p].numpy()).items():
+            assert result.statistics[name][p] == pytest.approx(values, abs=2e-3), name
         assert result.scores["spy"][p] == pytest.approx(red_scorer.score(pictures, PROMPTS).numpy(), abs=1e-3)
         expected = diversity.measure(latents=latents[p], features=MeanColours()(pictures))
         assert list(result.diversity) == list(expected) == list(diversity.MEASURES)
@@ -188,6 +190,9 @@ def test_the_base_is_evaluated_again_only_for_other_settings(
     assert len(measured) == 1
     for name, values in first.measures.items():
         assert second.measures[name].tolist() == values.tolist()
+    assert tuple(second.statistics) == appearance.NAMES
+    for name, values in first.statistics.items():
+        assert second.statistics[name].tolist() == values.tolist()
     assert second.prompts == first.prompts and second.latent_std == first.latent_std and second.shown == first.shown
     assert (second.images == first.images).all()
     # How many are drawn at a time does not count; all else does.
@@ -216,7 +221,12 @@ def test_a_base_whose_copies_had_the_same_noise_is_not_taken(
 
 
 def test_a_file_that_lacks_a_measure_is_not_taken(
-    backbone: SD3Backbone, tmp_path: Path, red_scorer: Any, measured: list[int], monkeypatch: pytest.MonkeyPatch
+    backbone: SD3Backbone,
+    tmp_path: Path,
+    red_scorer: Any,
+    measured: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As those do that an earlier version wrote, with diversities under other names."""
     file = tmp_path / "base.npz"
@@ -230,6 +240,10 @@ def test_a_file_that_lacks_a_measure_is_not_taken(
     assert base(backbone, file, red_scorer).diversity["spread"].shape == (3,) and len(measured) == 3
     base(backbone, file, red_scorer)
     assert len(measured) == 3
+    capsys.readouterr()
+    np.savez_compressed(file, **{name: array for name, array in arrays.items() if "statistics" not in name})
+    assert tuple(base(backbone, file, red_scorer).statistics) == appearance.NAMES and len(measured) == 4
+    assert capsys.readouterr().err.startswith("tmpo_trainer: base.npz is from another version (")
 
 
 def test_what_the_limit_needs_is_measured_and_kept(

@@ -23,6 +23,7 @@ def made(scores: dict[str, float], diversity: float, latent_std: float = 1.0, pr
         latent_std=latent_std,
         shown=[0, prompts - 1],
         images=np.zeros((2, 2, 16, 16, 3), np.uint8),
+        statistics={"contrast": np.resize([0.25, 0.75], (prompts, 2)) * latent_std},
     )
 
 
@@ -42,13 +43,18 @@ def test_what_a_report_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ev
     assert list(checks.values()) == [True, False, False, True]
     text = (tmp_path / "report.md").read_text()
     rows = {row.split(" | ")[0].removeprefix("| "): row for row in text.splitlines() if row.startswith("| ")}
-    assert list(rows) == ["held-out prompts", "red", *MEASURES, "latent standard deviation"]
+    assert list(rows) == ["held-out prompts", "red", *MEASURES, "latent standard deviation", "drift", "contrast"]
     assert rows["red"] == "| red | 0.500 | 0.750 | +0.250 [+0.250, +0.250] |"
     assert rows["largest"] == "| largest | 0.400 | 0.200 | -0.200 [-0.200, -0.200] |"
     assert rows["latent standard deviation"] == "| latent standard deviation | 1.000 | 1.100 | +10.0% |"
+    # Pictures with 1.1 times as much contrast differ 1.1 times as much in it.
+    assert rows["contrast"] == (
+        "| contrast | 0.500 | 0.550 | +0.050 | +0.14 [+0.14, +0.14] | 1.10 [1.10, 1.10] | 1.10 [1.10, 1.10] |"
+    )
     assert "How.\nMade." in text and "- [x] red rose" in text and "- [ ] LGMD at least" in text
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["prompts"] == 3 and content["verdict"] == checks
+    assert content["drift"]["contrast"]["slope"] == {key: pytest.approx(1.1) for key in ("mean", "low", "high")}
     assert content["gain"]["Vendi score"] == {key: pytest.approx(-0.2) for key in ("mean", "low", "high")}
     # A panel more for the evaluations during training.
     panels = Image.open(tmp_path / "curves.png").width / 396

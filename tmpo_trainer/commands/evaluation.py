@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..backbones import is_hub_id
 from ..backbones.base import Backbone
-from ..evaluation import limit, report
+from ..evaluation import drift, limit, report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut
 from ..evaluation.statistics import counted
@@ -141,14 +141,18 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
     # Results contain no local paths.
     model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
     text = intervals.markdown()
-    sections = [f"# {model}", about(config, parts, features), text, *(f"![pictures]({path.name})" for path in pictures)]
-    # Diversity is measured on the last part's prompts.
-    base, *others = (found[-1] for found in models.values())
+    # As diversity, the limit and drift are measured on the last list of prompts.
+    last = parts[-1].evaluations
+    base, lora = last["base"], last.get("LoRA")
+    trained = {} if lora is None else {"LoRA": lora}
+    moved = {} if lora is None else drift.drifts(base.statistics, lora.statistics, base.prompts)
+    sections = [f"# {model}", about(config, parts, features), text, *([drift.section(moved)] if moved else [])]
     curve, table, costs = limit.front(base), "", {}
     if curve is not None:
-        text_on_limit, table, costs = report.limit_section(curve, base, {"LoRA": others} if others else {})
-        limit.plot(folder / "pareto.png", curve, base, dict(zip(["LoRA"], others, strict=False)))
-        sections += [text_on_limit, table, "![limit](pareto.png)"]
+        about_limit, table, costs = report.limit_section(curve, base, {name: [own] for name, own in trained.items()})
+        limit.plot(folder / "pareto.png", curve, base, trained)
+        sections += [about_limit, table, "![limit](pareto.png)"]
+    sections += [f"![pictures]({path.name})" for path in pictures]
     write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     settings: dict[str, Any] = {
         "model": model,
@@ -163,9 +167,11 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
         "preference_prompts": len(parts[1].prompts.texts) if len(parts) > 1 else 0,
         "features": features,
     }
-    content = {"settings": settings, **intervals.content(), "limit": costs}
+    content = {"settings": settings, **intervals.content(), "limit": costs, "drift": drift.content(moved)}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     print(f"{text}\n\n{table}" if table else text)
+    if drift.warning(moved):
+        print(drift.warning(moved), file=sys.stderr)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
 
 

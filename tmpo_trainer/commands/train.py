@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from ..backbones import is_hub_id
 from ..backbones.base import Backbone
-from ..evaluation import report
+from ..evaluation import appearance, drift, report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut, sample
 from ..evaluation.statistics import counted
@@ -149,9 +150,22 @@ def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
     config, folder, main = trainer.config, trainer.run, trainer.processes.main
     names = [scorer.name for scorer in trainer.judges.rewards]
 
-    def draw_samples() -> tuple[np.ndarray, list[str]]:
-        parts = [pictures for _, pictures in sample(trainer.backbone, shown, 8, loading.sampling(config))]
-        return np.concatenate(parts), shown
+    def draw() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        parts = list(sample(trainer.backbone, shown, 8, loading.sampling(config)))
+        latents = torch.cat([latents for latents, _ in parts]).float().cpu().numpy()
+        pictures = np.concatenate([pictures for _, pictures in parts])
+        found = [appearance.measure(*own) for own in zip(pictures, latents, strict=True)]
+        return pictures, {name: np.stack([one[name] for one in found]) for name in appearance.NAMES}
+
+    @cache
+    def base_statistics() -> dict[str, np.ndarray]:
+        with trainer.weights.pretrained():
+            return draw()[1]
+
+    def draw_samples() -> tuple[np.ndarray, list[str], dict[str, drift.Drift]]:
+        pictures, found = draw()
+        # The grid after the first update shows the base but for a hair, and a short run draws no other.
+        return pictures, shown, drift.drifts(base_statistics(), found, shown) if trainer.done > 1 else {}
 
     def compare() -> tuple[Evaluation, Evaluation]:
         assert held_out is not None
@@ -262,4 +276,7 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
         print(f"{name}: {values.mean():.3f} -> {trained.measures[name].mean():.3f}", file=sys.stderr)
     for statement, holds in checks.items():
         print(f"{'yes' if holds else 'NO '} {statement}", file=sys.stderr)
+    warning = drift.warning(drift.drifts(base.statistics, trained.statistics, base.prompts))
+    if warning:
+        print(warning, file=sys.stderr)
     print(f"report: {trainer.run / 'report.md'}", file=sys.stderr)

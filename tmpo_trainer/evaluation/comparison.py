@@ -15,10 +15,10 @@ from ..diversity import MEASURES
 from ..files import write_text
 from ..methods import cost
 from ..pictures.grids import grid, zoom
-from . import limit
+from . import drift, limit
 from .held_out import Evaluation
-from .report import limit_section, markdown_table, running_mean
-from .statistics import counted, paired_gain
+from .report import limit_section, running_mean
+from .statistics import counted, markdown_table, paired_gain
 
 PHASES = ("rollout", "reference", "ratio", "replay", "backward")
 
@@ -128,6 +128,11 @@ def write(
     if curve is not None:
         models = {name: [run.evaluation for run in group] for name, group in runs.items() if name != "base"}
         about, table, costs = limit_section(curve, base, models)
+    drifts = {
+        name: [drift.drifts(base.statistics, run.evaluation.statistics, base.prompts) for run in group]
+        for name, group in runs.items()
+        if name != "base"
+    }
     sections = [
         "# Comparison",
         _about(base, budget, failed),
@@ -135,12 +140,15 @@ def write(
         "Change against the base: means over seeds, with 95% bootstrap intervals over prompts:",
         markdown_table(["", *(f"{name}, change" for name in names)], gains),
         *([about, table] if table else []),
+        drift.by_arm(drifts),
         "![reward, diversity, time](pareto.png)",
         "![training curves](curves.png)",
         "![pictures](samples.png)",
     ]
     write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     arms = {arm: row | {"gain": {n: gain.finite() for n, gain in row["gain"].items()}} for arm, row in found.items()}
+    for arm, found_drifts in drifts.items():
+        arms[arm]["drift"] = [drift.content(one) for one in found_drifts]
     content = {"budget": dict(budget), "failed": list(failed), "arms": arms, "limit": costs}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     colours = {name: f"C{i % 10}" for i, name in enumerate(name for name in runs if name != "base")} | {"base": "black"}

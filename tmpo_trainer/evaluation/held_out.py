@@ -22,6 +22,8 @@ from ..backbones.base import Backbone
 from ..files import replacing
 from ..prompts.lists import PromptList, about
 from ..rewards import ScoredBatch, Scorer, Scoring, factors
+from ..settings.errors import one_line
+from . import appearance
 from .features import Features
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Evaluation:
     scores: {name: `[P, n]`}. diversity: {name in `diversity.MEASURES`: `[P]`}. latent_std: standard deviation of
     all final latents. images: of the prompts numbered `shown`, uint8 `[len(shown), n, H, W, 3]`. distances: cosine
     distances of the features of a prompt's pictures, `[P, n, n]`. factors: {name: `[P, n]`}, see `rewards.factors`.
+    statistics: of each picture, {name in `appearance.NAMES`: `[P, n]`}.
     """
 
     prompts: list[str]
@@ -51,6 +54,7 @@ class Evaluation:
     images: np.ndarray
     distances: np.ndarray | None = None
     factors: dict[str, np.ndarray] = field(default_factory=dict)
+    statistics: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def measures(self) -> dict[str, np.ndarray]:
@@ -160,6 +164,7 @@ class _Measured:
     images: np.ndarray | None
     distances: np.ndarray
     factors: dict[str, np.ndarray]
+    statistics: dict[str, np.ndarray]
 
 
 def evaluate(
@@ -227,6 +232,7 @@ def _measure(
                 pictures[row],
                 diversity.cosine_distances(vectors[row]).float().numpy(),
                 {name: values[row] for name, values in judged.items()},
+                appearance.measure(pictures[row], latents[row].float().cpu().numpy()),
             )
             for row in range(len(prompts))
         ]
@@ -263,6 +269,7 @@ def _merge(prompts: Sequence[str], parts: Sequence[_Measured], shown: list[int])
         images=np.stack([part.images for part in parts if part.images is not None]),
         distances=np.stack([part.distances for part in parts]),
         factors={name: np.stack([part.factors[name] for part in parts]) for name in parts[0].factors},
+        statistics={name: np.stack([part.statistics[name] for part in parts]) for name in appearance.NAMES},
     )
 
 
@@ -356,7 +363,14 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
                 images=stored["images"],
                 distances=stored["distances"],
                 factors={name.removeprefix("factor/"): stored[name] for name in stored if name.startswith("factor/")},
+                statistics={name: stored[f"statistics/{name}"] for name in appearance.NAMES},
             )
+    except KeyError as error:
+        print(
+            f"tmpo_trainer: {file.name} is from another version ({one_line(error.args[0])}): its pictures are drawn again",
+            file=sys.stderr,
+        )
+        return None
     except Exception:
         # The file only saves time: a damaged one is replaced, and numpy and zipfile have many errors for those.
         return None
@@ -372,6 +386,7 @@ def _write(file: Path, evaluation: Evaluation, key: str) -> None:
         **{f"factor/{name}": values for name, values in evaluation.factors.items()},
         **{f"score/{name}": values for name, values in evaluation.scores.items()},
         **{f"diversity/{name}": values for name, values in evaluation.diversity.items()},
+        **{f"statistics/{name}": values for name, values in evaluation.statistics.items()},
     }
     with replacing(file) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]

@@ -12,14 +12,9 @@ import numpy as np
 
 from ..files import replacing, write_text
 from ..pictures.grids import grid, zoom
-from . import limit
+from . import drift, limit
 from .held_out import Evaluation
-from .statistics import Interval, interval, paired_gain, summary, verdict
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; every row has as many cells as the head."""
-    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)])
+from .statistics import Interval, interval, markdown_table, paired_gain, summary, verdict
 
 
 @dataclass
@@ -167,8 +162,9 @@ def write_report(
     curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
     side_by_side(base, trained, run / "samples.png")
     checks = verdict(base, trained, target)
-    content = {"prompts": len(base.prompts), **figures, "verdict": checks}
-    sections = [_markdown(figures, checks, about)]
+    moved = drift.drifts(base.statistics, trained.statistics, base.prompts)
+    content = {"prompts": len(base.prompts), **figures, "drift": drift.content(moved), "verdict": checks}
+    sections = [_markdown(figures, checks, about, drift.section(moved))]
     curve = limit.front(base)
     if curve is not None:
         text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})
@@ -179,7 +175,7 @@ def write_report(
     return checks
 
 
-def _markdown(figures: Mapping[str, Any], checks: Mapping[str, bool], about: Sequence[str]) -> str:
+def _markdown(figures: Mapping[str, Any], checks: Mapping[str, bool], about: Sequence[str], moved: str) -> str:
     before, after = figures["base"], figures["trained"]
     rows = [
         [name, f"{before[name]:.3f}", f"{after[name]:.3f}", Interval(**gain).text("+.3f")]
@@ -192,6 +188,7 @@ def _markdown(figures: Mapping[str, Any], checks: Mapping[str, bool], about: Seq
         "\n".join(about),
         markdown_table(["held-out prompts", "base", "trained", "change, 95% paired interval"], rows),
         "\n".join(f"- [{'x' if holds else ' '}] {claim}" for claim, holds in checks.items()),
+        moved,
         "![curves](curves.png)",
         "![base and trained](samples.png)",
     ]

@@ -44,20 +44,30 @@ def paired_gain(
     difference = (trained - base).reshape(len(base), -1).mean(1)
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     own = np.array([places[prompt] for prompt in prompts])
-    count = len(places)
-    if count < 2:
-        return Interval(float(difference.mean()), -np.inf, np.inf)
-    sums = np.zeros(count, difference.dtype)
+    sums = np.zeros(len(places), difference.dtype)
     np.add.at(sums, own, difference)
     sizes = np.bincount(own).astype(difference.dtype)
+    return ratio(sums, sizes, seed, draws)._replace(mean=float(difference.mean()))
+
+
+def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 10_000) -> Interval:
+    """sum(above) / sum(below) of `[P]` different prompts and its 95% bootstrap interval, infinite for a single prompt."""
+    count, centre = len(above), float(above.sum() / below.sum())
+    if count < 2:
+        return Interval(centre, -np.inf, np.inf)
     drawn = np.random.default_rng(seed).integers(0, count, (draws, count))
-    low, high = np.percentile(sums[drawn].sum(1) / sizes[drawn].sum(1), [2.5, 97.5])
-    return Interval(float(difference.mean()), float(low), float(high))
+    low, high = np.percentile(above[drawn].sum(1) / below[drawn].sum(1), [2.5, 97.5])
+    return Interval(centre, float(low), float(high))
 
 
 def interval(values: np.ndarray, prompts: Sequence[str]) -> Interval:
     """Mean over prompts and its 95% bootstrap interval, see `paired_gain`. `[P]` or `[P, n]`."""
     return paired_gain(np.zeros_like(values), values, prompts)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; every row has as many cells as the head."""
+    return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def counted(prompts: Sequence[str], kind: str = "prompts") -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from ..evaluation import drift
 from ..evaluation.held_out import Evaluation
 from ..evaluation.statistics import summary
 from ..files import read_metrics, replacing, write_text
@@ -38,7 +39,8 @@ class Reporter:
 
     Args:
         run: the run's folder. updates: in all. done: updates of a resumed run; later lines in metrics.jsonl are dropped.
-        rewards: scorer names. draw_samples: gives (pictures `[P, n, H, W, 3]`, prompts) of the model as it stands.
+        rewards: scorer names. draw_samples: gives of the model as it stands (pictures `[P, n, H, W, 3]`, prompts, drift from
+            the base; {} shows none).
         compare: measures (base, model as it stands) on the held-out prompts.
         accelerator: of several processes one shows and writes, and feeds the trackers; the others only take part in
             drawing and measuring.
@@ -50,17 +52,19 @@ class Reporter:
         updates: int,
         done: int,
         rewards: Sequence[str],
-        draw_samples: Callable[[], tuple[np.ndarray, list[str]]],
+        draw_samples: Callable[[], tuple[np.ndarray, list[str], dict[str, drift.Drift]]],
         compare: Callable[[], tuple[Evaluation, Evaluation]],
         accelerator: Accelerator,
     ):
         self.run, self.rewards, self.draw_samples, self.compare = run, list(rewards), draw_samples, compare
         self.accelerator, self.main = accelerator, accelerator.is_main_process
+        #: Statistics whose drift has been warned of.
+        self.warned: set[str] = set()
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not self.main)
         if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
-        for path in (run / "metrics.jsonl", run / "evaluations.jsonl"):
+        for path in (run / "metrics.jsonl", run / "evaluations.jsonl", run / "drift.jsonl"):
             kept = [line for line in read_metrics(path) if line["update"] <= done]
             # Lines after the checkpoint are about to be written again.
             if path.exists():
@@ -81,7 +85,7 @@ class Reporter:
         self.bar.update()
 
     def samples(self, update: int) -> None:
-        pictures, prompts = self.draw_samples()
+        pictures, prompts, moved = self.draw_samples()
         if not self.main:
             return
         folder = self.run / "samples"
@@ -90,19 +94,36 @@ class Reporter:
         with replacing(folder / f"update-{update:06d}.png") as temporary:
             sheet.save(temporary)
         trackers.log_image(self.accelerator, "samples", sheet, update)
+        if moved:
+            self._append("drift.jsonl", {"update": update, **drift.content(moved)})
+            trackers.log(self.accelerator, drift.figures(moved, "drift"), update)
+            self._warn(update, moved, "samples")
 
     def evaluation(self, update: int) -> None:
         """Measures the model as it stands beside the base; a line in evaluations.jsonl and one above the bar."""
         base, trained = self.compare()
         if not self.main:
             return
-        line = {"update": update, **summary(base, trained)}
-        with (self.run / "evaluations.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        moved = drift.drifts(base.statistics, trained.statistics, base.prompts)
+        line = {"update": update, **summary(base, trained), "drift": drift.content(moved)}
+        self._append("evaluations.jsonl", line)
         figures = {f"held-out/{name}": value for name, value in line["trained"].items()}
+        figures |= drift.figures(moved, "held-out drift")
         trackers.log(self.accelerator, figures | {f"held-out base/{n}": v for n, v in line["base"].items()}, update)
         shown = ", ".join(f"{name} {line['base'][name]:.3f} -> {line['trained'][name]:.3f}" for name in line["base"])
         self.bar.write(f"update {update}, held-out prompts: {shown}", file=sys.stderr)
+        self._warn(update, moved, "held-out prompts")
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        with (self.run / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _warn(self, update: int, moved: dict[str, drift.Drift], what: str) -> None:
+        """A line about drift beyond the thresholds, if it is so in a statistic that has not been warned of."""
+        beyond = {name for name, one in moved.items() if one.beyond}
+        if beyond - self.warned:
+            self.bar.write(f"update {update}, {what}: {drift.warning(moved)}", file=sys.stderr)
+            self.warned |= beyond
 
     def close(self) -> None:
         """May be called twice."""
