@@ -110,7 +110,8 @@ class Roller:
                 for p in range(count)
             ]
             share = count / config.prompts_per_update
-            batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features)
+            places = [slot for slot, _ in slots]
+            batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features, places)
             return batch, figures(batch)
 
         return finish
