@@ -32,9 +32,12 @@ class NoisedSettings(StochasticSettings):
 
     draws: int = Field(1, ge=1, le=1000)
     """How many noise levels every leaf is trained at, with fresh noise each."""
+    noise_shift: float = Field(1.0, ge=0.01, le=100)
+    """Noise levels are uniform in 0..1 and then shifted, as the schedules of SD3 and FLUX are: a level t becomes
+    shift t / (1 + (shift - 1) t). More than 1 trains at more noise."""
     rollout: Literal["chains", "tree"] = "chains"
-    """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that the leaves share
-    their early steps and cost less."""
+    """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that leaves share
+    early steps and cost less."""
 
 
 class Part(NamedTuple):
@@ -52,17 +55,20 @@ class Part(NamedTuple):
 class NoisedLeaves:
     """The noised leaves of a batch, drawn part by part, always the same.
 
-    Noise levels are stratified over the K leaves of a prompt: in every draw, each of K equal intervals of 0..1 has one leaf.
+    Noise levels are stratified over the K leaves of a prompt: in every draw, each of K equal intervals of 0..1 has one leaf before the
+    shift.
     All is a pure function of (seed, update, place of the prompt, draw, leaf), like the noise of a rollout.
 
     Attributes:
         t: `[D * K * P]`, the noise level of every row.
     """
 
-    def __init__(self, batch: PromptBatch, seed: int, draws: int):
+    def __init__(self, batch: PromptBatch, config: Any):
         import torch
 
         from .. import tree
+
+        seed, draws, shift = config.seed, config.draws, config.noise_shift
 
         self.leaves, self.slots, self.count = batch.rollout.leaves, batch.slots, batch.count
         self._key = seed, batch.update
@@ -72,7 +78,7 @@ class NoisedLeaves:
             for d in range(draws):
                 order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, leaves))(0, ())
                 levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / leaves
-        self.t = levels.flatten().to(self.leaves)
+        self.t = (shift * levels / (1 + (shift - 1) * levels)).flatten().to(self.leaves)
 
     def parts(self, max_batch: int | None) -> Iterator[Part]:
         """All rows, at most `max_batch` at a time, in whole multiples of the prompts."""
@@ -153,13 +159,13 @@ class NoisedMethod(Method):
 
     @abstractmethod
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
-        """`[n]`, of the network's velocity at a part's rows, `[n, ...latent]`. The loss of a prompt is the mean over its rows."""
+        """`[n]`, from the network's velocity at a part's rows, `[n, ...latent]`. A prompt's loss is the mean over its rows."""
 
     def backward(self, batch: PromptBatch, network: Network, inner: int) -> Figures:
         import torch
 
         config = self.config
-        noised = NoisedLeaves(batch, config.seed, config.draws)
+        noised = NoisedLeaves(batch, config)
         if self.needs_reference and "reference" not in batch.own:
             with network.phase("reference"), self.weights.pretrained():
                 batch.own["reference"], batch.own["reference_errors"] = evaluated(noised, network)
