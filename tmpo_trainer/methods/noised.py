@@ -55,9 +55,8 @@ class Part(NamedTuple):
 class NoisedLeaves:
     """The noised leaves of a batch, drawn part by part, always the same.
 
-    Noise levels are stratified over the K leaves of a prompt: in every draw, each of K equal intervals of 0..1 has one leaf before the
-    shift.
-    All is a pure function of (seed, update, place of the prompt, draw, leaf), like the noise of a rollout.
+    Noise levels are stratified over the K leaves of a prompt: before the shift, in every draw, each of K equal intervals of
+    0..1 has one leaf. All is a pure function of (seed, update, place of the prompt, draw, leaf), like the noise of a rollout.
 
     Attributes:
         t: `[D * K * P]`, the noise level of every row.
@@ -69,7 +68,6 @@ class NoisedLeaves:
         from .. import tree
 
         seed, draws, shift = config.seed, config.draws, config.noise_shift
-
         self.leaves, self.slots, self.count = batch.rollout.leaves, batch.slots, batch.count
         self._key = seed, batch.update
         leaves = batch.plan.leaves
