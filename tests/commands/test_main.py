@@ -45,7 +45,8 @@ FLAGS = {
     "--split-guidance",
     "--remote-hosts", "--remote-timeout", "--features", "--text-cache", "--threads", "--tracker", "--transformer",
     "--updates", "--version", "--weight-decay", "--auxiliary", "--pickscore-scale", "--window", "--window-every",
-    "--schedule", "--tree", "--no-tree", "--balance",
+    "--schedule", "--tree", "--no-tree", "--balance", "--draws", "--noise-shift", "--rollout", "--strength", "--reward-range",
+    "--adaptive-weight", "--no-adaptive-weight", "--old-decay-rise", "--old-decay-max", "--tilt-weight",
 }  # fmt: skip
 
 #: Appendix D.4 of the paper.
@@ -57,6 +58,13 @@ PAPER = {
 }
 #: Appendix D.5, laid over a protocol of D.4; on the demo model a sweep chose others.
 RIVALS: dict[str, float] = {"flow-grpo": 0.03, "mix-grpo": 0.03, "tree-grpo": 0.03, "gardo": 0.04}
+#: Methods on noised leaves, laid over a protocol.
+NOISED: dict[str, dict[str, Any]] = {
+    "awm": {"learning_rate": 3e-4, "draws": 6, "noise_shift": 3, "kl_weight": 1e-3},
+    "nft": {"learning_rate": 3e-4, "draws": 10, "noise_shift": 3, "kl_weight": 1e-4, "strength": 1, "reward_range": 5},
+    "crd": {"learning_rate": 3e-4, "draws": 6, "noise_shift": 3, "tilt_weight": 100},
+    "tmpo-leaf": {"learning_rate": 3e-4, "draws": 6, "noise_shift": 3, "baseline": "group"},
+}
 #: Prompts per update, learning rate and KL weight, see docs/comparison.md.
 DEMO_RIVALS = {
     "flow-grpo": (8, 3e-3, 0.03),
@@ -416,6 +424,17 @@ def test_presets_hold_the_papers_values(capsys: pytest.CaptureFixture[str], name
 
 def test_there_is_no_other_preset_than_these() -> None:
     assert set(preset_names()) == {*PAPER, *OVERLAYS, "demo", "demo-long"}
+
+
+@pytest.mark.parametrize(("name", "expected"), NOISED.items())
+def test_methods_on_noised_leaves_go_with_a_protocol(
+    capsys: pytest.CaptureFixture[str], name: str, expected: dict[str, Any]
+) -> None:
+    """Those of the authors' code; nothing of the protocol's TMPO gets in their way."""
+    for flags in (["--preset", "geneval"], ["--preset", "pickscore", "recommended"], ["--preset", "demo-long"]):
+        settings = printed(capsys, *flags, "--method", name)
+        assert flags[1] == "demo-long" or {key: settings[key] for key in expected} == expected
+    assert settings["prompts_per_update"] == settings["prompts_per_batch"] == 8 and settings["solver"] == "euler"
 
 
 @pytest.mark.parametrize("name", RIVALS)

@@ -119,6 +119,24 @@ def test_gardo_ranks_over_all_processes(
     assert resumed["figures"] == straight["figures"][2:]
 
 
+def test_methods_on_noised_leaves_have_one_gradient(
+    worker: ModuleType, tiny_model: Path, tmp_path: Path, two: Callable[..., dict[str, Any]]
+) -> None:
+    """Noise is that of the prompt's place among all; the copy that nft keeps is sharded, and whole in a checkpoint."""
+    one = worker.run(str(tiny_model), tmp_path, None, 2, "-", 3, "nft")
+    straight = two("fsdp", method="nft")
+    for expected, got in zip(one["figures"], straight["figures"], strict=True):
+        for name in ("loss", "kl_reference", "grad_norm", "reward/red", "optimality_std"):
+            assert got[name] == pytest.approx(expected[name], rel=5e-3, abs=2e-5), name
+    largest = max(value.abs().max().item() for value in one["gradients"].values())
+    for name, value in one["gradients"].items():
+        torch.testing.assert_close(straight["gradients"][name], value, atol=1e-5 * largest, rtol=1e-5)
+    copies = [load_file(folder / "checkpoint-2/method.safetensors") for folder in (tmp_path, straight["folder"])]
+    assert [{n: v.shape for n, v in copy.items()} for copy in copies] == [
+        {n: v.shape for n, v in one["lora"].items()}
+    ] * 2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_and_export_are_whole(one: dict[str, Any], two: Callable[..., dict[str, Any]], kind: str) -> None:
     """The same files as from one process: nothing in them tells that there were shards."""

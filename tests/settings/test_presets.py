@@ -19,7 +19,7 @@ from tmpo_trainer.settings.yaml_file import read_yaml
 
 METHODS = (
     "tmpo", "tmpo-beta-1", "tmpo-step-balance", "tmpo-no-tree", "tmpo-fixed-branching", "flow-grpo", "gardo", "mix-grpo",
-    "tree-grpo",
+    "tree-grpo", "awm", "nft", "crd", "tmpo-leaf",
 )  # fmt: skip
 #: config.yaml of a run of the version that had one class of settings for all methods: every key, at its default.
 OLD: dict[str, Any] = {
@@ -50,11 +50,12 @@ def complaint(*layers: tuple[str, dict[str, Any]]) -> str:
 def test_method_names_are_files_and_their_variants() -> None:
     assert sorted(presets.method_names()) == sorted(METHODS)
     assert {name: presets.method_file(name) for name in METHODS} == {
-        name: "tmpo" if name.startswith("tmpo") else name for name in METHODS
+        name: "tmpo" if name.startswith("tmpo") and name != "tmpo-leaf" else name for name in METHODS
     }
     for wrong in ("tmpo-tree", "grpo", "", "base", "batch", "flow-grpo-beta-1"):
         with pytest.raises(
-            ConfigError, match=f"method {wrong!r} is not known.*methods: flow-grpo, gardo, mix-grpo, tmpo"
+            ConfigError,
+            match=f"method {wrong!r} is not known.*methods: awm, crd, flow-grpo, gardo, mix-grpo, nft, tmpo",
         ):
             presets.method_file(wrong)
     with pytest.raises(ConfigError, match="did you mean tmpo-no-tree"):
@@ -79,6 +80,15 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "neutral_share",
         "diversity_weight",
         "diversity",
+        "draws",
+        "noise_shift",
+        "rollout",
+        "strength",
+        "reward_range",
+        "adaptive_weight",
+        "old_decay_rise",
+        "old_decay_max",
+        "tilt_weight",
     }
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .base import Method
 
 #: Files that are no methods, see `settings.discovery`.
-SHARED = ("base", "batch")
+SHARED = ("base", "batch", "noised")
 
 
 def make(config: TrainConfig, sigmas: Tensor) -> Method:

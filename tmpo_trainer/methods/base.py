@@ -113,29 +113,39 @@ class Method(ABC):
         """Takes over what `state` and `tensors` gave."""
 
 
-class TransitionSettings(TrainConfig):
-    """Settings of methods that train on stochastic transitions."""
+class StochasticSettings(TrainConfig):
+    """Settings of methods whose rollouts may have stochastic steps and whose loss may have a KL penalty."""
 
     kernel: Literal["cps", "flow_sde", "dance"] = "cps"
     """Transition kernel of the stochastic steps."""
     eta: float = Field(0.7, ge=0.01, le=10)
     """Noise level of the stochastic steps; at most 1 for cps."""
-    logp_reduce: Literal["mean", "sum"] = "mean"
-    """How log-probabilities are reduced over latent dimensions (paper: mean)."""
-    clip: float = Field(0.2, gt=0, le=1000)
-    """PPO's epsilon."""
-    reuse_forward: bool = False
-    """Keep the activations of the rollout's stochastic steps, so that the first replay is a backward pass alone. They must fit
-    into memory all at once: those of every parent of every prompt of the update."""
     kl_weight: float = Field(0.0, ge=0, le=1e4)
     """Weight of the KL penalty to the pretrained model. With the GRPO family the KL is measured as Flow-GRPO does, see
-    methods/flow_grpo.py."""
+    methods/flow_grpo.py; with methods on noised leaves it is the mean squared difference of the velocities."""
 
     @model_validator(mode="after")
-    def _kernel_fits(self) -> TransitionSettings:
+    def _kernel_fits(self) -> StochasticSettings:
         if self.kernel == "cps" and self.eta > 1:
             raise ValueError(f"eta {self.eta} is too large for kernel cps: at most 1")
         return self
+
+
+class ClipSettings(TrainConfig):
+    """Settings of methods that clip ratios."""
+
+    clip: float = Field(0.2, gt=0, le=1000)
+    """PPO's epsilon."""
+
+
+class TransitionSettings(StochasticSettings, ClipSettings):
+    """Settings of methods that train on stochastic transitions."""
+
+    logp_reduce: Literal["mean", "sum"] = "mean"
+    """How log-probabilities are reduced over latent dimensions (paper: mean)."""
+    reuse_forward: bool = False
+    """Keep the activations of the rollout's stochastic steps, so that the first replay is a backward pass alone. They must fit
+    into memory all at once: those of every parent of every prompt of the update."""
 
 
 class TransitionMethod(Method):

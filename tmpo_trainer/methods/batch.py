@@ -104,8 +104,9 @@ class PromptBatch:
     """The rollout of P prompts in one forest, K leaves each. Row l * P + p is leaf l of prompt p.
 
     plan: of one prompt. rollout: of all of them. share: of the update's prompts on this process, P / prompts_per_update.
-    scores: by scorer, `[K, P]`. rewards: of every prompt, combined and without the
-    part that the `neutral` statistics explain, `[K]` each. features: `[K, P, D]`, or None.
+    slots: places of the prompts among those of the update on all processes, which key their noise.
+    scores: by scorer, `[K, P]`. rewards: of every prompt, combined and without the part that the `neutral` statistics explain,
+    `[K]` each. features: `[K, P, D]`, or None.
     own: what the method keeps of this batch until the update ends.
     """
 
@@ -117,6 +118,7 @@ class PromptBatch:
     scores: dict[str, Tensor]
     rewards: list[Tensor]
     features: Tensor | None
+    slots: list[int]
     own: dict[str, Tensor] = field(default_factory=dict)
     #: The reference policy's means, once they are known.
     reference: list[Tensor] | None = None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from ..settings.config import COUNT
+from ..settings.config import COUNT, TrainConfig
 from ..settings.errors import ConfigError
 from .base import TransitionMethod, TransitionSettings
 
@@ -18,7 +18,29 @@ if TYPE_CHECKING:
     from .batch import PromptBatch
 
 
-class Settings(TransitionSettings):
+class TargetSettings(TrainConfig):
+    """Settings of TMPO's target."""
+
+    beta_start: float = Field(0.8, ge=1e-4, le=1000)
+    """Inverse temperature of the Boltzmann target at the first update."""
+    beta_end: float = Field(2.0, ge=1e-4, le=1000)
+    """Inverse temperature after the warm-up."""
+    beta_warmup: int = Field(150, ge=0, le=COUNT)
+    """Updates over which beta rises linearly."""
+    baseline: Literal["none", "group", "siblings"] = "none"
+    """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
+    anchor: Literal["none", "ref"] = "none"
+    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
+    anchor_weight: float = Field(1.0, ge=1e-4, le=1e4)
+    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
+
+    def beta(self, update: int) -> float:
+        """Inverse temperature of an update counted from 0."""
+        progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
+        return self.beta_start + (self.beta_end - self.beta_start) * progress
+
+
+class Settings(TransitionSettings, TargetSettings):
     """Settings of TMPO and its ablations."""
 
     variants: ClassVar[dict[str, dict[str, Any]]] = {
@@ -39,18 +61,6 @@ class Settings(TransitionSettings):
     """Without a tree, K chains from independent seeds draw their noise at the branch steps."""
     balance: Literal["trajectory", "subtree"] = "trajectory"
     """`subtree` balances every branch point by itself (the paper's step-wise ablation) instead of whole paths."""
-    beta_start: float = Field(0.8, ge=1e-4, le=1000)
-    """Inverse temperature of the Boltzmann target at the first update."""
-    beta_end: float = Field(2.0, ge=1e-4, le=1000)
-    """Inverse temperature after the warm-up."""
-    beta_warmup: int = Field(150, ge=0, le=COUNT)
-    """Updates over which beta rises linearly."""
-    baseline: Literal["none", "group", "siblings"] = "none"
-    """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
-    anchor: Literal["none", "ref"] = "none"
-    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
-    anchor_weight: float = Field(1.0, ge=1e-4, le=1e4)
-    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
     diversity_weight: float = Field(0.0, ge=0, le=100)
     """Weight of a term for diversity in the reward, see `diversity`; 0 for none."""
     diversity: Literal["distance", "rarity"] = "distance"
@@ -74,11 +84,6 @@ class Settings(TransitionSettings):
     @property
     def needs_features(self) -> bool:
         return super().needs_features or self.diversity_weight > 0
-
-    def beta(self, update: int) -> float:
-        """Inverse temperature of an update counted from 0."""
-        progress = min(update / self.beta_warmup, 1.0) if self.beta_warmup else 1.0
-        return self.beta_start + (self.beta_end - self.beta_start) * progress
 
 
 class Method(TransitionMethod):

@@ -121,7 +121,8 @@ class Roller:
                 keep_spread = config.combining == "zscore"
                 rewards, neutral = nuisance.neutralise(rewards, statistics, config.neutral_share, keep_spread)
             share = count / config.prompts_per_update
-            batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features)
+            places = [slot for slot, _ in slots]
+            batch = PromptBatch(update, prompts, plan, run, share, scores, rewards, features, places)
             return batch, {**figures(batch), **neutral}
 
         return finish

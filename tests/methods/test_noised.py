@@ -1,0 +1,366 @@
+"""Methods on noised leaves: their gradients written out, the draws, exact facts, what they cost and keep between updates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tmpo_trainer import methods, objectives, tree
+from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
+from tmpo_trainer.methods.noised import NoisedLeaves
+from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.settings.presets import make_config
+from tmpo_trainer.training import checkpoint
+from tmpo_trainer.training.weights import Weights
+
+Make = Callable[..., Any]
+
+METHODS = ("awm", "nft", "crd", "tmpo-leaf")
+SHAPE = (2, 1, 2)
+SIGMAS = torch.tensor([1, 0.9037, 0.7897, 0.6525, 0.4842, 0.2730, 0])
+BRANCHING, DRAWS, SLOTS = 3, 2, [3, 1]
+LEAVES, COUNT = BRANCHING**2, len(SLOTS)
+
+
+class Tiny(nn.Module):
+    """A frozen network and an adapter in float64: row r is of prompt r % 2."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64) / 2
+
+        size = math.prod(SHAPE) + 1
+        self.base, self.on = drawn(size, size - 1), True
+        self.prompts = drawn(COUNT, size - 1)
+        self.adapter = nn.Parameter(drawn(size, size - 1))
+
+    def disable_adapters(self) -> None:
+        self.on = False
+
+    def enable_adapters(self) -> None:
+        self.on = True
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        given = torch.cat([x.flatten(1), sigma[:, None]], 1)
+        out = given @ self.base + self.prompts.repeat(len(x) // COUNT, 1)
+        if self.on:
+            out = out + torch.tanh(given @ self.adapter)
+        return out.unflatten(1, SHAPE)
+
+
+def set_up(method: str, rewards: Tensor | None = None, seed: int = 0, **settings: Any) -> Any:
+    """A method at the first update with made-up leaves and rewards `[2, K]`: method, batch, network, transformer, weights."""
+    given = {
+        "method": method, "branching": BRANCHING, "branch_early": (1, 2), "draws": DRAWS, "noise_shift": 2.0,
+        "prompts_per_update": 4, "prompts_per_batch": COUNT, **settings,
+    }  # fmt: skip
+    made: Any = methods.make(make_config([("settings", given)]), SIGMAS)
+    transformer = Tiny(seed)
+    weights = Weights(transformer)
+    made.begin(5, weights)
+    plan = made.shape(5)
+    leaves = torch.randn(LEAVES * COUNT, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if rewards is None:
+        rewards = torch.stack([leaves[p::COUNT].flatten(1).mean(1) for p in range(COUNT)])
+    run = tree.Rollout(plan.forest(COUNT), "cps", 0.7, "mean", leaves, [])
+    normalised = list(objectives.zscore(rewards))
+    batch = PromptBatch(5, ["a", "b"], plan, run, COUNT / 4, {}, normalised, None, SLOTS)
+    network = Network(transformer, Clock(torch.device("cpu")), torch.device("cpu"))
+    network.max_batch = 5
+    return SimpleNamespace(method=made, batch=batch, network=network, transformer=transformer, weights=weights)
+
+
+def found(made: Any, inner: int = 0) -> tuple[Tensor, dict[str, list[float]]]:
+    """The gradient, and the figures."""
+    made.transformer.adapter.grad = None
+    figures = made.method.backward(made.batch, made.network, inner)
+    return made.transformer.adapter.grad.clone(), figures
+
+
+def all_rows(made: Any) -> Any:
+    (part,) = NoisedLeaves(made.batch, made.method.config).parts(None)
+    return part
+
+
+def move(made: Any, by: float) -> None:
+    with torch.no_grad():
+        made.transformer.adapter += by * torch.linspace(-1, 1, made.transformer.adapter.numel()).view_as(
+            made.transformer.adapter
+        )
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------
+
+
+def awm(A: Tensor, e: Tensor, e_old: Tensor, e_ref: Tensor, clip: float) -> Tensor:
+    rho = (e_old - e).exp()
+    return -torch.min(rho * A, rho.clamp(1 - clip, 1 + clip) * A).mean()
+
+
+def crd(R: Tensor, e: Tensor, e_old: Tensor, e_ref: Tensor, clip: float) -> Tensor:
+    ratio = 7.0 * (e_ref - e)
+    return (R - (ratio - ratio.mean())).square().mean() / 14
+
+
+def tmpo_leaf(R: Tensor, e: Tensor, e_old: Tensor, e_ref: Tensor, clip: float) -> Tensor:
+    return awm((1.5 * R).log_softmax(0) - (-e.detach()).log_softmax(0), e, e_old, e_ref, clip)
+
+
+def anchored(R: Tensor, e: Tensor, e_old: Tensor, e_ref: Tensor, clip: float) -> Tensor:
+    A = (1.5 * R).log_softmax(0) - (7.0 * (e_ref - e.detach())).log_softmax(0)
+    return awm(A - A.mean(), e, e_old, e_ref, clip)
+
+
+BETA = {"beta_start": 1.5, "beta_end": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "loss"),
+    [
+        ("awm", {}, awm),
+        ("crd", {"tilt_weight": 7.0}, crd),
+        ("tmpo-leaf", BETA, tmpo_leaf),
+        ("tmpo-leaf", {**BETA, "anchor": "ref", "anchor_weight": 7.0, "baseline": "group"}, anchored),
+    ],
+)
+def test_gradient_is_that_of_the_loss_of_errors(
+    name: str, settings: dict[str, Any], loss: Callable[..., Tensor]
+) -> None:
+    """At the rollout's weights, and at others where ratios are clipped; with a KL; in several calls of the network."""
+    clip = 0.01
+    own = {} if name == "crd" else {"clip": clip}
+    made = set_up(name, kl_weight=0.3, inner_updates=2, **own, **settings)
+    x, t, v = all_rows(made)[1:]
+    with torch.no_grad(), made.weights.pretrained():
+        reference = made.transformer(x, t)
+    e_old = None
+    for inner in range(2):
+        velocity = made.transformer(x, t)
+
+        def errors(u: Tensor) -> Tensor:
+            return (u - v).square().mean((1, 2, 3)).view(DRAWS, LEAVES, COUNT).mean(0)
+
+        e, e_ref = errors(velocity), errors(reference)
+        e_old = e.detach() if e_old is None else e_old
+        losses = [loss(made.batch.rewards[p], e[:, p], e_old[:, p], e_ref[:, p], clip) for p in range(COUNT)]
+        kl = (velocity - reference).square().mean()
+        # Two of the four prompts of an update.
+        total = (sum(losses) / COUNT + 0.3 * kl) * COUNT / 4
+        (expected,) = torch.autograd.grad(total, made.transformer.adapter)
+        got, figures = found(made, inner)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        assert figures["loss"] == pytest.approx([value.item() for value in losses], rel=1e-9)
+        assert sum(figures["kl_reference"]) / 2 == pytest.approx(kl.item())
+        assert sum(figures["velocity_error"]) / 2 == pytest.approx(e.mean().item())
+        assert "clip_fraction" not in figures or (max(figures["clip_fraction"]) > 0) == (inner == 1)
+        move(made, 0.1)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool) -> None:
+    """With an old policy that is not the current one; clipped advantages are wholly good or bad."""
+    own = {"strength": 0.4, "reward_range": 1.2, "adaptive_weight": adaptive, "kl_weight": 0.3}
+    made = set_up("nft", inner_updates=2, **own)
+    x, t, v = all_rows(made)[1:]
+    with torch.no_grad():
+        v_old = made.transformer(x, t)
+        with made.weights.pretrained():
+            reference = made.transformer(x, t)
+    rows = [(r % COUNT, r // COUNT % LEAVES) for r in range(len(x))]
+    for inner in range(2):
+        velocity, losses = made.transformer(x, t), []
+        for i, (p, leaf) in enumerate(rows):
+            r = 0.5 + 0.5 * min(max(made.batch.rewards[p][leaf].item() / 1.2, -1), 1)
+            plus = (1 - 0.4) * v_old[i] + 0.4 * velocity[i]
+            minus = (1 + 0.4) * v_old[i] - 0.4 * velocity[i]
+            parts = []
+            for u in (plus, minus):
+                if adaptive:
+                    data, x0 = x[i] - t[i] * u, x[i] - t[i] * v[i]
+                    parts.append(((data - x0) ** 2 / (data - x0).abs().mean().detach()).mean())
+                else:
+                    parts.append(((u - v[i]) ** 2).mean())
+            losses.append((r * parts[0] + (1 - r) * parts[1]) * 1.2 / 0.4)
+        total = (torch.stack(losses).mean() + 0.3 * (velocity - reference).square().mean()) * COUNT / 4
+        (expected,) = torch.autograd.grad(total, made.transformer.adapter)
+        got, figures = found(made, inner)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        assert sum(figures["loss"]) / 2 == pytest.approx(torch.stack(losses).mean().item())
+        move(made, 0.1)
+
+
+# -- exact facts ---------------------------------------------------------------------------------------------------
+
+
+def test_nft_at_the_old_policy_is_awm() -> None:
+    """Its gradient there is the error's, weighted by the advantage, whatever its strength."""
+    expected, _ = found(set_up("awm"))
+    for strength in (0.1, 1.0):
+        got, _ = found(set_up("nft", adaptive_weight=False, strength=strength))
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_rewards_move_nothing() -> None:
+    got, figures = found(set_up("awm", torch.full((COUNT, LEAVES), 0.3, dtype=torch.float64)))
+    assert not got.any() and figures["advantage_std"] == [0, 0]
+
+
+def test_crd_is_anchored_softmax_tb_of_leaves() -> None:
+    settings = {"anchor": "ref", "baseline": "group", "beta_start": 1.0, "beta_end": 1.0, "anchor_weight": 7.0}
+    expected, _ = found(set_up("tmpo-leaf", **settings))
+    got, _ = found(set_up("crd", tilt_weight=7.0))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_optimum_of_crd_is_the_tilt() -> None:
+    """On pictures that can be enumerated, with the log ratio of their probabilities in the place of the errors'."""
+    made = set_up("crd", tilt_weight=0.7)
+    rewards = made.batch.rewards[0]
+    generator = torch.Generator().manual_seed(2)
+    reference = torch.randn(LEAVES, generator=generator, dtype=torch.float64).softmax(0)
+    logits = torch.zeros(LEAVES, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-14, tolerance_change=1e-18)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        ratio = logits.log_softmax(0) - reference.log()
+        loss, _ = made.method.loss(made.batch, 0, -ratio, -ratio, torch.zeros_like(ratio))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    tilted = reference * (rewards / 0.7).exp()
+    torch.testing.assert_close(logits.detach().softmax(0), tilted / tilted.sum(), rtol=1e-6, atol=1e-9)
+
+
+def test_draws() -> None:
+    """x_t and v fit together; levels are one in each of K intervals, then shifted; a prompt's do not depend on its batch."""
+    made = set_up("awm")
+    rows, x, t, v = all_rows(made)
+    x0 = made.batch.rollout.leaves.repeat(DRAWS, 1, 1, 1)
+    torch.testing.assert_close(x - t.view(-1, 1, 1, 1) * v, x0)
+    eps = x0 + v
+    assert (
+        rows == slice(0, len(x))
+        and 0.7 < eps.std() < 1.3
+        and len({value.item() for value in eps.flatten()}) == eps.numel()
+    )
+    level = (t / (2 - t)).view(DRAWS, LEAVES, COUNT)
+    for d in range(DRAWS):
+        for p in range(COUNT):
+            assert sorted((level[d, :, p] * LEAVES).long().tolist()) == list(range(LEAVES))
+    assert not torch.equal(level[0], level[1]) and not torch.equal(level[..., 0], level[..., 1])
+    alone = PromptBatch(
+        5, ["b"], made.batch.plan, tree.Rollout(made.batch.plan, "cps", 0.7, "mean", made.batch.rollout.leaves[1::2], []),
+        0.25, {}, made.batch.rewards[1:], None, SLOTS[1:],
+    )  # fmt: skip
+    (part,) = NoisedLeaves(alone, made.method.config).parts(None)
+    assert torch.equal(part.x, x[1::2]) and torch.equal(part.t, t[1::2])
+    made.batch.update = 6
+    assert not torch.equal(all_rows(made).t, t)
+
+
+# -- in training ---------------------------------------------------------------------------------------------------
+
+
+def settings_of(method: str) -> dict[str, Any]:
+    return {"method": method, "draws": 2, "branch_early": (1, 2), "kl_weight": 0.1} | (
+        {"rollout": "tree", "anchor": "ref"} if method == "tmpo-leaf" else {}
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_network_calls(make: Make, method: str) -> None:
+    """Rows of the transformer's own calls, against what is promised and what metrics.jsonl says; with two optimiser steps."""
+    trainer = make(**settings_of(method), inner_updates=2)
+    counts = {"forward": 0, "with gradient": 0}
+
+    def count(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        counts["with gradient" if torch.is_grad_enabled() else "forward"] += len(kwargs["hidden_states"])
+
+    trainer.backbone.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    plan = trainer.method.shape(0)
+    promised = trainer.method.evaluations(plan)
+    metrics = trainer.update()
+    assert {phase: metrics.get(f"evaluations/{phase}", 0) for phase in promised} == promised
+    replayed = promised["replay"]
+    assert counts == {"forward": 2 * (sum(promised.values()) - replayed), "with gradient": 2 * replayed}
+    rows = 9 * 2
+    reference, ratio = {"awm": (1, 1), "nft": (2, 0), "crd": (1, 2), "tmpo-leaf": (1, 2)}[method]
+    rolled = 3 * 2 + 9 * 4 if method == "tmpo-leaf" else 9 * 6
+    assert promised == {"rollout": rolled, "reference": reference * rows, "ratio": ratio * rows, "replay": 2 * rows}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_change_nothing(check_batches: Callable[..., None], method: str) -> None:
+    check_batches(**settings_of(method))
+
+
+@pytest.mark.parametrize("method", ["nft", "tmpo-leaf"])
+def test_it_resumes_to_the_bit(make: Make, method: str) -> None:
+    settings = settings_of(method) | ({"old_decay_rise": 0.2} if method == "nft" else {})
+    whole, first, second = (make(**settings) for _ in range(3))
+    for _ in range(3):
+        expected = whole.update()
+    first.update()
+    first.update()
+    path = first.save()
+    second.resume(path)
+    got = second.update()
+    assert {**got, "seconds": 0} == {**expected, "seconds": 0}
+    for name, value in whole.weights.lora.items():
+        assert torch.equal(value, second.weights.lora[name])
+        if method == "nft":
+            assert torch.equal(whole.method.old[name], second.method.old[name])
+    state = json.loads((path / "state.json").read_text())
+    assert state["method_state"] == ({"updates": 2} if method == "nft" else {})
+    if method == "nft":
+        (path / checkpoint.TENSORS).unlink()
+        with pytest.raises(ConfigError, match="lacks the copy of the adapter that nft keeps"):
+            make(**settings).resume(path)
+
+
+def test_the_old_policy_of_nft_follows_and_rolls_out(make: Make) -> None:
+    """Its decay rises from 0. The current policy is what is trained."""
+    trainer = make(**settings_of("nft"), old_decay_rise=0.4, old_decay_max=0.5)
+    seen = []
+    for decay in (0.0, 0.4, 0.5):
+        before = {name: value.clone() for name, value in trainer.method.old.items()} or trainer.weights.copy()
+        seen.append(trainer.update()["reward/channel-0"])
+        for name, value in trainer.weights.lora.items():
+            torch.testing.assert_close(trainer.method.old[name], decay * before[name] + (1 - decay) * value.detach())
+    # The next rollout is the old policy's, however wrong the current weights are.
+    expected = trainer.method.old
+    with torch.no_grad():
+        for parameter in trainer.weights.lora.values():
+            parameter.add_(1)
+    used = trainer.method.rollout_weights(trainer.weights)
+    assert used is expected and len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "awm", "baseline": "group"}, "baseline group belongs to method tmpo, not to awm"),
+        ({"method": "tmpo-leaf", "baseline": "siblings"}, "baseline siblings with tmpo-leaf: evidence is of leaves"),
+        ({"method": "crd", "kernel": "cps", "eta": 2}, "eta 2.0 is too large for kernel cps"),
+    ],
+    ids=str,
+)
+def test_combinations_that_make_no_sense(refused: Callable[..., None], settings: dict[str, Any], message: str) -> None:
+    refused(message, **settings)
+
+
+def test_a_tree_that_cannot_carry_noise_is_refused(planned: Make) -> None:
+    with pytest.raises(ConfigError, match=r"branch_early \[1, 5\]: step 5 of 6 ends at sigma 0.0089"):
+        planned("awm", torch.tensor([1, 0.923, 0.819, 0.668, 0.432, 0.0089, 0]), rollout="tree", branch_early=(1, 5))

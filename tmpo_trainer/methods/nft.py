@@ -1,0 +1,114 @@
+"""DiffusionNFT (arXiv:2509.16117): flow matching on the leaves with an implicit positive and an implicit negative policy.
+
+With v_old of the policy that drew the leaves, they are v_+- = v_old +- strength (v_theta - v_old); a leaf of optimality r in
+0..1 trains the positive one with weight r and the negative one with 1 - r. At v_theta = v_old and without the adaptive weight
+the gradient is that of the error, weighted by the advantage. The old policy is a copy of the adapter that follows it; it also
+rolls out. Scales are those of the published code, from which the paper's KL weight comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from ..settings.errors import ConfigError
+from .noised import NoisedMethod, NoisedSettings, advantage, evaluated, mean_square
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..tree import TreePlan
+    from .base import Figures
+    from .batch import AdapterWeights, Network, PromptBatch
+    from .noised import NoisedLeaves, Part
+
+#: Floor of the adaptive weight's divisor.
+ERROR_FLOOR = 1e-5
+
+
+class Settings(NoisedSettings):
+    """Settings of nft."""
+
+    strength: float = Field(1.0, ge=1e-3, le=1000)
+    """How far the implicit positive and negative policies go beyond the old one, as a share of what has been learned
+    (the paper's beta). Less is bolder."""
+    reward_range: float = Field(5.0, ge=0.01, le=1000)
+    """The advantage, in standard deviations of the group's rewards, at which a leaf counts as wholly good."""
+    adaptive_weight: bool = True
+    """Divide the squared error of every noised leaf by its mean absolute error, both of the clean latent."""
+    old_decay_rise: float = Field(0.001, ge=0, le=1)
+    """By how much the old policy's decay rises per update. At a decay of 0 it becomes the current policy after every update."""
+    old_decay_max: float = Field(0.5, ge=0, lt=1)
+    """The largest decay of the old policy."""
+
+
+class Method(NoisedMethod):
+    copies: ClassVar[int] = 1
+    config: Settings
+
+    def __init__(self, config: Settings, sigmas: Tensor):
+        super().__init__(config, sigmas)
+        #: The adapter of the old policy; made at the first update.
+        self.old: dict[str, Tensor] = {}
+        self.done = 0
+
+    def evaluations(self, plan: TreePlan) -> dict[str, int]:
+        """`reference` has the old policy's evaluations too."""
+        counts = super().evaluations(plan)
+        return counts | {"reference": counts["reference"] + plan.leaves * self.config.draws}
+
+    def keeps(self, plan: TreePlan) -> int:
+        return super().keeps(plan) + plan.leaves * self.config.draws
+
+    def rollout_weights(self, weights: AdapterWeights) -> Mapping[str, Tensor]:
+        return self.old
+
+    def begin(self, update: int, weights: AdapterWeights) -> None:
+        super().begin(update, weights)
+        if not self.old:
+            self.old = weights.copy()
+
+    def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
+        import torch
+
+        own, draws = batch.own, self.config.draws
+        if "old" not in own:
+            with network.phase("reference"), self.weights.using(self.old):
+                own["old"], _ = evaluated(noised, network)
+            share = torch.stack([advantage(rewards) for rewards in batch.rewards], 1) / self.config.reward_range
+            own["optimality"] = (0.5 + share.clamp(-1, 1) / 2).repeat(draws, 1).flatten().to(noised.t)
+        spread = own["optimality"].view(draws, -1, batch.count)[0].std(0, correction=0)
+        return {"optimality_std": spread.tolist()}
+
+    def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
+        config, old, good = self.config, batch.own["old"][part.rows], batch.own["optimality"][part.rows]
+        step = config.strength * (velocity - old)
+        positive, negative = self._error(part, old + step), self._error(part, old - step)
+        return (good * positive + (1 - good) * negative) * config.reward_range / config.strength
+
+    def _error(self, part: Part, velocity: Tensor) -> Tensor:
+        off = velocity - part.v
+        if not self.config.adaptive_weight:
+            return mean_square(off)
+        # The clean latent's error is t times the velocity's.
+        off = part.t.view(-1, *[1] * (off.dim() - 1)) * off
+        return mean_square(off) / off.detach().abs().flatten(1).mean(1).clamp_min(ERROR_FLOOR)
+
+    def end(self, figures: Mapping[str, float]) -> None:
+        decay = min(self.done * self.config.old_decay_rise, self.config.old_decay_max)
+        for name, value in self.weights.copy().items():
+            self.old[name].lerp_(value, 1 - decay)
+        self.done += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self.done}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.old
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        if state["updates"] and not tensors:
+            raise ConfigError("the checkpoint lacks the copy of the adapter that nft keeps (method.safetensors)")
+        self.done, self.old = state["updates"], dict(tensors)

@@ -1,0 +1,264 @@
+"""What the methods share that train on noised leaves: the forward process in place of the rollout's transitions.
+
+A leaf x0, a noise level t in 0..1 and noise eps give x_t = (1 - t) x0 + t eps, whose velocity is v = eps - x0. The error of a
+leaf is the mean over latent dimensions, and over its draws of (t, eps), of (v_theta(x_t, t) - v)^2. Less error is more
+likelihood: minus the error stands for log p_theta(x0) (the evidence lower bound), and e_ref - e_theta for
+log p_theta(x0) / p_ref(x0), of a picture and not of a path. So no log-probabilities are needed, and any solver will do.
+
+The velocity is that of the rollout, with the same guidance.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field
+
+from ..settings.errors import ConfigError
+from .base import Figures, Method, StochasticSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..tree import TreePlan
+    from .batch import Network, PromptBatch
+
+
+class NoisedSettings(StochasticSettings):
+    """Settings of methods that train on noised leaves."""
+
+    draws: int = Field(1, ge=1, le=1000)
+    """How many noise levels every leaf is trained at, with fresh noise each."""
+    noise_shift: float = Field(1.0, ge=0.01, le=100)
+    """Noise levels are uniform in 0..1 and then shifted, as the schedules of SD3 and FLUX are: a level t becomes
+    shift t / (1 + (shift - 1) t). More than 1 trains at more noise."""
+    rollout: Literal["chains", "tree"] = "chains"
+    """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that leaves share
+    early steps and cost less."""
+
+
+class Part(NamedTuple):
+    """Some rows of a batch's noised leaves. Row (d * K + l) * P + p is draw d of leaf l of prompt p.
+
+    rows: which. x: `[n, ...latent]`, noised. t: `[n]`. v: `[n, ...latent]`, the true velocity.
+    """
+
+    rows: slice
+    x: Tensor
+    t: Tensor
+    v: Tensor
+
+
+class NoisedLeaves:
+    """The noised leaves of a batch, drawn part by part, always the same.
+
+    Noise levels are stratified over the K leaves of a prompt: before the shift, in every draw, each of K equal intervals of
+    0..1 has one leaf. All is a pure function of (seed, update, place of the prompt, draw, leaf), like the noise of a rollout.
+
+    Attributes:
+        t: `[D * K * P]`, the noise level of every row.
+    """
+
+    def __init__(self, batch: PromptBatch, config: Any):
+        import torch
+
+        from .. import tree
+
+        seed, draws, shift = config.seed, config.draws, config.noise_shift
+        self.leaves, self.slots, self.count = batch.rollout.leaves, batch.slots, batch.count
+        self._key = seed, batch.update
+        leaves = batch.plan.leaves
+        levels = torch.empty(draws, leaves, self.count, dtype=torch.float64)
+        for p, slot in enumerate(self.slots):
+            for d in range(draws):
+                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, leaves))(0, ())
+                levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / leaves
+        self.t = (shift * levels / (1 + (shift - 1) * levels)).flatten().to(self.leaves)
+
+    def parts(self, max_batch: int | None) -> Iterator[Part]:
+        """All rows, at most `max_batch` at a time, in whole multiples of the prompts."""
+        import torch
+
+        from .. import flow, tree
+
+        size = tree.chunk_size(len(self.t), self.count, max_batch)
+        for first in range(0, len(self.t), size):
+            rows = range(first, min(first + size, len(self.t)))
+            x0 = self.leaves[[row % len(self.leaves) for row in rows]]
+            eps = torch.stack([self._noise(row) for row in rows]).to(x0)
+            t = self.t[first : rows.stop]
+            level = flow.per_row(t, x0)
+            yield Part(slice(first, rows.stop), (1 - level) * x0 + level * eps, t, eps - x0)
+
+    def _noise(self, row: int) -> Tensor:
+        from .. import tree
+
+        (d, place), p = divmod(row, len(self.leaves)), row % self.count
+        key = *self._key, self.slots[p], "noised", d
+        return tree.keyed_noise(key, self.leaves.shape[1:])(0, (place // self.count,))
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """`[n, ...latent]` -> `[n]`."""
+    return x.square().flatten(1).mean(1)
+
+
+class NoisedMethod(Method):
+    """A loss on the velocities at noised leaves, row by row; a KL penalty on them."""
+
+    config: Any
+
+    def __init__(self, config: Any, sigmas: Tensor):
+        from .. import flow
+
+        super().__init__(config, sigmas)
+        try:
+            flow.check_stochastic(config.kernel, config.eta, sigmas, list(self.plan(0).fanout))
+        except ValueError as error:
+            raise ConfigError(f"branch_early {list(config.branch_early)}: {error}") from None
+
+    def plan(self, update: int) -> TreePlan:
+        from .. import tree
+
+        config = self.config
+        if config.rollout == "tree":
+            return tree.TreePlan.tmpo(config.rollout_steps, config.branch_early, config.branching)
+        return tree.TreePlan(config.rollout_steps, config.leaves, {})
+
+    @property
+    def transition(self) -> dict[str, Any]:
+        return {"kernel": self.config.kernel, "eta": self.config.eta}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the pretrained model's velocities are needed."""
+        return bool(self.config.kl_weight)
+
+    def evaluations(self, plan: TreePlan) -> dict[str, int]:
+        """Rollout, reference, replay; see `Method`."""
+        rows = plan.leaves * self.config.draws
+        return {
+            "rollout": plan.rollout_evaluations,
+            "reference": rows if self.needs_reference else 0,
+            "ratio": 0,
+            "replay": rows * self.config.inner_updates,
+        }
+
+    def keeps(self, plan: TreePlan) -> int:
+        """Leaves, and velocities of the reference."""
+        return plan.leaves * (1 + self.config.draws * self.needs_reference)
+
+    def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
+        """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
+        return {}
+
+    @abstractmethod
+    def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
+        """`[n]`, from the network's velocity at a part's rows, `[n, ...latent]`. A prompt's loss is the mean over its rows."""
+
+    def backward(self, batch: PromptBatch, network: Network, inner: int) -> Figures:
+        import torch
+
+        config = self.config
+        noised = NoisedLeaves(batch, config)
+        if self.needs_reference and "reference" not in batch.own:
+            with network.phase("reference"), self.weights.pretrained():
+                batch.own["reference"], batch.own["reference_errors"] = evaluated(noised, network)
+        figures = self.prepare(batch, noised, network, inner)
+        losses, errors, kl = (torch.zeros_like(noised.t) for _ in range(3))
+        scale = batch.share / len(noised.t)
+        with network.phase("replay"):
+            for part in noised.parts(network.max_batch):
+                velocity = network(part.x, part.t).to(part.x)
+                loss = self.row_loss(batch, part, velocity)
+                losses[part.rows] = loss.detach()
+                errors[part.rows] = mean_square(velocity.detach() - part.v)
+                if config.kl_weight:
+                    off = mean_square(velocity - batch.own["reference"][part.rows])
+                    kl[part.rows] = off.detach()
+                    loss = loss + config.kl_weight * off
+                network.backward(loss.sum() * scale)
+        if inner == 0:
+            batch.own["errors"] = leaf_means(errors, batch)
+        found = {"loss": losses, "velocity_error": errors}
+        if config.kl_weight:
+            found["kl_reference"] = kl
+        # Row % P is the prompt.
+        return {name: rows.view(-1, batch.count).mean(0).tolist() for name, rows in found.items()} | figures
+
+
+def leaf_means(rows: Tensor, batch: PromptBatch) -> Tensor:
+    """Means over the draws: `[D * K * P]` -> `[K, P]`, on the CPU."""
+    return rows.view(-1, batch.plan.leaves, batch.count).mean(0).cpu()
+
+
+def evaluated(noised: NoisedLeaves, network: Network) -> tuple[Tensor, Tensor]:
+    """The network's velocities at all rows without gradient, `[D * K * P, ...latent]`, and their errors, `[D * K * P]`."""
+    import torch
+
+    velocities, errors = [], []
+    with torch.no_grad():
+        for part in noised.parts(network.max_batch):
+            velocities.append(network(part.x, part.t).to(part.x))
+            errors.append(mean_square(velocities[-1] - part.v))
+    return torch.cat(velocities), torch.cat(errors)
+
+
+class ErrorMethod(NoisedMethod):
+    """A loss on the errors of a prompt's leaves, which may couple them."""
+
+    #: Whether the first optimiser step needs the errors' values, and not only their gradients.
+    needs_errors: ClassVar[bool] = True
+
+    def evaluations(self, plan: TreePlan) -> dict[str, int]:
+        rows, steps = plan.leaves * self.config.draws, self.config.inner_updates
+        return super().evaluations(plan) | {"ratio": rows * (steps if self.needs_errors else steps - 1)}
+
+    @abstractmethod
+    def loss(
+        self, batch: PromptBatch, p: int, errors: Tensor, old: Tensor, reference: Tensor | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of prompt number p and the figures to log.
+
+        Args:
+            errors: of the current weights, `[K]`; the loss is differentiable in them. old: at the first optimiser step.
+            reference: of the pretrained model, if it is needed.
+        """
+
+    def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
+        import torch
+
+        from .. import objectives
+
+        own = batch.own
+        if inner or self.needs_errors:
+            with network.phase("ratio"):
+                errors = leaf_means(evaluated(noised, network)[1], batch)
+        else:
+            errors = torch.zeros(batch.plan.leaves, batch.count, dtype=noised.t.dtype)
+        old = own["errors"] if inner else errors
+        reference = leaf_means(own["reference_errors"], batch) if self.needs_reference else None
+        weights, figures = [], defaultdict(list)
+        for p in range(batch.count):
+            current = errors[:, p].clone().requires_grad_()
+            loss, logged = self.loss(batch, p, current, old[:, p], None if reference is None else reference[:, p])
+            # The replay takes the mean over the leaves.
+            weights.append(objectives.edge_coefficients(loss, current) * len(current))
+            for name, value in (logged | {"loss": loss.item()}).items():
+                figures[name].append(value)
+        own["weights"] = torch.stack(weights, 1).repeat(self.config.draws, 1).flatten().to(noised.t)
+        return figures
+
+    def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
+        return batch.own["weights"][part.rows] * mean_square(velocity - part.v)
+
+
+def advantage(rewards: Tensor) -> Tensor:
+    """R - mean, clipped to +- ADVANTAGE_LIMIT. `[K]` -> `[K]`. `reward_norm` has divided R by its standard deviation."""
+    from .. import objectives
+
+    wide = objectives.widened(rewards)
+    return (wide - wide.mean()).clamp(-objectives.ADVANTAGE_LIMIT, objectives.ADVANTAGE_LIMIT).to(rewards.dtype)
