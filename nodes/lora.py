@@ -139,8 +139,8 @@ class Compare(io.ComfyNode):
             node_id="TMPO_Compare",
             display_name="Compare",
             category=CATEGORY,
-            description="Compares base and LoRA on the same seeds, in pairs and tables of scores, diversity and drift "
-            "(what the LoRA does to all pictures).",
+            description="Compares base and LoRA on the same seeds, in a grid of pairs and tables of scores, diversity and "
+            "drift, which is what the LoRA does to all pictures.",
             inputs=[
                 io.Image.Input("base", tooltip="Pictures of the model without the LoRA."),
                 io.Image.Input("lora", tooltip="Pictures with the LoRA, from the same seeds in the same order."),

@@ -111,7 +111,7 @@ def drift(base: np.ndarray, trained: np.ndarray, prompts: Sequence[str]) -> Drif
         return Drift(float(x.mean()), float(y.mean()), shift, np.nan, NONE, NONE)
     kept = xx > least**2
     slope, variance = ratio(xy[kept], xx[kept], draws=DRAWS), ratio(yy[kept], xx[kept], draws=DRAWS)
-    # The ends of a single prompt's interval are infinite.
+    # If a single prompt is kept, the ends are infinite.
     spread = Interval(*(float(np.sign(value) * abs(value) ** 0.5) for value in variance))
     return Drift(float(x.mean()), float(y.mean()), shift, sd, slope, spread)
 
@@ -145,7 +145,7 @@ def table(found: Mapping[str, Drift]) -> str:
 
 
 def warning(found: Mapping[str, Drift]) -> str:
-    """One or two sentences about the statistics beyond the thresholds and the settings that hold them; "" if there are none."""
+    """Which statistics are beyond the thresholds, and the settings that hold them, on one line; "" if there are none."""
     parts, settings = [], []
     for name, one in found.items():
         if one.moved:
@@ -159,7 +159,7 @@ def warning(found: Mapping[str, Drift]) -> str:
         settings.append(HOLDS_SHIFT)
     if any(one.contracted or one.spread_out for one in found.values()):
         settings.append(HOLDS_SPREAD)
-    return f"drift: {', '.join(parts)}. {' and '.join(settings)} or a larger `kl_weight` hold it."
+    return f"drift: {', '.join(parts)}. It is held by {', '.join(settings)} or a larger `kl_weight`."
 
 
 def section(found: Mapping[str, Drift]) -> str:
