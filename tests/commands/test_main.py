@@ -47,6 +47,7 @@ FLAGS = {
     "--updates", "--version", "--weight-decay", "--auxiliary", "--pickscore-scale", "--window", "--window-every",
     "--schedule", "--tree", "--no-tree", "--balance", "--draws", "--noise-shift", "--rollout", "--strength", "--reward-range",
     "--adaptive-weight", "--no-adaptive-weight", "--old-decay-rise", "--old-decay-max", "--tilt-weight",
+    "--data-weight", "--data-images",
 }  # fmt: skip
 
 #: Appendix D.4 of the paper.

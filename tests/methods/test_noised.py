@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tmpo_trainer import methods, objectives, tree
+from tmpo_trainer.methods import data
 from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
 from tmpo_trainer.methods.noised import NoisedLeaves
 from tmpo_trainer.settings.errors import ConfigError
@@ -87,9 +88,13 @@ def found(made: Any, inner: int = 0) -> tuple[Tensor, dict[str, list[float]]]:
     return made.transformer.adapter.grad.clone(), figures
 
 
-def all_rows(made: Any) -> Any:
-    (part,) = NoisedLeaves(made.batch, made.method.config).parts(None)
+def all_parts(noised: NoisedLeaves) -> Any:
+    (part,) = noised.parts(None)
     return part
+
+
+def all_rows(made: Any) -> Any:
+    return all_parts(made.method.noised(made.batch))
 
 
 def move(made: Any, by: float) -> None:
@@ -260,14 +265,47 @@ def test_draws() -> None:
         for p in range(COUNT):
             assert sorted((level[d, :, p] * LEAVES).long().tolist()) == list(range(LEAVES))
     assert not torch.equal(level[0], level[1]) and not torch.equal(level[..., 0], level[..., 1])
-    alone = PromptBatch(
-        5, ["b"], made.batch.plan, tree.Rollout(made.batch.plan, "cps", 0.7, "mean", made.batch.rollout.leaves[1::2], []),
-        0.25, {}, made.batch.rewards[1:], None, SLOTS[1:],
-    )  # fmt: skip
-    (part,) = NoisedLeaves(alone, made.method.config).parts(None)
+    part = all_parts(NoisedLeaves(made.batch.rollout.leaves[1::2], SLOTS[1:], (0, 5), DRAWS, 2.0))
     assert torch.equal(part.x, x[1::2]) and torch.equal(part.t, t[1::2])
     made.batch.update = 6
     assert not torch.equal(all_rows(made).t, t)
+
+
+def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model() -> None:
+    """Written out: its Euler steps, noise and loss; the same pictures at every optimiser step, others in the next update."""
+    made = set_up("awm", data_weight=0.6, data_images=3, rollout_steps=6)
+    x = []
+    for image in range(3):
+        for slot in SLOTS:
+            x.append(tree.keyed_noise((0, 5, slot, "data"), SHAPE)(0, (image,)))
+    x = torch.stack(x).double()
+    with torch.no_grad(), made.weights.pretrained():
+        for s, after in zip(SIGMAS.double()[:-1], SIGMAS.double()[1:], strict=True):
+            x = x - (s - after) * made.transformer(x, s.expand(len(x)))
+    rows = all_parts(NoisedLeaves(x, SLOTS, (0, 5, "data"), 1, 1.0))
+    error = (made.transformer(rows.x, rows.t) - rows.v).square().mean((1, 2, 3))
+    (expected,) = torch.autograd.grad(0.6 * error.mean() * COUNT / 4, made.transformer.adapter)
+    for _ in range(2):
+        made.transformer.adapter.grad = None
+        figures = data.backward(made.method, made.batch, made.network)
+        torch.testing.assert_close(made.transformer.adapter.grad, expected, rtol=1e-6, atol=1e-9)
+    assert figures["data_error"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
+    drawn = made.batch.own.pop("data")
+    made.batch.update = 6
+    data.backward(made.method, made.batch, made.network)
+    assert not torch.equal(made.batch.own["data"], drawn)
+
+
+@pytest.mark.parametrize("method", ["tmpo", "awm"])
+def test_the_anchor_on_data_goes_with_any_method(make: Make, method: str) -> None:
+    """Its network calls are counted, as they are promised; with weight 0 it is not there."""
+    trainer = make(method, data_weight=0.5, data_images=2, inner_updates=2)
+    plan = trainer.method.shape(0)
+    promised, own = methods.evaluations(trainer.method, plan), trainer.method.evaluations(plan)
+    assert (promised["reference"] - own["reference"], promised["replay"] - own["replay"]) == (12, 4)
+    metrics = trainer.update()
+    assert {phase: metrics.get(f"evaluations/{phase}", 0) for phase in promised} == promised
+    assert metrics["data_error"] > 0 and "data_error" not in make(method).update()
 
 
 # -- in training ---------------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "old_decay_rise",
         "old_decay_max",
         "tilt_weight",
+        "data_weight",
+        "data_images",
     }
 
 

@@ -56,7 +56,7 @@ def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
     def total(updates: int) -> float:
         method = methods.make(config.model_copy(update={"updates": updates}), sigmas)
         return config.prompts_per_update * sum(
-            methods.cost(method.evaluations(method.shape(update))) for update in range(updates)
+            methods.cost(methods.evaluations(method, method.shape(update))) for update in range(updates)
         )
 
     low, high = 1, 2

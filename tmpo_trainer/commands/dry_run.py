@@ -43,14 +43,14 @@ def dry_run(config: TrainConfig) -> int:
     print(f"sigmas: {' '.join(f'{sigma:.4f}' for sigma in sigmas.tolist())}")
     for update in sorted({0, config.updates // 2, config.updates - 1}):
         plan = method.shape(update)
-        counts = ", ".join(f"{n} {phase}" for phase, n in method.evaluations(plan).items() if n)
+        counts = ", ".join(f"{n} {phase}" for phase, n in methods.evaluations(method, plan).items() if n)
         print(
             f"update {update + 1}: noise at steps {tuple(plan.fanout)}, {plan.roots} seeds, widths {plan.widths}, "
             f"{plan.leaves} leaves; network evaluations per prompt: {counts}"
         )
     every = [method.shape(update) for update in range(config.updates)]
     plans = list({(plan.roots, tuple(plan.fanout.items())): plan for plan in every}.values())
-    total = config.prompts_per_update * sum(methods.cost(method.evaluations(plan)) for plan in every)
+    total = config.prompts_per_update * sum(methods.cost(methods.evaluations(method, plan)) for plan in every)
     print(
         f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all, "
         f"{total:,} network evaluations (forward and backward pass count one each)"

@@ -11,6 +11,10 @@
 | mix-grpo | K chains, noise in a sliding window | z-score | per step |
 | tree-grpo | one seed, a tree in a random window | z-score, backed up through the tree | per edge |
 | gardo | as flow-grpo | R - mean, times rarity | per step |
+| awm | K chains without noise, or a tree | z-score, on noised leaves | per leaf |
+| nft | the same, by the old policy | z-score as optimality in 0..1, on noised leaves | none |
+| crd | as awm | z-score less lambda times the log ratio to the reference, on noised leaves | none |
+| tmpo-leaf | as awm | Softmax-TB with the evidence of noised leaves | per leaf |
 
 Several rewards are z-scored one by one and then averaged, with every method. `reward_weights` gives another weighted sum.
 
@@ -29,10 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..settings.config import TrainConfig
+    from ..tree import TreePlan
     from .base import Method
 
 #: Files that are no methods, see `settings.discovery`.
-SHARED = ("base", "batch", "noised")
+SHARED = ("base", "batch", "data", "noised")
 
 
 def make(config: TrainConfig, sigmas: Tensor) -> Method:
@@ -45,6 +50,14 @@ def make(config: TrainConfig, sigmas: Tensor) -> Method:
         ConfigError: positions that cannot carry noise.
     """
     return discovery.load("methods", method_file(config.method)).Method(config, sigmas)
+
+
+def evaluations(method: Method, plan: TreePlan) -> dict[str, int]:
+    """Network evaluations of one prompt in one update, in latents by phase: the method's and those of the anchor on data."""
+    from . import data
+
+    more = data.evaluations(method)
+    return {phase: count + more.get(phase, 0) for phase, count in ({"reference": 0} | method.evaluations(plan)).items()}
 
 
 def trained(counts: dict[str, int], steps: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -53,29 +53,31 @@ class Part(NamedTuple):
 
 
 class NoisedLeaves:
-    """The noised leaves of a batch, drawn part by part, always the same.
+    """The noised leaves of some prompts, drawn part by part, always the same.
 
     Noise levels are stratified over the K leaves of a prompt: before the shift, in every draw, each of K equal intervals of
-    0..1 has one leaf. All is a pure function of (seed, update, place of the prompt, draw, leaf), like the noise of a rollout.
+    0..1 has one leaf. All is a pure function of (key, place of the prompt, draw, leaf), like the noise of a rollout.
+
+    Args:
+        leaves: `[K * P, ...latent]`, row l * P + p is leaf l of prompt p. slots: places of the P prompts.
+        key: such as (seed, update). draws: D. shift: see the settings.
 
     Attributes:
         t: `[D * K * P]`, the noise level of every row.
     """
 
-    def __init__(self, batch: PromptBatch, config: Any):
+    def __init__(self, leaves: Tensor, slots: Sequence[int], key: tuple[int | str, ...], draws: int, shift: float):
         import torch
 
         from .. import tree
 
-        seed, draws, shift = config.seed, config.draws, config.noise_shift
-        self.leaves, self.slots, self.count = batch.rollout.leaves, batch.slots, batch.count
-        self._key = seed, batch.update
-        leaves = batch.plan.leaves
-        levels = torch.empty(draws, leaves, self.count, dtype=torch.float64)
+        self.leaves, self.slots, self.count, self._key = leaves, slots, len(slots), key
+        each = len(leaves) // self.count
+        levels = torch.empty(draws, each, self.count, dtype=torch.float64)
         for p, slot in enumerate(self.slots):
             for d in range(draws):
-                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, leaves))(0, ())
-                levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / leaves
+                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, each))(0, ())
+                levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / each
         self.t = (shift * levels / (1 + (shift - 1) * levels)).flatten().to(self.leaves)
 
     def parts(self, max_batch: int | None) -> Iterator[Part]:
@@ -151,6 +153,11 @@ class NoisedMethod(Method):
         """Leaves, and velocities of the reference."""
         return plan.leaves * (1 + self.config.draws * self.needs_reference)
 
+    def noised(self, batch: PromptBatch) -> NoisedLeaves:
+        config = self.config
+        key = config.seed, batch.update
+        return NoisedLeaves(batch.rollout.leaves, batch.slots, key, config.draws, config.noise_shift)
+
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
         return {}
@@ -163,7 +170,7 @@ class NoisedMethod(Method):
         import torch
 
         config = self.config
-        noised = NoisedLeaves(batch, config)
+        noised = self.noised(batch)
         if self.needs_reference and "reference" not in batch.own:
             with network.phase("reference"), self.weights.pretrained():
                 batch.own["reference"], batch.own["reference_errors"] = evaluated(noised, network)

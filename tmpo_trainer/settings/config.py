@@ -134,6 +134,11 @@ class TrainConfig(BaseModel):
     """How much of the fit on the `neutral` statistics is taken out of the reward, from 0 (nothing) to 1 (all)."""
     inner_updates: int = Field(1, ge=1, le=1000)
     """Optimiser steps per rollout."""
+    data_weight: float = Field(0.0, ge=0, le=1e4)
+    """Weight of an anchor on data, beside any method: the flow-matching loss on pictures that the pretrained model draws for
+    the prompts of every update. What it draws stays likely; 0 for none."""
+    data_images: int = Field(4, ge=1, le=1000)
+    """Pictures per prompt of the anchor on data, each at the cost of `rollout_steps` forward passes and one replay."""
 
     # Optimiser
     learning_rate: float = Field(3e-5, ge=0, le=1)

@@ -22,6 +22,7 @@ from .. import methods
 from ..backbones.base import Backbone
 from ..evaluation.features import Features
 from ..lora import adapter
+from ..methods import data
 from ..methods.base import Figures
 from ..methods.batch import Clock, Network, PromptBatch
 from ..processes import Processes, like, whole
@@ -304,6 +305,7 @@ class Trainer:
                 for batch, network in rolled:
                     network.max_batch = self.replay_batch
                     _extend(figures, self.method.backward(batch, network, inner))
+                    _extend(figures, data.backward(self.method, batch, network))
             except Exception as caught:
                 if self.weights.sharded:
                     raise

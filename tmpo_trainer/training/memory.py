@@ -125,10 +125,11 @@ def estimate(
     shape = skeleton.latent_shape(*config.resolution)
     latent = 4 * math.prod(shape)
 
-    stored = max(map(method.keeps, plans)) * config.prompts_per_update * latent
+    images = config.data_images if config.data_weight else 0
+    stored = (max(map(method.keeps, plans)) + images) * config.prompts_per_update * latent
     width = max(max(plan.widths) for plan in plans) * together
     counts = [method.evaluations(plan) for plan in plans]
-    trained = max(methods.trained(each, config.inner_updates) for each in counts) * together
+    trained = max(images, *(methods.trained(each, config.inner_updates) for each in counts)) * together
     kept = max(each.get("backward", 0) for each in counts) * config.prompts_per_update
     rollout = tree.chunk_size(width, together, config.max_batch)
     replay = kept or tree.chunk_size(trained, together, config.replay_batch)
