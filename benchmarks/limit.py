@@ -52,7 +52,11 @@ def front_table(base: Evaluation) -> str:
     columns["in eights"] = np.interp(levels, eights.reward.mean(0), eights.kept(limit.COSINE), right=np.nan)
     divergence = np.interp(levels, reward, curve.divergence.mean(0))
     rows = [
-        [f"{level:.3f}", *(f"{values[i]:.1%}" for values in columns.values()), f"{divergence[i]:.3f}"]
+        [
+            f"{level:.3f}",
+            *("-" if np.isnan(values[i]) else f"{values[i]:.1%}" for values in columns.values()),
+            f"{divergence[i]:.3f}",
+        ]
         for i, level in enumerate(levels)
     ]
     return markdown_table(["strict", *columns, "KL"], rows)

@@ -587,7 +587,7 @@ def test_what_a_run_leaves_behind(
     assert "red: " in err and "largest: " in err and "report: out/report.md" in err
     names = {path.name for path in (place / "out").iterdir()}
     assert {"config.yaml", "env.json", "metrics.jsonl", "drift.jsonl", "samples", "checkpoint-2", "report.md", "report.json",
-            "curves.png", "samples.png", "pytorch_lora_weights.safetensors", ".lock"} == names  # fmt: skip
+            "curves.png", "pareto.png", "samples.png", "pytorch_lora_weights.safetensors", ".lock"} == names  # fmt: skip
     assert sorted(path.name for path in (place / "out" / "samples").iterdir()) == [
         "update-000001.png", "update-000002.png"
     ]  # fmt: skip

@@ -5,11 +5,10 @@ so no model with that reward is nearer to the base. n pictures of the base estim
 gets the weight w_i = softmax(b R)_i, with one strength b for all prompts. Selecting the best of several pictures moves along
 nearly the same curve.
 
-Error. A prompt's weights are normalised over its n pictures, which makes the estimate of the tilted mean reward too low by
-about b / n times the variance of R at a given b: the n pictures cannot be tilted beyond their best one. The intervals, which
-are bootstraps over prompts, do not include this. At n = 8 and gains below half of what the best pictures give, the
-diversity needed is right within a few tenths of a percent; for larger gains measure 32 pictures or more per prompt
-(`python -m benchmarks limit` prints both).
+Error. A prompt's weights are normalised over its n pictures, so its tilt is too weak. To first order in b, the reward gained
+is too low by the factor (n - 1) / n and the diversity lost, a mean over pairs, by (n - 2) / n. The loss at a given reward is
+therefore multiplied by (n - 1) / (n - 2). At larger b, and for n of 4 to 8, a few percent of the loss remain as an error. The n
+pictures cannot be tilted beyond the best of them. The intervals are bootstraps over prompts and do not include these errors.
 
 What it cannot see. Of a prompt that the base never gets right, the weights stay as they are: the limit gains nothing there,
 although a model may learn it from other prompts. A model can therefore lose less than the limit "needs". The limit also says
@@ -75,6 +74,7 @@ class Front:
 
     strengths: b, `[B]`, in one over the reward's unit. reward: its tilted mean. divergence: KL from the base in nats.
     spread: {name: how much the pictures of a prompt differ}: the mean cosine distance, and the variance of each factor.
+    correction: what the losses are multiplied by because of the finite number of pictures, see the module.
     """
 
     prompts: Sequence[str]
@@ -82,6 +82,7 @@ class Front:
     reward: np.ndarray
     divergence: np.ndarray
     spread: Mapping[str, np.ndarray]
+    correction: float
 
     @classmethod
     def of(
@@ -113,17 +114,24 @@ class Front:
             tables = [np.asarray(distances[p], float), *((x[:, None] - x) ** 2 / 2 for x in columns)]
             spread.append([pair_mean(table, own, at) for table in tables])
         by_name = dict(zip(names, np.swapaxes(spread, 0, 1), strict=True))
-        return cls(list(prompts), at, np.stack(reward), np.stack(divergence), by_name)
+        # Two pictures are one pair, whose distance no tilt changes.
+        count = min(len(own) for own in rewards)
+        correction = (count - 1) / max(count - 2, 1)
+        return cls(list(prompts), at, np.stack(reward), np.stack(divergence), by_name, correction)
 
     def kept(self, name: str) -> np.ndarray:
         """The share of a spread that is kept at each strength, of a factor its standard deviation: `[B]`, 1 at b = 0."""
         means = self.spread[name][np.isfinite(self.spread[name][:, 0])].mean(0)
-        return _share(name, means, means[:1])
+        return 1 - self.lost(name, means)
+
+    def lost(self, name: str, means: np.ndarray) -> np.ndarray:
+        """The share lost at each strength, at most 1: mean spreads `[..., B]` -> `[..., B]`, 0 at b = 0."""
+        return np.minimum(1, self.correction * (1 - _share(name, means, means[..., :1])))
 
     def band(self, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
         """Ends `[B]` of the 95% bootstrap interval of the cosine diversity kept at each strength."""
         means = _resampled(self.prompts, draws) @ self.spread[COSINE]
-        low, high = np.percentile(means / means[:, :1], [2.5, 97.5], axis=0)
+        low, high = np.percentile(1 - self.lost(COSINE, means), [2.5, 97.5], axis=0)
         return low, high
 
 
@@ -176,7 +184,7 @@ def costs(front: Front, reward: np.ndarray, spread: Mapping[str, np.ndarray]) ->
         total = sums.sum(1, keepdims=True)
         with np.errstate(invalid="ignore", divide="ignore"):
             lost = 1 - _share(name, model, base[:, 0])
-            limit = 1 - _share(name, base, base[:, :1])
+            limit = front.lost(name, base)
             needed = np.array([np.interp(r, c, v, right=np.nan) for r, c, v in zip(gained, curve, limit, strict=True)])
         plain = [float(_root(name, value)) for value in (base[0, 0] / total[0, 0], model[0] / total[0, 0])]
         price = excess = None
