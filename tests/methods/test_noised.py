@@ -83,7 +83,7 @@ def set_up(method: str, rewards: Tensor | None = None, seed: int = 0, **settings
 
 def found(made: Any, inner: int = 0) -> tuple[Tensor, dict[str, list[float]]]:
     """The gradient, and the figures."""
-    made.transformer.adapter.grad = None
+    made.transformer.zero_grad()
     figures = made.method.backward(made.batch, made.network, inner)
     return made.transformer.adapter.grad.clone(), figures
 
@@ -286,7 +286,7 @@ def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model
     error = (made.transformer(rows.x, rows.t) - rows.v).square().mean((1, 2, 3))
     (expected,) = torch.autograd.grad(0.6 * error.mean() * COUNT / 4, made.transformer.adapter)
     for _ in range(2):
-        made.transformer.adapter.grad = None
+        made.transformer.zero_grad()
         figures = data.backward(made.method, made.batch, made.network)
         torch.testing.assert_close(made.transformer.adapter.grad, expected, rtol=1e-6, atol=1e-9)
     assert figures["data_error"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
