@@ -68,7 +68,7 @@ class TrainConfig(BaseModel):
     the GRPO family always does."""
     method: str = "tmpo"
     """The training method: tmpo, one of its rivals on transitions (flow-grpo, mix-grpo, tree-grpo, gardo) or on noised leaves
-    (awm, nft, crd, and tmpo-leaf), or an ablation of TMPO (tmpo-beta-1, tmpo-step-balance, tmpo-no-tree, tmpo-fixed-branching)."""
+    (awm, nft, crd, tmpo-leaf), or an ablation of TMPO (tmpo-beta-1, tmpo-step-balance, tmpo-no-tree, tmpo-fixed-branching)."""
     prompts: LocalPath | None = None
     """Training prompts: a .txt with one per line, or a .jsonl, .json, .csv or .tsv, which may have metadata; by default the
     list that comes with the reward."""
