@@ -34,7 +34,7 @@ FLAGS = {
     "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
     "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
     "--eval-every", "--eval-images", "--eval-limit", "--eval-prompts", "--eval-solver", "--eval-steps", "--solver",
-    "--leaf-steps", "--reuse-forward", "--no-reuse-forward", "--gradient-checkpointing",
+    "--leaf-steps", "--neutral", "--neutral-share", "--diversity-weight", "--diversity", "--reuse-forward", "--no-reuse-forward", "--gradient-checkpointing",
     "--compile", "--guidance", "--help", "--init-lora",
     "--inner-updates", "--kappa", "--kernel", "--kl-weight", "--learning-rate", "--logp-reduce", "--lora-alpha",
     "--lora-rank", "--lora-targets", "--lr-min-ratio", "--max-batch", "--max-grad-norm", "--max-sequence-length",

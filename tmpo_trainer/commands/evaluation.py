@@ -167,7 +167,9 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
         "preference_prompts": len(parts[1].prompts.texts) if len(parts) > 1 else 0,
         "features": features,
     }
-    content = {"settings": settings, **intervals.content(), "limit": costs, "drift": drift.content(moved)}
+    content = {"settings": settings, **intervals.content(), "limit": costs}
+    if moved:
+        content["drift"] = drift.content(moved)
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     print(f"{text}\n\n{table}" if table else text)
     if drift.warning(moved):
