@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         base = held_out.evaluate(backbone, protocol, show=1, progress=bar.update)
         for path in args.lora:
             attach(backbone, path)
-            runs[path.name] = [held_out.evaluate(backbone, protocol, show=1, progress=bar.update)]
+            runs[str(path)] = [held_out.evaluate(backbone, protocol, show=1, progress=bar.update)]
             backbone.pipeline.unload_lora_weights()
     print(f"{len(prompts.texts)} prompts x {args.images} pictures, {protocol.sampling.about}, seed {args.seed}\n")
     print(front_table(base))

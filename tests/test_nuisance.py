@@ -60,6 +60,8 @@ def test_a_normalised_reward_gets_its_spread_back() -> None:
     # Where nearly all of it was the statistic, noise stays small.
     almost = row[0] + 1e-3 * rewards
     assert neutral_rewards(almost, row, keep_spread=True).std() < 0.02
+    # Without the limit, a method that divides by the group's deviation would train on this remainder.
+    assert neutral_rewards(almost, row).std() == 0
 
 
 def test_figures_are_of_the_reward_before() -> None:

@@ -118,7 +118,8 @@ def neutral_rewards(rewards: Tensor, statistics: Tensor, share: float = 1.0, kee
     left = centred - share * (basis @ (basis.T @ centred))
     before, after = centred.norm(), left.norm()
     rounded = torch.finfo(torch.float32).eps * wide.norm()
-    if after <= ROUNDING * before + rounded:
+    if after <= ROUNDING * before + rounded or (not keep_spread and after * MOST_STRETCH < before):
+        # Methods that divide by the group's own deviation would make a full advantage of what is left.
         left = torch.zeros_like(left)
     elif keep_spread:
         left = left * (before / after).clamp_max(MOST_STRETCH)

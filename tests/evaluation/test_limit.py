@@ -158,3 +158,19 @@ def test_costs_of_two_runs_by_factor(tmp_path: Path) -> None:
     assert (tmp_path / "pareto.png").stat().st_size > 1000
     base.distances = None
     assert limit.front(base) is None
+
+
+def test_what_does_not_differ_has_no_front() -> None:
+    """A factor that is the same in all pictures has no row; pictures that are alike have no limit. Neither is NaN."""
+    rewards, distances = np.array([[0.0, 1.0, 0.0]]), 1 - np.eye(3)[None]
+    curve = limit.Front.of(["a"], rewards, distances, {"count": np.ones((1, 3)), "size": np.array([[1.0, 2.0, 3.0]])})
+    assert set(curve.spread) == {limit.COSINE, "size"} and not curve.flat
+    assert all(np.isfinite(values).all() for values in limit.content(curve).values())
+    assert limit.Front.of(["a"], rewards, np.zeros((1, 3, 3))).flat
+
+
+def test_one_short_group_does_not_correct_the_others() -> None:
+    sizes = [64] * 19 + [3]
+    rewards = [np.arange(n) % 2 for n in sizes]
+    curve = limit.Front.of([str(i) for i in range(20)], rewards, [1 - np.eye(n) for n in sizes])
+    assert curve.correction == pytest.approx((19 * 63 / 62 + 2) / 20)

@@ -166,7 +166,7 @@ def test_gradient_is_that_of_the_loss_of_errors(
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
         assert figures["loss"] == pytest.approx([value.item() for value in losses], rel=1e-9)
         assert sum(figures["kl_reference"]) / 2 == pytest.approx(kl.item())
-        assert sum(figures["velocity_error"]) / 2 == pytest.approx(e.mean().item())
+        assert sum(figures["velocity_mse"]) / 2 == pytest.approx(e.mean().item())
         assert "clip_fraction" not in figures or (max(figures["clip_fraction"]) > 0) == (inner == 1)
         move(made, 0.1)
 
@@ -289,7 +289,7 @@ def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model
         made.transformer.zero_grad()
         figures = data.backward(made.method, made.batch, made.network)
         torch.testing.assert_close(made.transformer.adapter.grad, expected, rtol=1e-6, atol=1e-9)
-    assert figures["data_error"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
+    assert figures["data_loss"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
     drawn = made.batch.own.pop("data")
     made.batch.update = 6
     data.backward(made.method, made.batch, made.network)
@@ -305,7 +305,7 @@ def test_the_anchor_on_data_goes_with_any_method(make: Make, method: str) -> Non
     assert (promised["reference"] - own["reference"], promised["replay"] - own["replay"]) == (12, 4)
     metrics = trainer.update()
     assert {phase: metrics.get(f"evaluations/{phase}", 0) for phase in promised} == promised
-    assert metrics["data_error"] > 0 and "data_error" not in make(method).update()
+    assert metrics["data_loss"] > 0 and "data_loss" not in make(method).update()
 
 
 # -- in training ---------------------------------------------------------------------------------------------------

@@ -218,6 +218,7 @@ def test_beta(planned: Callable[..., Method]) -> None:
         ({"branch_late": (1, 3)}, "branch_early and branch_late differ in number"),
         ({"branch_late": (1, 5, 6)}, "branch_late .* must stay below rollout_steps 6"),
         ({"eta": 1.5}, "eta 1.5 is too large for kernel cps"),
+        ({"diversity": "rarity", "diversity_weight": 1.5}, "diversity_weight 1.5 with diversity rarity: at most 1"),
     ],
     ids=str,
 )

@@ -350,10 +350,6 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
         with np.load(file) as stored:
             if str(stored["key"]) != key:
                 return None
-            if "distances" not in stored:
-                notice = f"{file.name} is of a version that kept no distances between pictures: they are drawn again"
-                tqdm.write(f"tmpo_trainer: {notice}", file=sys.stderr)
-                return None
             return Evaluation(
                 prompts=protocol.prompts.texts,
                 scores={name: stored[f"score/{name}"] for name, _ in protocol.scorers},
@@ -366,10 +362,8 @@ def _read(file: Path, key: str, protocol: EvaluationProtocol) -> Evaluation | No
                 statistics={name: stored[f"statistics/{name}"] for name in appearance.NAMES},
             )
     except KeyError as error:
-        print(
-            f"tmpo_trainer: {file.name} is from another version ({one_line(error.args[0])}): its pictures are drawn again",
-            file=sys.stderr,
-        )
+        notice = f"{file.name} is from another version ({one_line(error.args[0])}): its pictures are drawn again"
+        tqdm.write(f"tmpo_trainer: {notice}", file=sys.stderr)
         return None
     except Exception:
         # The file only saves time: a damaged one is replaced, and numpy and zipfile have many errors for those.

@@ -115,10 +115,17 @@ class Front:
             tables = [np.asarray(distances[p], float), *((x[:, None] - x) ** 2 / 2 for x in columns)]
             spread.append([pair_mean(table, own, at) for table in tables])
         by_name = dict(zip(names, np.swapaxes(spread, 0, 1), strict=True))
+        # A factor in which no prompt's pictures differ has nothing to lose.
+        by_name = {name: own for name, own in by_name.items() if name == COSINE or np.nansum(own[:, 0]) > 0}
         # Two pictures are one pair, whose distance no tilt changes.
-        count = min(len(own) for own in rewards)
-        correction = (count - 1) / max(count - 2, 1)
+        corrections = [(len(own) - 1) / (len(own) - 2) for own in rewards if len(own) > 2]
+        correction = float(np.mean(corrections)) if corrections else 1.0
         return cls(list(prompts), at, np.stack(reward), np.stack(divergence), by_name, correction)
+
+    @property
+    def flat(self) -> bool:
+        """Whether no prompt's pictures differ in their features, so that there is no diversity to lose."""
+        return not self.spread[COSINE][:, 0].sum() > 0
 
     def kept(self, name: str) -> np.ndarray:
         """The share of a spread that is kept at each strength, of a factor its standard deviation: `[B]`, 1 at b = 0."""
@@ -215,10 +222,11 @@ def slope(base: np.ndarray, model: np.ndarray) -> float | None:
 
 
 def front(base: Evaluation) -> Front | None:
-    """The base's front for its first score; None if its pictures were not measured for it, or are one per prompt."""
+    """The base's front for its first score; None if its pictures were not measured for it, are one per prompt, or are alike."""
     if base.distances is None or base.distances.shape[1] < 2:
         return None
-    return Front.of(base.prompts, target(base), base.distances, base.factors)
+    found = Front.of(base.prompts, target(base), base.distances, base.factors)
+    return None if found.flat else found
 
 
 def target(evaluation: Evaluation) -> np.ndarray:

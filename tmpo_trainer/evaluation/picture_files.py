@@ -294,7 +294,8 @@ def limit_table(
     name, values = next(iter(scores.items()))
     numbers = by_prompt(pictures)
     curve = limit.Front.of(list(distances), [values[numbers[p]] for p in distances], list(distances.values()))
-    rows = [dict(zip(limit.POINTS_HEAD, cells, strict=True)) for cells in limit.point_rows(curve)]
+    points = [] if curve.flat else limit.point_rows(curve)
+    rows = [dict(zip(limit.POINTS_HEAD, cells, strict=True)) for cells in points]
     lines = [f"the limit of training by {name}, if these are the base's pictures:", _columns(rows[0])]
     return "\n".join([*lines, *(_columns(row, "") for row in rows)])
 

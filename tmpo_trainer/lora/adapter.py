@@ -30,7 +30,7 @@ def attach(transformer: Any, config: LoraConfig) -> None:
     It computes in the precision of the layer's input. peft would keep a float32 copy of every bfloat16 layer's input for the
     backward pass, which takes more than half of a replay's memory.
 
-    The gradients of attention's outputs are made contiguous, see `ContiguousGradient`.
+    The gradients of FLUX's attention outputs are made contiguous, see `ContiguousGradient`; SD3's are anyway.
     """
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)

@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING
 from .noised import NoisedLeaves, mean_square
 
 if TYPE_CHECKING:
+    from ..settings.config import TrainConfig
     from .base import Figures, Method
     from .batch import Network, PromptBatch
+
+
+def images(config: TrainConfig) -> int:
+    """Pictures of the pretrained model per prompt and update."""
+    return config.data_images if config.data_weight else 0
 
 
 def evaluations(method: Method) -> dict[str, int]:
     """Network evaluations of one prompt in one update, beside the method's own."""
     config = method.config
-    images = config.data_images if config.data_weight else 0
-    return {"reference": images * config.rollout_steps, "replay": images * config.inner_updates}
+    return {"reference": images(config) * config.rollout_steps, "replay": images(config) * config.inner_updates}
 
 
 def backward(method: Method, batch: PromptBatch, network: Network) -> Figures:
@@ -50,4 +55,4 @@ def backward(method: Method, batch: PromptBatch, network: Network) -> Figures:
             error = mean_square(network(part.x, part.t).to(part.x) - part.v)
             errors[part.rows] = error.detach()
             network.backward(config.data_weight * error.sum() * batch.share / len(noised.t))
-    return {"data_error": errors.view(-1, count).mean(0).tolist()}
+    return {"data_loss": errors.view(-1, count).mean(0).tolist()}

@@ -76,9 +76,11 @@ class Method(NoisedMethod):
         own, draws = batch.own, self.config.draws
         if "old" not in own:
             with network.phase("reference"), self.weights.using(self.old):
-                own["old"], _ = evaluated(noised, network)
+                old, _ = evaluated(noised, network)
             share = torch.stack([advantage(rewards) for rewards in batch.rewards], 1) / self.config.reward_range
             own["optimality"] = (0.5 + share.clamp(-1, 1) / 2).repeat(draws, 1).flatten().to(noised.t)
+            # Last: an attempt that fails before is made again.
+            own["old"] = old
         spread = own["optimality"].view(draws, -1, batch.count)[0].std(0, correction=0)
         return {"optimality_std": spread.tolist()}
 

@@ -190,7 +190,7 @@ class NoisedMethod(Method):
                 network.backward(loss.sum() * scale)
         if inner == 0:
             batch.own["errors"] = leaf_means(errors, batch)
-        found = {"loss": losses, "velocity_error": errors}
+        found = {"loss": losses, "velocity_mse": errors}
         if config.kl_weight:
             found["kl_reference"] = kl
         # Row % P is the prompt.

@@ -30,9 +30,10 @@ class TargetSettings(TrainConfig):
     baseline: Literal["none", "group", "siblings"] = "none"
     """What is subtracted from the advantage: nothing (the paper), the group's mean, or the siblings' mean per edge."""
     anchor: Literal["none", "ref"] = "none"
-    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward per parent."""
+    """`ref` matches the pretrained model tilted by the reward, at the cost of one reference forward for everything trained."""
     anchor_weight: float = Field(1.0, ge=1e-4, le=1e4)
-    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); on the scale of kl_weight."""
+    """lambda: the anchor asks for the pretrained model tilted by exp(beta R / lambda); for tmpo on the scale
+    of kl_weight, for tmpo-leaf some hundred times that, because its evidence is a mean over latent dimensions."""
 
     def beta(self, update: int) -> float:
         """Inverse temperature of an update counted from 0."""
@@ -70,6 +71,8 @@ class Settings(TransitionSettings, TargetSettings):
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> Settings:
+        if self.diversity == "rarity" and self.diversity_weight > 1:
+            raise ValueError(f"diversity_weight {self.diversity_weight:g} with diversity rarity: at most 1")
         self.check_steps("branch_late", self.branch_late)
         if len(self.branch_early) != len(self.branch_late):
             raise ValueError("branch_early and branch_late differ in number")

@@ -321,7 +321,11 @@ class Trainer:
         least = max(batch.count for batch in batches)
         # Of one optimiser step, in one call.
         most = max(
-            methods.trained(self.method.evaluations(batch.plan), self.config.inner_updates) * batch.count
+            max(
+                methods.trained(self.method.evaluations(batch.plan), self.config.inner_updates),
+                data.images(self.config),
+            )
+            * batch.count
             for batch in batches
         )
         before = min(self.replay_batch or most, most)

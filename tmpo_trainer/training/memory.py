@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .. import methods, tree
 from ..backbones.base import Backbone, decoder_calls
 from ..lora.adapter import attach
+from ..methods import data
 from ..methods.base import Method
 from ..settings.config import TrainConfig
 
@@ -125,7 +126,7 @@ def estimate(
     shape = skeleton.latent_shape(*config.resolution)
     latent = 4 * math.prod(shape)
 
-    images = config.data_images if config.data_weight else 0
+    images = data.images(config)
     stored = (max(map(method.keeps, plans)) + images) * config.prompts_per_update * latent
     width = max(max(plan.widths) for plan in plans) * together
     counts = [method.evaluations(plan) for plan in plans]
