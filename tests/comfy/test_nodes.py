@@ -169,8 +169,13 @@ def test_a_lora_is_compared_with_its_base(comfy: Any) -> None:
     assert comfy.image(found["26"]["images"][0]).shape[1] > 256
     # The same at strength 0 is the base itself.
     both["20"]["inputs"]["strength"] = 0.0
-    lines = comfy.run(both)["25"]["text"][0].splitlines()[2:]
-    assert len(lines) == 3 and all(line.endswith("| +0.0000 |") for line in lines)
+    lines = [line for line in comfy.run(both)["25"]["text"][0].splitlines() if line.startswith("| ")]
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| drift |"))
+    assert begin == 4 and all(line.endswith("| +0.0000 |") for line in lines[1:begin])
+    # Of drift there are no latents here, so six statistics of pictures. Columns: name, base, trained, shift.
+    assert len(lines[begin + 1 :]) == 6
+    for line in lines[begin + 1 :]:
+        assert float(line.split(" | ")[3]) == 0
 
 
 def test_bad_loras_are_refused(comfy: Any) -> None:
