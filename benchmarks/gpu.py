@@ -84,6 +84,8 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if not args.tiny and not torch.cuda.is_available():
         raise ConfigError("this measures full-size models and needs a CUDA GPU: --tiny runs the same code on a CPU")
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds {args.rounds}: at least 1")
     if args.only:
         work(args.only, args.tiny, args.json, time.monotonic() + args.seconds, args.rounds)
         return 0
@@ -94,14 +96,11 @@ def run(parts: list[str], tiny: bool, file: Path, seconds: float, rounds: int) -
     """Runs the parts one after another. Returns 1 if one failed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result: dict[str, Any] = {"machine": machine(device), "tiny": tiny, "parts": {}}
-    end = time.monotonic() + seconds
+    end, log = time.monotonic() + seconds, file.with_suffix(".log")
+    log.unlink(missing_ok=True)
     for name in parts:
         begun, limit = time.monotonic(), min(PARTS[name].seconds, end - time.monotonic())
-        found = (
-            {"error": "no time was left"}
-            if limit < LEAST
-            else part(name, tiny, limit, rounds, file.with_suffix(".log"))
-        )
+        found = {"error": "no time was left"} if limit < LEAST else part(name, tiny, limit, rounds, log)
         found["wall seconds"] = round(time.monotonic() - begun, 1)
         result["parts"][name] = found
         file.write_text(json.dumps(result, indent=1) + "\n")

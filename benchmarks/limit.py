@@ -18,7 +18,8 @@ from tmpo_trainer.commands import loading
 from tmpo_trainer.demo.split import FOLDER
 from tmpo_trainer.evaluation import held_out, limit
 from tmpo_trainer.evaluation.held_out import Evaluation
-from tmpo_trainer.evaluation.report import limit_section, markdown_table
+from tmpo_trainer.evaluation.report import limit_section
+from tmpo_trainer.evaluation.statistics import markdown_table
 from tmpo_trainer.lora.attach import attach
 from tmpo_trainer.prompts.lists import read_prompts
 from tmpo_trainer.settings.errors import ConfigError

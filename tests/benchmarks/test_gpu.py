@@ -85,6 +85,18 @@ def test_nothing_begins_without_time(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "compile: no time was left" in capsys.readouterr().out
 
 
+def test_a_run_begins_its_log_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "all.log").write_text("of an earlier run")
+    monkeypatch.setattr(gpu, "part", lambda name, tiny, limit, rounds, log: {"chars": log.open("a").write(name)})
+    assert main(["gpu", "--tiny", "--parts", "tests", "--json", str(tmp_path / "all.json")]) == 0
+    assert (tmp_path / "all.log").read_text() == "tests"
+
+
+def test_no_round_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--tiny", "--rounds", "0"]) == 2
+    assert "--rounds 0: at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_full_size_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gpu"]) == 2
