@@ -29,7 +29,10 @@ def test_the_residual_is_uncorrelated_with_every_statistic() -> None:
     design = torch.cat([torch.ones(1, K, dtype=torch.float64), rows]).T
     fit = design @ torch.linalg.lstsq(design, rewards[:, None]).solution[:, 0]
     torch.testing.assert_close(found, rewards - fit + rewards.mean())
-    torch.testing.assert_close(neutral_rewards(rewards, rows, 0.25), rewards - 0.25 * (rewards - found))
+    torch.testing.assert_close(neutral_rewards(rewards, rows, [0.25]), rewards - 0.25 * (rewards - found))
+    # Unequal shares: each of its statistic's own part, beyond the statistics before it.
+    first, both = neutral_rewards(rewards, rows[:1]), neutral_rewards(rewards, rows[:2])
+    torch.testing.assert_close(neutral_rewards(rewards, rows[:2], [1.0, 0.25]), first + 0.25 * (both - first))
     assert neutral_rewards(rewards.float(), rows).dtype == torch.float32
 
 
@@ -41,7 +44,7 @@ def test_statistics_that_say_nothing_more_change_nothing() -> None:
     assert torch.equal(neutral_rewards(rewards, constant), rewards)
     alone = neutral_rewards(rewards, row)
     for more in (constant, row, -3 * row + 1e-9 * normal(1, K, seed=2)):
-        torch.testing.assert_close(neutral_rewards(rewards, torch.cat([row, more])), alone)
+        torch.testing.assert_close(neutral_rewards(rewards, torch.cat([row, more]), [1.0, 0.5]), alone)
 
 
 def test_a_reward_that_is_linear_in_a_statistic_leaves_nothing() -> None:
@@ -67,7 +70,7 @@ def test_a_normalised_reward_gets_its_spread_back() -> None:
 def test_figures_are_of_the_reward_before() -> None:
     statistics = {"a": normal(K, 2, seed=1), "b": normal(K, 2, seed=2)}
     rewards = [normal(K), statistics["b"][:, 1] * 2]
-    found, figures = nuisance.neutralise(rewards, statistics, 1.0, True)
+    found, figures = nuisance.neutralise(rewards, statistics, [1.0], True)
     for name, values in statistics.items():
         expected = [torch.corrcoef(torch.stack([own, values[:, p]]))[0, 1].item() for p, own in enumerate(rewards)]
         assert figures[f"neutral/{name}"] == pytest.approx(expected)
@@ -76,7 +79,7 @@ def test_figures_are_of_the_reward_before() -> None:
     assert figures["neutral/share"] == pytest.approx([taken, 1.0])
     # Stretched, the reward's variance would say nothing.
     assert found[0].var().item() == pytest.approx(rewards[0].var().item())
-    flat = nuisance.neutralise([torch.ones(K)] * 2, statistics, 1.0, False)[1]
+    flat = nuisance.neutralise([torch.ones(K)] * 2, statistics, [1.0], False)[1]
     assert flat == {"neutral/a": [0.0] * 2, "neutral/b": [0.0] * 2, "neutral/share": [0.0] * 2}
 
 

@@ -95,27 +95,38 @@ def standardised(statistics: Tensor) -> Tensor:
     return torch.where(constant, 0.0, centred / std.masked_fill(constant, 1.0))
 
 
-def neutral_rewards(rewards: Tensor, statistics: Tensor, share: float = 1.0, keep_spread: bool = False) -> Tensor:
-    """R' = R - share * S w, where S are the standardised statistics and w is the least-squares solution of S w = R - mean(R).
+def neutral_rewards(
+    rewards: Tensor, statistics: Tensor, shares: Sequence[float] = (1.0,), keep_spread: bool = False
+) -> Tensor:
+    """R' = R - sum_j share_j q_j <q_j, R>, where q_1 ... q_m are the standardised statistics made orthonormal, in their order.
 
-    R' has the mean of R. With `share` 1 it is uncorrelated with every statistic.
+    Each statistic takes what it explains beyond those before it. With shares of 1 that is the residual of the least-squares fit
+    on all of them, whatever their order: R' is uncorrelated with every statistic. R' has the mean of R.
 
     Args:
-        rewards: `[K]`. statistics: `[m, K]`. share: how much of the fit is taken out, in 0..1.
+        rewards: `[K]`. statistics: `[m, K]`.
+        shares: how much of its part a statistic takes out, in 0..1: one value for all of them, or one each.
         keep_spread: stretch R' about its mean to the standard deviation of R, by a factor of at most MOST_STRETCH.
 
     Returns:
         `[K]`, in the dtype of the rewards. A group whose statistics are all constant keeps its rewards.
     """
-    wide, columns = rewards.double(), standardised(statistics).T
+    wide = rewards.double()
     mean = wide.mean()
     centred = wide - mean
-    # The fit is a projection onto the columns' span. Unlike w it stays well conditioned if statistics are nearly collinear.
-    basis, size, _ = torch.linalg.svd(columns, full_matrices=False)
-    basis = basis[:, size > CONSTANT * size.max().clamp_min(1.0)]
+    left, basis = centred, wide.new_zeros(len(wide), 0)
+    for column, share in zip(standardised(statistics), spread(shares, len(statistics)), strict=True):
+        direction = column
+        for _ in range(2):  # The second time takes out what rounding has left.
+            direction = direction - basis @ (basis.T @ direction)
+        # Divided by sqrt(K), a standardised statistic has length 1.
+        if direction.norm() <= CONSTANT * len(wide) ** 0.5:
+            continue
+        unit = direction / direction.norm()
+        left = left - share * unit * (unit @ centred)
+        basis = torch.cat([basis, unit[:, None]], 1)
     if not basis.shape[1]:
         return rewards
-    left = centred - share * (basis @ (basis.T @ centred))
     before, after = centred.norm(), left.norm()
     rounded = torch.finfo(torch.float32).eps * wide.norm()
     if after <= ROUNDING * before + rounded or (not keep_spread and after * MOST_STRETCH < before):
@@ -126,8 +137,13 @@ def neutral_rewards(rewards: Tensor, statistics: Tensor, share: float = 1.0, kee
     return (mean + left).to(rewards.dtype)
 
 
+def spread(shares: Sequence[float], count: int) -> list[float]:
+    """One share for each of `count` statistics. A single one is for all."""
+    return list(shares) * (count if len(shares) == 1 else 1)
+
+
 def neutralise(
-    rewards: Sequence[Tensor], statistics: dict[str, Tensor], share: float, keep_spread: bool
+    rewards: Sequence[Tensor], statistics: dict[str, Tensor], shares: Sequence[float], keep_spread: bool
 ) -> tuple[list[Tensor], dict[str, list[float]]]:
     """`neutral_rewards` of P prompts, and the figures to log, a value per prompt.
 
@@ -136,7 +152,7 @@ def neutralise(
     gives a correlation of about 1 / sqrt(K - 1) of either sign, and m statistics a share of about m / (K - 1).
 
     Args:
-        rewards: `[K]` each. statistics: of `measure`. share, keep_spread: see `neutral_rewards`.
+        rewards: `[K]` each. statistics: of `measure`. shares, keep_spread: see `neutral_rewards`.
     """
     found: list[Tensor] = []
     figures: dict[str, list[float]] = {f"neutral/{name}": [] for name in (*statistics, "share")}
@@ -146,7 +162,7 @@ def neutralise(
         for name, correlation in zip(statistics, (standardised(rows) @ unit).tolist(), strict=True):
             figures[f"neutral/{name}"].append(correlation)
         before = own.double().var(correction=0).item()
-        after = neutral_rewards(own.double(), rows, share).var(correction=0).item()
+        after = neutral_rewards(own.double(), rows, shares).var(correction=0).item()
         figures["neutral/share"].append(1 - after / before if before else 0.0)
-        found.append(neutral_rewards(own, rows, share, keep_spread))
+        found.append(neutral_rewards(own, rows, shares, keep_spread))
     return found, figures

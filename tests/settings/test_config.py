@@ -32,6 +32,10 @@ from tmpo_trainer.settings.presets import all_settings, make_config
             "max_batch 1 cannot hold one latent of each of 2",
         ),
         ({"replay_batch": 1, "prompts_per_batch": 2, "prompts_per_update": 2}, "replay_batch 1 cannot hold"),
+        (
+            {"neutral": ("contrast",), "neutral_share": (1, 0.5)},
+            "neutral_share has 2 values for 1 statistics: give one",
+        ),
         ({"neutral": ("contrast", "contrast")}, "neutral contrast contrast names one twice"),
         (
             {"neutral": ("contrast", "sharpness", "saturation"), "branch_early": (2, 3)},

@@ -130,8 +130,9 @@ class TrainConfig(BaseModel):
     group's mean). Of features: feature_distance (mean cosine distance to the other leaves). Of pictures: brightness, contrast,
     saturation, sharpness, edge_density, high_frequency, colour_entropy, file_size. At most (K - 1) / 4 of them. A reward that
     is z-scored gets its standard deviation back afterwards."""
-    neutral_share: float = Field(1.0, ge=0, le=1)
-    """How much of the fit on the `neutral` statistics is taken out of the reward, from 0 (nothing) to 1 (all)."""
+    neutral_share: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0,)
+    """How much of what the fit gives to a statistic of `neutral` is taken out of the reward, from 0 (nothing) to 1 (all):
+    one value for all statistics, or one for each."""
     inner_updates: int = Field(1, ge=1, le=1000)
     """Optimiser steps per rollout."""
     data_weight: float = Field(0.0, ge=0, le=1e4)
@@ -239,6 +240,10 @@ class TrainConfig(BaseModel):
             )
         if len(set(self.neutral)) != len(self.neutral):
             raise ValueError(f"neutral {' '.join(self.neutral)} names one twice")
+        if len(self.neutral_share) not in (1, len(self.neutral)):
+            raise ValueError(
+                f"neutral_share has {len(self.neutral_share)} values for {len(self.neutral)} statistics: give one, or one each"
+            )
         if len(self.neutral) > (most := (self.leaves - 1) // 4):
             raise ValueError(
                 f"neutral names {len(self.neutral)} statistics, and {self.leaves} pictures per prompt allow {most}, a quarter "
