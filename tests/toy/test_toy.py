@@ -114,9 +114,18 @@ def test_every_arm_raises_the_reward(base: toy.Network, arm: toy.Arm) -> None:
     assert gain.mean() > 5 * gain.std() / math.sqrt(len(gain))
 
 
+@pytest.mark.parametrize("arm", toy.NOISED, ids=lambda arm: arm.name)
+def test_methods_on_noised_leaves_raise_the_reward(base: toy.Network, arm: toy.Arm) -> None:
+    # Without an anchor, evidence that leaves differ in by more than in reward leads first.
+    updates = 12 if arm.name != "Softmax-TB on leaves" else 40
+    gain = toy.reward(toy.sample(toy.train(arm, base, 0, updates), 2000, seed=1))
+    gain = gain - toy.reward(toy.sample(base, 2000, seed=1))
+    assert gain.mean() > 3 * gain.std() / math.sqrt(len(gain))
+
+
 def test_training_is_a_function_of_the_seed(base: toy.Network) -> None:
     before = weights(base)
-    for arm in (toy.ARMS[1], toy.ARMS[3], toy.CONTROLS[0]):
+    for arm in (toy.ARMS[1], toy.ARMS[3], toy.CONTROLS[0], toy.NOISED[2]):
         first, again, other = (weights(toy.train(arm, base, seed, updates=2)) for seed in (3, 3, 4))
         assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(weights(base), before)

@@ -27,7 +27,7 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--controls",
         action="store_true",
-        help="train eleven more arms for the tables (chains, KL, inner updates, sum, beta), in minutes more",
+        help="train seventeen more arms for the tables (chains, KL, inner updates, sum, beta, noised leaves), in minutes more",
     )
     parser.add_argument(
         "--workers",

@@ -1,4 +1,4 @@
-"""The toy of the paper's Fig. 2: a small flow model of a Gaussian mixture in the plane, trained by four objectives.
+"""The toy of the paper's Fig. 2: a small flow model of a Gaussian mixture in the plane, trained by several objectives.
 
 The mixture is a ring of eight modes and a rare one in the centre; five of the nine are rewarded. All trained arms use the
 project's own rollout, replay and objectives, on the same trees.
@@ -10,7 +10,8 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import flow, objectives, tree
+from .noised import NoisedArm
 
 RING, RADIUS, SD = 8, 4.0, 0.35
 
@@ -158,6 +160,8 @@ class Arm:
         inner_updates: optimiser steps per rollout. reduce: how log-probabilities combine the two dimensions.
         chains: train on groups of 27 independent chains with flow_sde noise at steps 1..5, as Flow-GRPO does, in place
             of trees with cps.
+        noised: settings of a method on noised leaves, in place of an objective on transitions. zscore: its rewards are
+            divided by their standard deviation within a group.
     """
 
     name: str
@@ -169,6 +173,8 @@ class Arm:
     reduce: flow.Reduce = "mean"
     beta: float = BETA
     chains: bool = False
+    noised: dict[str, Any] = field(default_factory=dict)
+    zscore: bool = False
 
 
 ARMS = (
@@ -190,6 +196,18 @@ CONTROLS = (
     Arm("Softmax-TB, siblings", baseline="siblings"),
     Arm("anchored, no baseline", anchor="ref"),
     Arm("anchored, 4 inner updates", anchor="ref", baseline="siblings", inner_updates=4),
+)
+
+#: The methods on noised leaves. The tilt and the anchor ask for the target, but for the scale of the leaves' evidence.
+_DRAWS = {"draws": 4}
+_LEAF = {**_DRAWS, "method": "tmpo-leaf", "beta_start": BETA, "beta_end": BETA, "baseline": "group"}
+NOISED = (
+    Arm("AWM", noised={**_DRAWS, "method": "awm"}, zscore=True),
+    Arm("AWM + KL 1", noised={**_DRAWS, "method": "awm", "kl_weight": 1.0}, zscore=True),
+    Arm("DiffusionNFT", noised={**_DRAWS, "method": "nft"}, zscore=True),
+    Arm("CRD", noised={**_DRAWS, "method": "crd", "tilt_weight": ANCHOR_WEIGHT / BETA}),
+    Arm("Softmax-TB on leaves", noised=_LEAF),
+    Arm("anchored Softmax-TB on leaves", noised={**_LEAF, "anchor": "ref", "anchor_weight": ANCHOR_WEIGHT}),
 )
 
 
@@ -214,6 +232,7 @@ def train(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, learning_rate / 10)
     schedule = tree.BranchSchedule(STEPS, EARLY, LATE, KAPPA, updates, seed, flow.last_stochastic_step(SIGMAS))
     generator = torch.Generator().manual_seed(seed)
+    leaves = NoisedArm(arm.noised, arm.zscore, seed, network, base) if arm.noised else None
     groups, kernel = (CHAIN_GROUPS, "flow_sde") if arm.chains else (TREES, "cps")
     for update in range(updates):
         if callback is not None:
@@ -222,16 +241,21 @@ def train(
             plan = tree.TreePlan(STEPS, BRANCHING ** len(EARLY), dict.fromkeys(range(1, STEPS), 1))
         else:
             plan = tree.TreePlan.tmpo(STEPS, schedule.steps(update), BRANCHING)
-        run = tree.rollout(
-            network, generator_noise(generator), SIGMAS, plan.forest(groups), kernel=kernel, reduce=arm.reduce
-        )
+        with nullcontext() if leaves is None else leaves.rolling_out(update):
+            run = tree.rollout(
+                network, generator_noise(generator), SIGMAS, plan.forest(groups), kernel=kernel, reduce=arm.reduce
+            )
         rewards = reward(run.leaves).view(plan.leaves, groups)
+        batch = None if leaves is None else leaves.batch(update, plan, run, rewards)
         reference = tree.parent_means(base, run) if arm.kl_weight or arm.anchor == "ref" else None
         for inner in range(arm.inner_updates):
-            coefficients = edge_coefficients(arm, network, run, plan, rewards, reference, inner)
             optimizer.zero_grad()
-            weights = arm.kl_weight * tree.parent_shares(run) if arm.kl_weight else None
-            tree.replay(network, run, coefficients / groups, kl_weights=weights, reference=reference)
+            if leaves is not None and batch is not None:
+                leaves.backward(batch, inner)
+            else:
+                coefficients = edge_coefficients(arm, network, run, plan, rewards, reference, inner)
+                weights = arm.kl_weight * tree.parent_shares(run) if arm.kl_weight else None
+                tree.replay(network, run, coefficients / groups, kl_weights=weights, reference=reference)
             norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
             if not torch.isfinite(norm):
                 raise ValueError(
@@ -239,6 +263,8 @@ def train(
                     "--learning-rate"
                 )
             optimizer.step()
+        if leaves is not None:
+            leaves.end()
         decay.step()
     if callback is not None:
         callback(updates, network)

@@ -20,6 +20,7 @@ from .mixture import (
     ARMS,
     CONTROLS,
     MODE_RADIUS,
+    NOISED,
     ODE_STEPS,
     REWARDED,
     RING,
@@ -79,7 +80,7 @@ def run(seeds: int, updates: int, learning_rate: float, folder: Path, controls: 
     pool = sample(base, TARGET_SAMPLES, seed=1)
     target = make_target(base, pool)
     print(f"pretrained in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    arms = ARMS + CONTROLS if controls else ARMS
+    arms = ARMS + CONTROLS + NOISED if controls else ARMS
     jobs = [(arm, base, target, seed, updates, learning_rate) for arm in arms for seed in range(seeds)]
     results: Results = {arm.name: [] for arm in arms}
     pictures = {"base": sample(base, SAMPLES, seed=3)}
