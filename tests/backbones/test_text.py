@@ -153,9 +153,12 @@ def test_a_model_with_its_encoders_keeps_few_features(
     monkeypatch.setattr(
         backbone, "encode_prompts", lambda p, chosen, *more: calls.append(chosen) or original(p, chosen, *more)
     )
-    torch.testing.assert_close(backbone.encode(PROMPTS), expected)
+    again = backbone.encode(PROMPTS)
     # The last used is still there.
-    assert calls == [PROMPTS[1:]]
+    assert [set(chosen) for chosen in calls] == [set(PROMPTS[1:])]
+    # To the bit, whatever else was missing: a resumed run misses other prompts than the run before it did.
+    for one, other in zip(again, expected, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_disk_that_fills_keeps_what_is_written(tmp_path: Path) -> None:

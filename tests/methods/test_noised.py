@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -294,6 +294,38 @@ def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model
     made.batch.update = 6
     data.backward(made.method, made.batch, made.network)
     assert not torch.equal(made.batch.own["data"], drawn)
+
+
+def test_the_anchor_on_pictures_with_captions() -> None:
+    """Written out: all pictures come in turn, each with the velocity for its own caption, also in parts."""
+    made = set_up("awm", data_weight=0.6, data_images=2, data_folder="pictures")
+    latents = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    # Captions are factors on the velocity.
+    captions = [str(number) for number in range(2, 7)]
+
+    def velocity(chosen: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, sigma: (
+            torch.tensor([float(c) for c in chosen])[:, None, None, None] * (x @ made.transformer.adapter[:2, :2])
+        )
+
+    examples = data.Examples(latents, captions, velocity, 4)
+    order = [examples.chosen(update, [0, 1, 2, 3], 2, 0) for update in range(5)]
+    counts = torch.tensor(order).flatten().bincount()
+    assert counts.tolist() == [8] * 5 and order[0] != order[1]
+    chosen = examples.chosen(5, SLOTS, 2, 0)
+    # A place's pictures do not depend on what else is in the batch.
+    assert chosen[1::COUNT] == examples.chosen(5, SLOTS[1:], 2, 0)
+    rows = all_parts(NoisedLeaves(latents[chosen], SLOTS, (0, 5, "data"), 1, 1.0))
+    error = (velocity([captions[i] for i in chosen])(rows.x, rows.t) - rows.v).square().mean((1, 2, 3))
+    (expected,) = torch.autograd.grad(0.6 * error.mean() * COUNT / 4, made.transformer.adapter)
+    for most in (None, 2):
+        made.network.max_batch = most
+        made.transformer.zero_grad()
+        figures = data.backward(made.method, made.batch, made.network, examples)
+        torch.testing.assert_close(made.transformer.adapter.grad, expected, rtol=1e-6, atol=1e-9)
+        assert figures["data_loss"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
+    assert dict(made.network.evaluated) == {"replay": 8}
+    assert data.evaluations(made.method) == {"reference": 0, "replay": 2}
 
 
 @pytest.mark.parametrize("method", ["tmpo", "awm"])

@@ -36,6 +36,7 @@ from tmpo_trainer.settings.presets import all_settings, make_config
             {"neutral": ("contrast",), "neutral_share": (1, 0.5)},
             "neutral_share has 2 values for 1 statistics: give one",
         ),
+        ({"data_folder": "pictures"}, "data_folder pictures without data_weight"),
         ({"neutral": ("contrast", "contrast")}, "neutral contrast contrast names one twice"),
         (
             {"neutral": ("contrast", "sharpness", "saturation"), "branch_early": (2, 3)},

@@ -91,6 +91,7 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "tilt_weight",
         "data_weight",
         "data_images",
+        "data_folder",
     }
 
 

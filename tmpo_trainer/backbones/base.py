@@ -25,7 +25,7 @@ from ..hub import readable_errors
 from ..settings.config import LoraTargets
 from ..settings.errors import ConfigError, one_line
 from . import decoder
-from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, size
+from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, in_batches, size
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
 _TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -356,8 +356,11 @@ class Backbone(ABC):
             if all(part is None for name, part in parts if name.startswith(TEXT_PARTS)):
                 gone = f", or its features are no longer in {self._text.folder}" if self._text is not None else ""
                 raise ValueError(f"prompt {missing[0]!r} was not encoded when the model was loaded{gone}")
-            made = self.encode_prompts(self.pipeline, missing, self.device, self.max_sequence_length)
-            for prompt, features in zip(missing, made, strict=True):
+
+            def made(chosen: list[str]) -> list[Conditioning]:
+                return self.encode_prompts(self.pipeline, chosen, self.device, self.max_sequence_length)
+
+            for prompt, features in in_batches(missing, made):
                 # The device's memory is for the pictures.
                 found[prompt] = {name: value.cpu() for name, value in features.items()}
         for prompt, features in found.items():
@@ -400,7 +403,21 @@ class Backbone(ABC):
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r belongs to prompts[r % len(prompts)]."""
 
-    # Decoding
+    # Encoding and decoding
+
+    def scale(self, encoded: Tensor) -> Tensor:
+        """The inverse of `unscale`: what the VAE encodes, as latents."""
+        return (encoded - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def vae_latents(self, pixels: Tensor) -> Tensor:
+        """What the VAE makes of RGB from -1 to 1, `[N, 3, H, W]`: the mean of its posterior."""
+        return self.vae.encode(pixels).latent_dist.mode()
+
+    @torch.no_grad()
+    def encode_pictures(self, images: np.ndarray) -> Tensor:
+        """uint8 RGB `[N, H, W, 3]` -> latents, float32 `[N, ...]` on the CPU."""
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device, self.vae.dtype)
+        return self.scale(self.vae_latents(pixels / 127.5 - 1).float()).cpu()
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents `[N, ...]` as the VAE takes them, in its precision."""

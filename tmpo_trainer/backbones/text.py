@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -136,10 +136,18 @@ def fill(
     Raises:
         ConfigError: the features cannot be written. Those of earlier prompts stay.
     """
-    missing = cache.missing(prompts)
-    for first in range(0, len(missing), batch):
-        chosen = missing[first : first + batch]
-        # A GPU rounds batches of other sizes otherwise, and features must not depend on how many prompts are missing.
-        filled = chosen + chosen[-1:] * (batch - len(chosen))
-        for prompt, features in zip(chosen, encode(filled), strict=False):
-            cache.put(prompt, features)
+    for prompt, features in in_batches(cache.missing(prompts), encode, batch):
+        cache.put(prompt, features)
+
+
+def in_batches(
+    prompts: Sequence[str], encode: Callable[[list[str]], list[Conditioning]], batch: int = BATCH
+) -> Iterator[tuple[str, Conditioning]]:
+    """Each prompt with its features, from batches of one size.
+
+    Batches of other sizes are rounded otherwise, and features must not depend on how many prompts are missing: a resumed run
+    misses others.
+    """
+    for first in range(0, len(prompts), batch):
+        chosen = list(prompts[first : first + batch])
+        yield from zip(chosen, encode(chosen + chosen[-1:] * (batch - len(chosen))), strict=False)

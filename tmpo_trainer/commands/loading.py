@@ -6,11 +6,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from PIL import Image, ImageOps
 
 from .. import methods
 from ..backbones import check_text_cache, encode_text, is_hub_id, load_backbone, load_skeleton
@@ -18,6 +21,7 @@ from ..backbones.base import Backbone, LoadOptions
 from ..backbones.check import check_transformer
 from ..evaluation import held_out
 from ..evaluation.features import Features, check_features, load_features
+from ..evaluation.picture_files import Picture, find_images, load, open_images
 from ..lora import adapter as lora
 from ..lora.layers import Layers
 from ..prompts.lists import PromptList, drawn, read_prompts
@@ -115,10 +119,31 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
     if config.report or config.eval_every or config.needs_features:
         check_features(config.features)
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
+    captioned(config.data_folder)
     methods.make(config, found.sigmas(config.rollout_steps, *config.resolution))
     if config.init_lora:
         say_left_out(lora.check_fits(config.init_lora, found, config.lora_targets, config.lora_rank))
     return train, heldout, found
+
+
+@cache
+def captioned(folder: Path | None) -> list[Picture]:
+    """The pictures of `data_folder` and their captions, all opened once. Raises ConfigError for a bad one."""
+    return open_images(find_images([folder]), None, None) if folder else []
+
+
+def examples(config: TrainConfig, backbone: Backbone) -> tuple[torch.Tensor, list[str]] | None:
+    """Latents `[M, ...latent]` and captions of the pictures in `data_folder`, cropped to the resolution about their middle."""
+    if config.data_folder is None:
+        return None
+    height, width = config.resolution
+    latents, captions = [], []
+    for picture in captioned(config.data_folder):
+        whole = Image.fromarray(load([picture])[0])
+        fitted = ImageOps.fit(whole, (width, height), Image.Resampling.LANCZOS)
+        latents.append(backbone.encode_pictures(np.array(fitted)[None]))
+        captions.append(picture.prompt)
+    return torch.cat(latents), captions
 
 
 def say_left_out(layers: Layers) -> None:
@@ -221,6 +246,7 @@ def drawn_prompts(
     """The different prompts that a run still has to draw after `done` updates: in training, evaluations, sample grids."""
     each = processes * config.prompts_per_update
     texts = drawn(train.texts, done * each, config.updates * each, config.seed)
+    texts += [picture.prompt for picture in captioned(config.data_folder)]
     if config.report or config.eval_every:
         texts += heldout.texts
     elif config.sample_every:

@@ -85,7 +85,10 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
     if not checkpoint:
         claim(folder, accelerator, held)
     scorers, extra = ([parts.scorers[name] for name in names] for names in (config.reward, config.extra_rewards))
-    trainer = Trainer(config, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features)
+    examples = loading.examples(config, parts.backbone)
+    trainer = Trainer(
+        config, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features, examples
+    )
     if checkpoint:
         trainer.resume(checkpoint)
     if accelerator.is_main_process:

@@ -81,6 +81,15 @@ class Network:
         self.evaluated[self._phase] += len(x)
         return predicted
 
+    @contextmanager
+    def prompted(self, velocity: tree.Velocity) -> Iterator[None]:
+        """Calls the transformer for other prompts meanwhile, timed and counted like the rest."""
+        before, self._velocity = self._velocity, velocity
+        try:
+            yield
+        finally:
+            self._velocity = before
+
     def backward(self, value: Tensor) -> None:
         """Backpropagates a scalar."""
         with self._clock(self._phase):

@@ -138,6 +138,9 @@ class TrainConfig(BaseModel):
     data_weight: float = Field(0.0, ge=0, le=1e4)
     """Weight of an anchor on data, beside any method: the flow-matching loss on pictures that the pretrained model draws for
     the prompts of every update. What it draws stays likely; 0 for none."""
+    data_folder: LocalPath | None = None
+    """A folder of your own pictures in the place of those that the pretrained model draws: a picture's caption is the text file
+    beside it (cat.jpg, cat.txt) or the prompt in its metadata. They are cropped to `resolution`."""
     data_images: int = Field(4, ge=1, le=1000)
     """Pictures per prompt of the anchor on data, each at the cost of `rollout_steps` forward passes and one replay."""
 
@@ -238,6 +241,8 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"branching {self.branching} at {len(self.branch_early)} steps: more than {MOST_LEAVES} pictures per prompt"
             )
+        if self.data_folder is not None and not self.data_weight:
+            raise ValueError(f"data_folder {self.data_folder} without data_weight: give the weight of the anchor too")
         if len(set(self.neutral)) != len(self.neutral):
             raise ValueError(f"neutral {' '.join(self.neutral)} names one twice")
         if len(self.neutral_share) not in (1, len(self.neutral)):

@@ -57,6 +57,7 @@ class Trainer:
         scorers: the rewards, in the order of `config.reward`. prompts: for training, texts alone or with metadata.
         accelerator: of this process; by default one for the backbone's device alone.
         extra: the scorers of `config.extra_rewards`. features: of pictures, used if `config.needs_features`.
+        examples: latents `[M, ...latent]` and captions of the pictures in `config.data_folder`.
 
     Raises:
         ConfigError: settings that do not fit the model.
@@ -72,6 +73,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         extra: Sequence[Scorer] = (),
         features: Features | None = None,
+        examples: tuple[torch.Tensor, Sequence[str]] | None = None,
     ):
         self.config, self.run, self.backbone = config, run, backbone
         self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
@@ -87,6 +89,10 @@ class Trainer:
         self.device = backbone.device
         self.weights = Weights(backbone.transformer)
         self.roller = Roller(config, backbone, self.method, self.judges, sigmas)
+        self.examples = None
+        if examples is not None:
+            prompts_per_update = self.processes.count * config.prompts_per_update
+            self.examples = data.Examples(*examples, self.roller.velocity, prompts_per_update)
         #: Most parents in one network call of the replay; see `_gradient`.
         self.replay_batch = config.replay_batch
         self.done = 0
@@ -305,7 +311,7 @@ class Trainer:
                 for batch, network in rolled:
                     network.max_batch = self.replay_batch
                     _extend(figures, self.method.backward(batch, network, inner))
-                    _extend(figures, data.backward(self.method, batch, network))
+                    _extend(figures, data.backward(self.method, batch, network, self.examples))
             except Exception as caught:
                 if self.weights.sharded:
                     raise

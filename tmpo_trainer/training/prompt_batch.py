@@ -52,7 +52,11 @@ class Roller:
 
     def network(self, prompts: Sequence[str], clock: Clock) -> Network:
         """The transformer for some prompts, with its calls counted and timed."""
-        return Network(self.backbone.velocity(prompts, self.config.guidance), clock, self.backbone.device)
+        return Network(self.velocity(prompts), clock, self.backbone.device)
+
+    def velocity(self, prompts: Sequence[str]) -> tree.Velocity:
+        """The run's velocity for some prompts, see `Backbone.velocity`."""
+        return self.backbone.velocity(prompts, self.config.guidance)
 
     def roll_out(
         self,
