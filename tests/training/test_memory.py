@@ -24,9 +24,10 @@ PLAN = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
 def settings(**changes: Any) -> TrainConfig:
     given: dict[str, Any] = {
         "resolution": (64, 64), "max_sequence_length": TOKENS, "lora_rank": 4, "lora_alpha": 8, "guidance": 3.5,
-        "replay_batch": 6, "max_batch": 9, "decode_batch": 5, "branch_late": (1, 3, 4),
+        "replay_batch": 6, "max_batch": 9, "decode_batch": 5,
     }  # fmt: skip
-    return make_config([("settings", given | changes)])
+    late = {} if "method" in changes else {"branch_late": (1, 3, 4)}
+    return make_config([("settings", given | late | changes)])
 
 
 def estimate(folder: Path, config: TrainConfig) -> dict[str, dict[str, int]]:
@@ -88,13 +89,21 @@ def test_fake_tensors_count_what_real_ones_take(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"gradient_checkpointing": True}, {"kl_weight": 0.1, "prompts_per_batch": 2}, {"reuse_forward": True}],
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"kl_weight": 0.1, "prompts_per_batch": 2},
+        {"reuse_forward": True},
+        {"method": "awm", "rollout": "tree", "draws": 2, "kl_weight": 0.1},
+        {"method": "nft", "rollout": "tree", "draws": 2, "kl_weight": 0.1},
+    ],
 )
 def test_a_whole_update_takes_what_the_phases_say(
     model: Path, make_trainer: Callable[..., Any], changes: dict[str, Any]
 ) -> None:
     """The second one, with gradients and moments there, and more than one call per phase."""
-    config = settings(branch_late=(1, 2, 3), kappa=1e9, prompts_per_update=2, **changes)
+    fixed = {} if "method" in changes else {"branch_late": (1, 2, 3), "kappa": 1e9}
+    config = settings(prompts_per_update=2, **fixed, **changes)
     phases = estimate(model, config)
     trainer = make_trainer(folder=model, **config.model_dump(exclude_unset=True))
     trainer.update()
