@@ -12,8 +12,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, Flux2Pipeline
-from safetensors.torch import load_file
+from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -22,6 +22,7 @@ from tmpo_trainer.backbones import check_model, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux2 import PIPELINES
 from tmpo_trainer.commands import loading, main
+from tmpo_trainer.lora import layers
 from tmpo_trainer.lora.export import FILE_NAME, export_lora
 from tmpo_trainer.settings.config import LoraTargets
 from tmpo_trainer.training.loop import Trainer
@@ -188,6 +189,17 @@ def test_a_stock_pipeline_with_the_lora_gives_the_trainers_pictures(
         pipeline.load_lora_weights(tmp_path)
     found = sample(pipeline, x, size, 2.0)
     assert (found - ours).abs().max() < 1e-3 < 0.02 < (found - base).abs().max()
+
+
+def test_a_lora_in_the_original_names_is_read(tmp_path: Path) -> None:
+    """Other trainers write these, and diffusers converts them at any width."""
+    sizes = {"single_blocks.0.linear1": 288, "double_blocks.0.txt_attn.qkv": 96}
+    state = {f"diffusion_model.{name}.lora_A.weight": torch.ones(4, 32) for name in sizes}
+    state |= {f"diffusion_model.{name}.lora_B.weight": torch.ones(size, 4) for name, size in sizes.items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    pairs = layers.read(tmp_path / "lora.safetensors", Flux2KleinPipeline).pairs
+    text = {f"transformer_blocks.0.attn.add_{part}_proj" for part in "qkv"}
+    assert pairs.keys() == {"single_transformer_blocks.0.attn.to_qkv_mlp_proj", *text}
 
 
 def flags(folder: Path | str, *more: str) -> list[str]:
