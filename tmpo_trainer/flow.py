@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 Kernel = Literal["ode", "cps", "flow_sde", "dance"]
+#: Kernels whose drift corrects for their noise by the score, which they compute from the velocity. `cps` needs no score.
+SCORE_KERNELS: tuple[Kernel, ...] = ("flow_sde", "dance")
 Reduce = Literal["mean", "sum"]
 #: How a deterministic step is taken, see `ab2`.
 Solver = Literal["euler", "ab2"]

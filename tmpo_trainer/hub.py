@@ -17,7 +17,7 @@ from .settings.errors import ConfigError, one_line
 MOST_LAYERS, MOST, LONGEST = 200, 10_000_000, 1000
 
 #: Other limits. A tokenizer's length is checked against its text encoder.
-LIMITS = {"extra_ids": LONGEST, "model_max_length": math.inf}
+LIMITS = {"extra_ids": LONGEST, "model_max_length": math.inf, "rope_theta": math.inf}
 
 #: Entries by which transformers loads code from a repository, if they name one.
 CODE = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -139,13 +139,17 @@ def checked_tokenizer(kind: Any, what: str, folder: Path, rows: int) -> Any:
     """A tokenizer in a folder, whose vocabulary has been checked.
 
     Args:
-        kind: transformers' class. rows: see `check_vocabulary`.
+        kind: transformers' class, which may be that of a processor of text and pictures. rows: see `check_vocabulary`.
 
     Raises:
         ConfigError: it cannot be loaded, or its vocabulary is not the text encoder's.
     """
+    from transformers import ProcessorMixin
+
     with readable_errors(what, folder):
         tokenizer = kind.from_pretrained(folder, local_files_only=True)
+    if isinstance(tokenizer, ProcessorMixin):
+        tokenizer = tokenizer.tokenizer
     check_vocabulary(what, folder, tokenizer, rows)
     return tokenizer
 

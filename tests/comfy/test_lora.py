@@ -1,5 +1,5 @@
-"""A real ComfyUI applies our LoRA as diffusers does: the same network output with it, for SD3, SD3.5 and FLUX. And we read
-a transformer that it has written.
+"""A real ComfyUI applies our LoRA as diffusers does: the same network output with it, for SD3, SD3.5, FLUX.1 and FLUX.2. And
+we read a transformer that it has written.
 
 Needs a checkout of ComfyUI: COMFYUI_PATH=/path/to/ComfyUI pytest tests/comfy
 """
@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import AutoencoderKL, Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
+from tmpo_trainer.backbones.flux2 import Flux2Backbone, positions
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.lora.export import export_lora
 
@@ -64,6 +65,61 @@ def flux() -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         num_layers=1, num_single_layers=1, guidance_embeds=True, joint_attention_dim=4096, pooled_projection_dim=768
     )
+
+
+def flux2(guidance: bool) -> Flux2Transformer2DModel:
+    """ComfyUI takes the number of heads from the width. Its own files have other names than diffusers', see `original`."""
+    return Flux2Transformer2DModel(
+        num_layers=2, num_single_layers=2, num_attention_heads=2, joint_attention_dim=48, guidance_embeds=guidance
+    )
+
+
+#: FLUX.2's names in diffusers and in the files that ComfyUI reads.
+RENAMED = {
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "time_guidance_embed.timestep_embedder": "time_in",
+    "time_guidance_embed.guidance_embedder": "guidance_in",
+    "linear_1": "in_layer",
+    "linear_2": "out_layer",
+    "modulation.linear": "modulation.lin",
+    "modulation_img.linear": "modulation_img.lin",
+    "modulation_txt.linear": "modulation_txt.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    "single_transformer_blocks": "single_blocks",
+    "transformer_blocks": "double_blocks",
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out.weight": "linear2.weight",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+FUSED = {"img_attn": ("to_q", "to_k", "to_v"), "txt_attn": ("add_q_proj", "add_k_proj", "add_v_proj")}
+
+
+def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """FLUX.2's weights in the original names, with q, k, v of the double-stream blocks in one layer."""
+    state, found = dict(state), {}
+    for name in [name for name in state if ".attn.to_q." in name]:
+        block = name.partition(".attn.")[0]
+        for stream, parts in FUSED.items():
+            found[f"{block}.{stream}.qkv.weight"] = torch.cat([state.pop(f"{block}.attn.{x}.weight") for x in parts])
+    # Shift and scale change places.
+    state["norm_out.linear.weight"] = torch.cat(state["norm_out.linear.weight"].chunk(2)[::-1])
+    for name, value in {**found, **state}.items():
+        new = name
+        for old, replacement in RENAMED.items():
+            new = new.replace(old, replacement)
+        found[new.replace("img_attn.norm", "norm") if new.startswith("single") else new] = value
+    return {name: value for name, value in found.items() if "transformer_blocks" not in name}
 
 
 class Holder:
@@ -139,14 +195,60 @@ def test_flux(comfy_sd: Any, tmp_path: Path, targets: str) -> None:
     compare(comfy_sd, backbone, plain, ours, theirs, tmp_path)
 
 
-def compare(comfy_sd: Any, backbone: Backbone, plain: dict[str, Tensor], ours: Any, theirs: Any, folder: Path) -> None:
-    """The base alike in both, ComfyUI's own file of it read back, and with the exported LoRA alike again."""
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "klein"])
+@torch.no_grad()
+def test_flux2(comfy_sd: Any, tmp_path: Path, targets: str, guidance: bool) -> None:
+    """The two keys of a layer in diffusers' names become a slice of ComfyUI's fused q, k, v."""
+    from comfy import model_base  # type: ignore[import-not-found]
+
+    if not hasattr(model_base, "Flux2"):
+        pytest.skip("this ComfyUI does not know FLUX.2")
+    torch.manual_seed(0)
+    transformer = flux2(guidance)
+    plain = {key: value.clone() for key, value in transformer.state_dict().items()}
+    backbone = make(Flux2Backbone, transformer, targets)
+    x, sigma = torch.randn(1, 128, 4, 6), torch.full((1,), 0.6)
+    context, scale = torch.randn(1, 7, 48), torch.full((1,), 3.5) if guidance else None
+
+    def ours() -> Tensor:
+        output = transformer(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            timestep=sigma,
+            guidance=scale,
+            encoder_hidden_states=context,
+            txt_ids=positions(1, 1, 7),
+            img_ids=positions(4, 6, 1),
+            return_dict=False,
+        )[0]
+        return output.transpose(1, 2).unflatten(2, (4, 6))
+
+    def theirs(network: Any) -> Tensor:
+        return network(x, timestep=sigma, context=context, guidance=scale)
+
+    compare(comfy_sd, backbone, plain, ours, theirs, tmp_path, original(plain))
+
+
+def compare(
+    comfy_sd: Any,
+    backbone: Backbone,
+    plain: dict[str, Tensor],
+    ours: Any,
+    theirs: Any,
+    folder: Path,
+    readable: dict[str, Tensor] | None = None,
+) -> None:
+    """The base alike in both, ComfyUI's own file of it read back, and with the exported LoRA alike again.
+
+    `readable` are the base's weights as ComfyUI reads them, if it cannot read them in diffusers' names.
+    """
     assert export_lora(backbone, folder, {})
     with_lora = ours()
     backbone.transformer.disable_adapters()
     without = ours()
     # The loader changes tensors in place.
-    patcher = comfy_sd.load_diffusion_model_state_dict({key: value.clone() for key, value in plain.items()})
+    weights = {key: value.clone() for key, value in (readable or plain).items()}
+    patcher = comfy_sd.load_diffusion_model_state_dict(weights)
     assert patcher is not None
     patcher.model.diffusion_model.float()
     torch.testing.assert_close(theirs(patcher.model.diffusion_model), without, atol=1e-4, rtol=1e-3)

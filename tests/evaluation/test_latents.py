@@ -50,12 +50,16 @@ def test_shift_and_scale_are_the_models(tiny_flux: Callable[[bool], Path], dev: 
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_what_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_had_is_one_line(
+    tiny_flux2: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="model owner/name is not in the hub cache"):
         LatentEncoder("owner/name", CPU)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ConfigError, match=r"--vae: .* cannot be loaded"):
         LatentEncoder(str(tmp_path), CPU)
+    with pytest.raises(ConfigError, match="has an AutoencoderKLFlux2, not an AutoencoderKL"):
+        LatentEncoder(str(tiny_flux2("base")), CPU)
     with pytest.raises(ConfigError, match="multiples of 8, not 60x64"):
         LatentEncoder("demo", CPU).check_size(60, 64)

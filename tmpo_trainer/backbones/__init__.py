@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 #: Files that are not backbones, see `settings.discovery`.
 SHARED = ("base", "check", "decoder", "text")
-#: The files that are taken of a pipeline's part on the hub: its configs, and its vocabulary.
-HUB_CONFIGS = ("*.json", "*.txt", "*.model")
+#: The files that are taken of a pipeline's part on the hub: its configs, its vocabulary and its chat template.
+HUB_CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
 #: Its weights, without other precisions (`model.fp16.safetensors`), which nothing reads.
 HUB_WEIGHTS = tuple(
     f"{stem}{ending}"

@@ -28,11 +28,11 @@ from . import decoder
 from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, in_batches, size
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
-_TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 _TEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
-ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *_TEXT_ATTENTION)
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *TEXT_ATTENTION)
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_TEXT_FEED_FORWARD)
-TEXT_STREAM = (*_TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
+TEXT_STREAM = (*TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
 
 #: Numbers of latents that a CPU decodes at once: 8 pictures of 64x64. What the VAE makes of more does not fit into caches.
 CACHED = 2**13
@@ -192,6 +192,10 @@ class Backbone(ABC):
             parts["scheduler"] = cls.scheduler_class.from_pretrained(
                 folder, subfolder="scheduler", local_files_only=True
             )
+        # Switches, such as is_distilled.
+        known = inspect.signature(cls.pipeline_class).parameters
+        index = json.loads((folder / "model_index.json").read_text())
+        parts |= {name: value for name, value in index.items() if isinstance(value, bool) and name in known}
         with readable_errors("model", folder):
             return cls(cls.pipeline_class(**parts), max_sequence_length)
 
@@ -224,6 +228,11 @@ class Backbone(ABC):
 
     def check_single_file(self, where: str, names: Sequence[str]) -> None:  # noqa: B027
         """Checks a single-file transformer by its tensors' names. Raises a ConfigError that begins with `where`."""
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether the model was distilled to draw in a few steps: its velocity points to one picture, not to their mean."""
+        return False
 
     # The LoRA
 

@@ -185,11 +185,14 @@ def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Map
         built = _text_encoder(model, folder, encoder, named[encoder])
         with readable_errors(f"model {model}", folder / encoder / "config.json"), torch.no_grad():
             built(torch.zeros(1, 2, dtype=torch.long, device="meta"))
-        sizes = built.config.to_dict()
-        cls = _class(model, tokenizer, named[tokenizer], transformers.PreTrainedTokenizerBase)
+        sizes = built.config.get_text_config().to_dict()
+        cls = _class(
+            model, tokenizer, named[tokenizer], (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+        )
         found = checked_tokenizer(cls, f"model {model}", folder / tokenizer, sizes["vocab_size"])
-        # T5 has no learned positions.
-        length, most = found.model_max_length, sizes.get("max_position_embeddings", math.inf)
+        # T5 has no learned positions, and rotary ones, as Qwen's, have no table that could be too short.
+        rotary = sizes.get("rope_parameters")
+        length, most = found.model_max_length, math.inf if rotary else sizes.get("max_position_embeddings", math.inf)
         if not isinstance(length, int) or not 0 < length <= most:
             raise ConfigError(
                 f"model {model}: {folder / tokenizer / 'tokenizer_config.json'}: model_max_length {one_line(length, 20)}, but "
@@ -199,19 +202,19 @@ def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Map
 
 def _text_encoder(model: str, folder: Path, name: str, entry: tuple[str, str]) -> Any:
     """A text encoder on the meta device, from its config. Raises ConfigError if it cannot be built."""
-    kind = _class(model, name, entry, transformers.PreTrainedModel)
+    kind = _class(model, name, entry, (transformers.PreTrainedModel,))
     with readable_errors(f"model {model}", folder / name / "config.json"), torch.device("meta"):
         return kind(kind.config_class.from_pretrained(folder / name, local_files_only=True))
 
 
-def _class(model: str, name: str, entry: tuple[str, str], base: type) -> Any:
-    """The class of a part. Raises ConfigError unless it is transformers' and derives from `base`."""
+def _class(model: str, name: str, entry: tuple[str, str], bases: tuple[type, ...]) -> Any:
+    """The class of a part. Raises ConfigError unless it is transformers' and derives from one of `bases`."""
     library, wanted = entry
     found = getattr(LIBRARIES[library], wanted, None)
-    if not isinstance(found, type) or not issubclass(found, base):
+    if not isinstance(found, type) or not issubclass(found, bases):
         given = one_line(wanted, 60)
         raise ConfigError(
-            f"model {model} names {library}'s {given} as its {one_line(name, 60)}, which is not a {base.__name__}"
+            f"model {model} names {library}'s {given} as its {one_line(name, 60)}, which is not a {bases[0].__name__}"
         )
     return found
 
@@ -278,7 +281,9 @@ def _check_tensors(where: str, files: list[Path], module: torch.nn.Module, renam
             for name in opened.keys():  # noqa: SIM118
                 tensor = opened.get_slice(name)
                 stored[name] = tensor.get_shape(), tensor.get_dtype()
-    own = {name: list(value.shape) for name, value in module.state_dict().items()}
+    # Others are counters of batch norms.
+    state = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    own = {name: list(value.shape) for name, value in state.items()}
     for name in sorted(own.keys() & stored.keys()):
         shape, dtype = stored[name]
         if shape != own[name]:

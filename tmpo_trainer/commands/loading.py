@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 
-from .. import methods
+from .. import flow, methods
 from ..backbones import check_text_cache, encode_text, is_hub_id, load_backbone, load_skeleton
 from ..backbones.base import Backbone, LoadOptions
 from ..backbones.check import check_transformer
@@ -120,7 +120,13 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
         check_features(config.features)
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
     captioned(config.data_folder)
-    methods.make(config, found.sigmas(config.rollout_steps, *config.resolution))
+    method = methods.make(config, found.sigmas(config.rollout_steps, *config.resolution))
+    kernel = method.transition.get("kernel")
+    if found.few_steps and kernel in flow.SCORE_KERNELS:
+        raise ConfigError(
+            f"--kernel {kernel} is not for model {config.model}, which was distilled to a few steps: the kernel computes the "
+            "score from the velocity, which no longer gives it; use --kernel cps, or train the base model"
+        )
     if config.init_lora:
         say_left_out(lora.check_fits(config.init_lora, found, config.lora_targets, config.lora_rank))
     return train, heldout, found

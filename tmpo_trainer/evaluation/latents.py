@@ -33,6 +33,11 @@ class LatentEncoder:
         if is_hub_id(model):
             folder = hub_file(f"--vae {model}", model, WEIGHTS, "--vae FOLDER").parent
         with readable_errors("--vae", folder):
+            kind = AutoencoderKL.load_config(folder, local_files_only=True).get("_class_name")
+            if kind != AutoencoderKL.__name__:
+                raise ConfigError(
+                    f"--vae {model} has an {kind}, not an {AutoencoderKL.__name__}: give a FLUX.1 or SD3.5 model"
+                )
             vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         self.vae, self.device = vae.eval().requires_grad_(False).to(device), device
         #: Pixels per latent along a side.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from ..settings.errors import ConfigError, one_line
 from . import file as lora_file
 from .file import LoraFile, by, named
 
-#: diffusers' conversion splits this layer of kohya's at fixed widths, those of FLUX.1.
+#: diffusers' conversion for FLUX.1 splits this layer of kohya's at fixed widths.
 KOHYA_FUSED, KOHYA_SHAPE = re.compile(r"single_blocks[_.]\d+[_.]linear1$"), (21504, 3072)
 PREFIX = "transformer."
 
@@ -150,7 +151,8 @@ def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Ten
     Raises:
         ConfigError: diffusers cannot, or finds no layers of a transformer.
     """
-    _check_kohya(lora)
+    if issubclass(pipeline_class, FluxLoraLoaderMixin):
+        _check_kohya(lora)
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     try:
