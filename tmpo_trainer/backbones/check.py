@@ -99,12 +99,21 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
         if config.parent.is_dir():
             found = read_config(f"model {model}", config)
             if name in expected:
+                _check_class(f"model {model}: {config}", found, expected[name])
                 _check_types(f"model {model}: {config}", found, expected[name])
     built = kind.skeleton(folder, dtype, max_sequence_length)
     built.check_vae(model)
     _check_text_parts(model, folder, kind, named)
     _check_network(model, folder, built)
     return built
+
+
+def _check_class(where: str, config: dict[str, Any], kind: Any) -> None:
+    """Raises ConfigError for the config of another class, such as that of another model's VAE."""
+    found = config.get("_class_name", kind.__name__)
+    # Schedulers of other names read the same config.
+    if issubclass(kind, torch.nn.Module) and found != kind.__name__:
+        raise ConfigError(f"{where} is of a {one_line(found, 40)}, not of a {kind.__name__}: take it from the same model")
 
 
 def _check_types(where: str, config: dict[str, Any], kind: Any) -> None:
@@ -122,7 +131,7 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = typing.get_args(hint)
     if value is None or hint in (Any, type(None)):
         return value is None or hint is Any
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) in (tuple, list):
         # diffusers writes tuple[int] for any length.
         return (
             isinstance(value, list)
@@ -185,11 +194,13 @@ def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Map
         built = _text_encoder(model, folder, encoder, named[encoder])
         with readable_errors(f"model {model}", folder / encoder / "config.json"), torch.no_grad():
             built(torch.zeros(1, 2, dtype=torch.long, device="meta"))
-        sizes = built.config.to_dict()
+        # An encoder that also sees pictures keeps those of its text part apart.
+        sizes = built.config.get_text_config().to_dict()
         cls = _class(model, tokenizer, named[tokenizer], transformers.PreTrainedTokenizerBase)
         found = checked_tokenizer(cls, f"model {model}", folder / tokenizer, sizes["vocab_size"])
-        # T5 has no learned positions.
-        length, most = found.model_max_length, sizes.get("max_position_embeddings", math.inf)
+        # T5 and encoders with rotary positions have no learned ones, which could run out.
+        learned = "rope_parameters" not in sizes
+        length, most = found.model_max_length, sizes.get("max_position_embeddings", math.inf) if learned else math.inf
         if not isinstance(length, int) or not 0 < length <= most:
             raise ConfigError(
                 f"model {model}: {folder / tokenizer / 'tokenizer_config.json'}: model_max_length {one_line(length, 20)}, but "
