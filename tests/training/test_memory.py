@@ -49,9 +49,9 @@ def peak_of(module: torch.nn.Module, work: Callable[[], Any]) -> int:
     return peak.peak
 
 
-@pytest.fixture(params=["flux", "sd35"])
-def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path) -> Path:
-    return tiny_flux(True) if request.param == "flux" else tiny_sd35
+@pytest.fixture(params=["flux", "sd35", "qwen"])
+def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path, tiny_qwen: Path) -> Path:
+    return {"flux": tiny_flux(True), "sd35": tiny_sd35, "qwen": tiny_qwen}[request.param]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -64,6 +64,10 @@ def test_fake_tensors_count_what_real_ones_take(
     trainer = make_trainer(folder=model, **config.model_dump(exclude_unset=True))
     backbone: Backbone = trainer.backbone
     backbone.split_guidance = split
+    # As long as a prompt can be, as in the estimate.
+    for prompt in ("a red circle", ""):
+        made_up = backbone.blank_conditioning(model).items()
+        backbone.keep(prompt, {name: torch.ones_like(value) for name, value in made_up})
     network = backbone.velocity(["a red circle"], config.guidance)
     x, sigma = torch.randn(6, *trainer.roller.latent_shape), torch.full((6,), 0.5)
 
@@ -77,7 +81,8 @@ def test_fake_tensors_count_what_real_ones_take(
     latents = torch.randn(5, *trainer.roller.latent_shape)
     vae = backbone.pipeline.vae
     with torch.no_grad():
-        real = peak_of(vae, lambda: vae.decode(latents + 0))
+        unscaled = backbone.unscale(latents)
+        real = peak_of(vae, lambda: backbone.vae_pixels(unscaled + 0))
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights
