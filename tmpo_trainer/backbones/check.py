@@ -113,7 +113,9 @@ def _check_class(where: str, config: dict[str, Any], kind: Any) -> None:
     found = config.get("_class_name", kind.__name__)
     # Schedulers of other names read the same config.
     if issubclass(kind, torch.nn.Module) and found != kind.__name__:
-        raise ConfigError(f"{where} is of a {one_line(found, 40)}, not of a {kind.__name__}: take it from the same model")
+        raise ConfigError(
+            f"{where} is of a {one_line(found, 40)}, not of a {kind.__name__}: take it from the same model"
+        )
 
 
 def _check_types(where: str, config: dict[str, Any], kind: Any) -> None:
