@@ -114,7 +114,7 @@ def _check_class(where: str, config: dict[str, Any], kind: Any) -> None:
     # Schedulers of other names read the same config.
     if issubclass(kind, torch.nn.Module) and found != kind.__name__:
         raise ConfigError(
-            f"{where} is of a {one_line(found, 40)}, not of a {kind.__name__}: take it from the same model"
+            f"{where} describes {one_line(found, 40)}, not {kind.__name__}: take the folder from the same model"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,8 +59,9 @@ class QwenImageBackbone(Backbone):
                 f"model {model}: its VAE makes {config.z_dim} channels, its transformer takes {channels}: the VAE belongs to "
                 "another model; take both from the same one"
             )
-        mean, std = config.latents_mean or (), config.latents_std or ()
-        if not len(mean) == len(std) == channels or min(std) <= 0:
+        mean, std = config.latents_mean or [], config.latents_std or []
+        finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (*mean, *std))
+        if not (finite and len(mean) == len(std) == channels and min(std) > 0):
             raise ConfigError(
                 f"model {model}: vae/config.json needs {channels} numbers in latents_mean and {channels} above 0 in "
                 "latents_std: take it from the model"
@@ -68,7 +70,7 @@ class QwenImageBackbone(Backbone):
     def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
         """The LoRA of a run, as peft's config. It names each layer, as not all blocks have the same."""
         config = super().adapter(targets, rank, alpha)
-        config.target_modules = set(self.target_shapes(targets))
+        config.target_modules = list(self.target_shapes(targets))
         return config
 
     def target_shapes(self, targets: LoraTargets) -> dict[str, tuple[int, int]]:
