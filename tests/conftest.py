@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from tests.models.flux2 import tiny_flux2  # noqa: F401
+from tests.models.qwen import tiny_qwen  # noqa: F401
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.demo import build

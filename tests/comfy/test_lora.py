@@ -1,5 +1,5 @@
-"""A real ComfyUI applies our LoRA as diffusers does: the same network output with it, for SD3, SD3.5, FLUX.1 and FLUX.2. And
-we read a transformer that it has written.
+"""A real ComfyUI applies our LoRA as diffusers does: the same network output with it, for SD3, SD3.5, FLUX.1, FLUX.2 and
+Qwen-Image. And we read a transformer that it has written.
 
 Needs a checkout of ComfyUI: COMFYUI_PATH=/path/to/ComfyUI pytest tests/comfy
 """
@@ -14,13 +14,20 @@ from typing import Any, cast
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux import FluxBackbone, image_ids, pack, unpack
 from tmpo_trainer.backbones.flux2 import Flux2Backbone, positions
+from tmpo_trainer.backbones.qwen import QwenImageBackbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.lora.export import export_lora
 
@@ -227,6 +234,38 @@ def test_flux2(comfy_sd: Any, tmp_path: Path, targets: str, guidance: bool) -> N
         return network(x, timestep=sigma, context=context, guidance=scale)
 
     compare(comfy_sd, backbone, plain, ours, theirs, tmp_path, original(plain))
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@torch.no_grad()
+def test_qwen(comfy_sd: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: str) -> None:
+    import comfy.supported_models  # type: ignore[import-not-found]
+
+    # ComfyUI takes the number of blocks alone from a file; these are otherwise its defaults.
+    sizes = {
+        "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6)
+    }  # fmt: skip
+    monkeypatch.setattr(comfy.supported_models.QwenImage, "unet_extra_config", sizes)
+    torch.manual_seed(0)
+    transformer = QwenImageTransformer2DModel(num_layers=2, **cast(Any, sizes))
+    plain = {key: value.clone() for key, value in transformer.state_dict().items()}
+    backbone = make(QwenImageBackbone, transformer, targets)
+    x, sigma, context = torch.randn(2, 16, 8, 8), torch.full((2,), 0.6), torch.randn(2, 7, 32)
+
+    def ours() -> Tensor:
+        output = transformer(
+            hidden_states=pack(x),
+            timestep=sigma,
+            encoder_hidden_states=context,
+            img_shapes=[[(1, 4, 4)]] * 2,
+            return_dict=False,
+        )[0]
+        return unpack(output, 4, 4)
+
+    def theirs(network: Any) -> Tensor:
+        return network(x[:, :, None], sigma, context)[:, :, 0]
+
+    compare(comfy_sd, backbone, plain, ours, theirs, tmp_path)
 
 
 def compare(

@@ -51,20 +51,31 @@ def peak_of(module: torch.nn.Module, work: Callable[[], Any]) -> int:
 
 
 @pytest.fixture(params=["flux", "sd35"])
-def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path) -> Path:
-    return tiny_flux(True) if request.param == "flux" else tiny_sd35
+def model(request: pytest.FixtureRequest) -> Path:
+    return tiny(request, request.param)
+
+
+def tiny(request: pytest.FixtureRequest, name: str) -> Path:
+    found = request.getfixturevalue(f"tiny_{name}")
+    return found(True) if name == "flux" else found
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["flux", "sd35", "qwen"])
 def test_fake_tensors_count_what_real_ones_take(
-    model: Path, make_trainer: Callable[..., Any], checkpointing: bool, split: bool
+    request: pytest.FixtureRequest, make_trainer: Callable[..., Any], name: str, checkpointing: bool, split: bool
 ) -> None:
+    model = tiny(request, name)
     config = settings(gradient_checkpointing=checkpointing, split_guidance=split)
     phases = estimate(model, config)
     trainer = make_trainer(folder=model, **config.model_dump(exclude_unset=True))
     backbone: Backbone = trainer.backbone
     backbone.split_guidance = split
+    # As long as a prompt can be, as in the estimate.
+    for prompt in ("a red circle", ""):
+        made_up = backbone.blank_conditioning(model).items()
+        backbone.keep(prompt, {name: torch.ones_like(value) for name, value in made_up})
     network = backbone.velocity(["a red circle"], config.guidance)
     x, sigma = torch.randn(6, *trainer.roller.latent_shape), torch.full((6,), 0.5)
 
@@ -78,7 +89,8 @@ def test_fake_tensors_count_what_real_ones_take(
     latents = torch.randn(5, *trainer.roller.latent_shape)
     vae = backbone.pipeline.vae
     with torch.no_grad():
-        real = peak_of(vae, lambda: vae.decode(latents + 0))
+        unscaled = backbone.unscale(latents)
+        real = peak_of(vae, lambda: backbone.vae_pixels(unscaled + 0))
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights

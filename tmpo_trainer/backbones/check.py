@@ -99,12 +99,23 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
         if config.parent.is_dir():
             found = read_config(f"model {model}", config)
             if name in expected:
+                _check_class(f"model {model}: {config}", found, expected[name])
                 _check_types(f"model {model}: {config}", found, expected[name])
     built = kind.skeleton(folder, dtype, max_sequence_length)
     built.check_vae(model)
     _check_text_parts(model, folder, kind, named)
     _check_network(model, folder, built)
     return built
+
+
+def _check_class(where: str, config: dict[str, Any], kind: Any) -> None:
+    """Raises ConfigError for the config of another class, such as that of another model's VAE."""
+    found = config.get("_class_name", kind.__name__)
+    # Schedulers of other names read the same config.
+    if issubclass(kind, torch.nn.Module) and found != kind.__name__:
+        raise ConfigError(
+            f"{where} describes {one_line(found, 40)}, not {kind.__name__}: take the folder from the same model"
+        )
 
 
 def _check_types(where: str, config: dict[str, Any], kind: Any) -> None:
@@ -122,7 +133,7 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = typing.get_args(hint)
     if value is None or hint in (Any, type(None)):
         return value is None or hint is Any
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) in (tuple, list):
         # diffusers writes tuple[int] for any length.
         return (
             isinstance(value, list)
@@ -185,6 +196,7 @@ def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Map
         built = _text_encoder(model, folder, encoder, named[encoder])
         with readable_errors(f"model {model}", folder / encoder / "config.json"), torch.no_grad():
             built(torch.zeros(1, 2, dtype=torch.long, device="meta"))
+        # An encoder that also sees pictures keeps the sizes of its text part apart.
         sizes = built.config.get_text_config().to_dict()
         cls = _class(
             model, tokenizer, named[tokenizer], (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
