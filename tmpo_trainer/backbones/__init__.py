@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 #: Files that are not backbones, see `settings.discovery`.
 SHARED = ("base", "check", "decoder", "text")
-#: The files that are taken of a pipeline's part on the hub: its configs, and its vocabulary.
-HUB_CONFIGS = ("*.json", "*.txt", "*.model")
+#: The files that are taken of a pipeline's part on the hub: its configs, its vocabulary and its chat template.
+HUB_CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
 #: Its weights, without other precisions (`model.fp16.safetensors`), which nothing reads.
 HUB_WEIGHTS = tuple(
     f"{stem}{ending}"
@@ -153,7 +153,8 @@ def check_model(model: str) -> Path:
     from . import check
 
     folder = find_model(model)
-    check.check_weights(model, folder, load_skeleton(model, torch.float32, 0))
+    # Some models refuse a length of 0.
+    check.check_weights(model, folder, load_skeleton(model, torch.float32, 1))
     return folder
 
 

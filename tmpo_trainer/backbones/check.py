@@ -185,11 +185,12 @@ def _check_text_parts(model: str, folder: Path, kind: type[Backbone], named: Map
         built = _text_encoder(model, folder, encoder, named[encoder])
         with readable_errors(f"model {model}", folder / encoder / "config.json"), torch.no_grad():
             built(torch.zeros(1, 2, dtype=torch.long, device="meta"))
-        sizes = built.config.to_dict()
+        sizes = built.config.get_text_config().to_dict()
         cls = _class(model, tokenizer, named[tokenizer], transformers.PreTrainedTokenizerBase)
         found = checked_tokenizer(cls, f"model {model}", folder / tokenizer, sizes["vocab_size"])
-        # T5 has no learned positions.
-        length, most = found.model_max_length, sizes.get("max_position_embeddings", math.inf)
+        # T5 has no learned positions, and rotary ones, as Qwen's, have no table that could be too short.
+        rotary = sizes.get("rope_parameters")
+        length, most = found.model_max_length, math.inf if rotary else sizes.get("max_position_embeddings", math.inf)
         if not isinstance(length, int) or not 0 < length <= most:
             raise ConfigError(
                 f"model {model}: {folder / tokenizer / 'tokenizer_config.json'}: model_max_length {one_line(length, 20)}, but "
