@@ -17,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tmpo_trainer import tree
+from tmpo_trainer import methods, tree
 from tmpo_trainer.backbones import load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.commands import main
 from tmpo_trainer.lora.export import FILE_NAME, export_lora
 from tmpo_trainer.settings.config import LoraTargets
 from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.settings.presets import make_config
+from tmpo_trainer.training import memory
 from tmpo_trainer.training.loop import Trainer
 
 #: 31 and 35 tokens: the network fills them up to 32 and 64.
@@ -262,6 +264,34 @@ def test_no_text_tokens_are_refused(tiny_z_image: Folders) -> None:
         load_skeleton(str(tiny_z_image(False)), torch.float32, 0)
 
 
+def test_the_memory_estimate_is_what_a_replay_takes(
+    tiny_z_image: Folders, make_trainer: Callable[..., Trainer]
+) -> None:
+    """With texts of 32 tokens, to which the network fills up this prompt and the empty one."""
+    changes = {
+        "max_sequence_length": 32,
+        "guidance": 2.0,
+        "resolution": (64, 64),
+        "replay_batch": 3,
+        "max_batch": 3,
+        "decode_batch": 1,
+        "gradient_checkpointing": True,
+    }
+    config = make_config([("settings", {**changes, "lora_rank": 4, "lora_alpha": 8})])
+    skeleton = load_skeleton(str(tiny_z_image(False)), torch.float32, 32)
+    method = methods.make(config, skeleton.sigmas(6, 64, 64))
+    plan = tree.TreePlan.tmpo(6, (1, 2, 3), 3)
+    phases = memory.estimate(skeleton, tiny_z_image(False), config, method, [plan], torch.device("cuda"))
+    (estimated,) = (parts["forward and backward"] for title, parts in phases.items() if title.startswith("replay, 3"))
+    trainer = make_trainer(folder=tiny_z_image(False), **changes)
+    network = trainer.backbone.velocity(PROMPTS[:1], config.guidance)
+    x, sigma = starts(trainer.backbone, (64, 64), 3), torch.full((3,), 0.5)
+    real = memory.peak_bytes(
+        trainer.backbone.transformer, lambda: network(x + 0, sigma + 0).sum().backward(), gradient=True
+    )
+    assert estimated == pytest.approx(real, rel=0.02)
+
+
 def test_a_run_is_resumed_bit_for_bit(
     tiny_z_image: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,8 +302,6 @@ def test_a_run_is_resumed_bit_for_bit(
         --rollout-steps 4 --branching 2 --branch-early 1 2 --branch-late 1 2 --resolution 32 48 --output-dir out --lora-rank 4
         --learning-rate 1e-2 --ema-every 1 --max-sequence-length {TOKENS} --text-cache text --no-report --checkpoint-every 1
         --guidance 2 --prompts-per-update 2 --prompts-per-batch 2 --gradient-checkpointing --device cpu"""
-    assert main.main([*run.split(), "--dry-run"]) == 0
-    assert "3 prompts will be drawn, 3 of them have to be encoded" in capsys.readouterr().out
     assert main.main(run.split()) == 0
     whole = load_file(tmp_path / "out" / FILE_NAME)
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
