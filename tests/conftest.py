@@ -27,6 +27,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tests.models.families import tiny_kontext, tiny_sd35_large  # noqa: F401
 from tests.models.z_image import tiny_z_image  # noqa: F401
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions

@@ -46,12 +46,12 @@ class ZImageBackbone(Backbone):
 
     @property
     def name(self) -> str:
-        """What people call the model."""
-        return "Z-Image-Turbo" if self.turbo else "Z-Image"
+        """What kind of model it is, for people."""
+        return "Z-Image-Turbo" if self.few_steps else "Z-Image"
 
     @property
-    def turbo(self) -> bool:
-        """Whether the model is distilled to eight steps. Its scheduler shifts by 3, that of the base model by 6.
+    def few_steps(self) -> bool:
+        """Whether it is Turbo, which is distilled to eight steps. Its scheduler shifts by 3, that of the base model by 6.
 
         Nothing else in the configs differs.
         """
