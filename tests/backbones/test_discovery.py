@@ -112,7 +112,7 @@ def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, red
 
 
 def test_names_are_the_files(place: Path) -> None:
-    assert discovery.names("backbones") == ["a-broken", "dummy", "flux", "sd3"]
+    assert discovery.names("backbones") == ["a-broken", "dummy", "flux", "sd3", "z-image"]
 
 
 def test_an_update_of_an_unknown_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_a_model_that_no_file_declares(
     Path("more/dummy.py").write_text(DUMMY.replace('PIPELINES = {"DummyPipeline"', 'PIPELINES = {"OtherPipeline"'))
     assert main.main(FLAGS.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    kinds = "OtherPipeline, FluxPipeline and StableDiffusion3Pipeline"
+    kinds = "OtherPipeline, FluxPipeline, FluxKontextPipeline, StableDiffusion3Pipeline and ZImagePipeline"
     assert line == f"tmpo_trainer: model model is a DummyPipeline: this version trains {kinds} models"
     index = json.loads(Path("model/model_index.json").read_text())
     Path("model/model_index.json").write_text(json.dumps({**index, "_class_name": ["FluxPipeline"]}))

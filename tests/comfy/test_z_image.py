@@ -52,8 +52,8 @@ def network(comfy_sd: Any, state: dict[str, Tensor]) -> Any:
     import comfy.supported_models  # type: ignore[import-not-found]
 
     own = {
-        "image_model": "lumina2", "patch_size": 2, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0,
-        "pad_tokens_multiple": 32,
+        "image_model": "lumina2", "patch_size": 2, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
+        "time_scale": 1000.0, "pad_tokens_multiple": 32,
     }  # fmt: skip
     config = comfy.supported_models.ZImage({**SHAPE, **own})
     config.set_inference_dtype(torch.float32, None)
