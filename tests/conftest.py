@@ -27,8 +27,10 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tests.models.families import tiny_kontext, tiny_sd35_large  # noqa: F401
 from tests.models.flux2 import tiny_flux2  # noqa: F401
 from tests.models.qwen import tiny_qwen  # noqa: F401
+from tests.models.z_image import tiny_z_image  # noqa: F401
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.demo import build

@@ -153,6 +153,7 @@ def check_model(model: str) -> Path:
     from . import check
 
     folder = find_model(model)
+    # Some models refuse a length of 0.
     check.check_weights(model, folder, load_skeleton(model, torch.float32, 1))
     return folder
 

@@ -237,6 +237,11 @@ class Backbone(ABC):
     # The LoRA
 
     @property
+    def name(self) -> str:
+        """What kind of model it is, for people: more exactly than the family where the configs tell."""
+        return self.family
+
+    @property
     @abstractmethod
     def architecture(self) -> str:
         """The name that modelspec metadata gives this kind of model."""

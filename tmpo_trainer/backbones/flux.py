@@ -1,4 +1,4 @@
-"""FLUX.1 over diffusers' `FluxPipeline`."""
+"""FLUX.1 over diffusers' `FluxPipeline`: dev, Krea-dev and schnell; and Kontext-dev, which then gets no picture to edit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -41,8 +41,13 @@ class FluxBackbone(Backbone):
     }
 
     @property
+    def name(self) -> str:
+        """What kind of model it is, for people. FLUX.1-Krea-dev has the configs of FLUX.1-dev."""
+        return "FLUX.1-dev" if self.transformer.config.guidance_embeds else "FLUX.1-schnell"
+
+    @property
     def architecture(self) -> str:
-        """The name that modelspec metadata gives this kind of model."""
+        """The name that modelspec metadata gives this kind of model. Those derived from FLUX.1-dev share its name."""
         return "flux-1-dev" if self.transformer.config.guidance_embeds else "flux-1-schnell"
 
     @classmethod
@@ -60,9 +65,9 @@ class FluxBackbone(Backbone):
         """FLUX.1-dev has weights for guidance, FLUX.1-schnell has none. Raises ConfigError if model and file differ."""
         guided = any("guidance_in." in name or "guidance_embedder." in name for name in names)
         if guided != self.transformer.config.guidance_embeds:
-            kind = {True: "FLUX.1-dev", False: "FLUX.1-schnell"}
+            kind = "FLUX.1-dev" if guided else "FLUX.1-schnell"
             raise ConfigError(
-                f"{where} is from {kind[guided]}, but the model is {kind[not guided]}: give the model that it belongs to"
+                f"{where} is from {kind}, but the model is {self.name}: give the model that it belongs to"
             )
 
     def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
@@ -137,6 +142,17 @@ class FluxBackbone(Backbone):
         return velocity
 
 
+class KontextBackbone(FluxBackbone):
+    """FLUX.1-Kontext-dev, a FLUX.1-dev that may also get a picture. Here it gets none and draws from the prompt alone."""
+
+    pipeline_class = FluxKontextPipeline
+
+    @property
+    def name(self) -> str:
+        """What kind of model it is, for people."""
+        return "FLUX.1-Kontext-dev"
+
+
 def pack(latents: Tensor) -> Tensor:
     """Latents `[N, C, H, W]` -> tokens of 2x2 patches `[N, H W / 4, 4 C]`."""
     patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
@@ -155,4 +171,4 @@ def image_ids(rows: int, columns: int) -> Tensor:
     return torch.stack([torch.zeros_like(grid[0]), *grid], -1).flatten(0, 1).float()
 
 
-PIPELINES = {"FluxPipeline": FluxBackbone}
+PIPELINES = {"FluxPipeline": FluxBackbone, "FluxKontextPipeline": KontextBackbone}

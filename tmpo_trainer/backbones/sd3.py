@@ -37,14 +37,18 @@ class SD3Backbone(Backbone):
     }
 
     @property
+    def name(self) -> str:
+        """What kind of model it is, for people. Others than Stability AI's have other numbers of blocks."""
+        config = self.transformer.config
+        if config.dual_attention_layers:
+            return "SD3.5-Medium"
+        return {24: "SD3-Medium", 38: "SD3.5-Large"}.get(config.num_layers, self.family)
+
+    @property
     def architecture(self) -> str:
         """The name that modelspec metadata gives this kind of model."""
-        if self.transformer.config.dual_attention_layers:
-            return "stable-diffusion-v3.5-medium"
-        # 38 blocks: only SD3.5-Large.
-        return (
-            "stable-diffusion-v3.5-large" if self.transformer.config.num_layers == 38 else "stable-diffusion-v3-medium"
-        )
+        known = {"SD3.5-Medium": "stable-diffusion-v3.5-medium", "SD3.5-Large": "stable-diffusion-v3.5-large"}
+        return known.get(self.name, "stable-diffusion-v3-medium")
 
     @classmethod
     def frees_text_encoders(cls, folder: Path) -> bool:

@@ -64,6 +64,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
             "modelspec.implementation": "diffusers",
             "modelspec.title": f"{about.get('method', 'tmpo').upper()} LoRA ({about.get('rewards', '')})",
             **{f"tmpo.{key}": value for key, value in about.items()},
+            "tmpo.model": backbone.name,
             "tmpo.version": __version__,
         }
         save_file(load_file(written), written, metadata)

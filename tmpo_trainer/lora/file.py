@@ -286,7 +286,7 @@ def checks(lora: LoraFile) -> dict[str, bool]:
         "it differs from zero": any(bool(up.any()) and bool(down.any()) for down, up in pairs),
         "alpha is folded in: diffusers and ComfyUI apply it at the same strength": _strengths(lora)[1],
         "module names are those of a transformer's blocks": any(
-            re.search(r"blocks[._]\d", name) for name in lora.layers
+            re.search(r"(blocks|layers|refiner)[._]\d", name) for name in lora.layers
         ),
     }
 

@@ -125,13 +125,18 @@ def convert(lora: LoraFile, pipeline_class: Any) -> Layers:
 
 
 def readers(lora: LoraFile) -> list[str]:
-    """The kinds of models for which diffusers converts a file's names."""
+    """The kinds of models for which diffusers converts a file's names, to names of layers that these models have.
+
+    The converters of some kinds take any name.
+    """
     found = {}
     for name in discovery.names("backbones"):
         for kind in discovery.load("backbones", name).PIPELINES.values():
+            layers = tuple(f".{ending}.lora_A.weight" for ending in kind.lora_targets["all-linear"])
             with contextlib.suppress(ConfigError):
-                _diffusers_names(lora, kind.pipeline_class)
-                found[kind.family] = None
+                state, _ = _diffusers_names(lora, kind.pipeline_class)
+                if any(key.startswith(PREFIX) and key.endswith(layers) for key in state):
+                    found[kind.family] = None
     return list(found)
 
 

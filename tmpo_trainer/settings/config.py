@@ -101,7 +101,8 @@ class TrainConfig(BaseModel):
     branch_early: tuple[int, ...] = (1, 2, 3)
     """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
     guidance: float = Field(3.5, ge=0, le=1000)
-    """Guidance scale. With classifier-free guidance, 1 or less switches it off."""
+    """Guidance scale, as the model's pipeline in diffusers takes it. Classifier-free guidance is off at 1 or less; that of
+    Z-Image, which counts from 0, at 0."""
     resolution: tuple[Annotated[int, Field(le=8192)], Annotated[int, Field(le=8192)]] = (512, 512)
     """Height and width in pixels."""
     max_sequence_length: int = Field(256, ge=0, le=512)
