@@ -18,6 +18,7 @@ from tmpo_trainer import backbones
 from tmpo_trainer.backbones import check, find_configs, find_model
 from tmpo_trainer.commands import main
 from tmpo_trainer.settings.errors import ConfigError
+from tmpo_trainer.settings.presets import preset, preset_names
 
 #: Published sizes in billions: the network's with its fixed positions, the text encoders' together.
 SIZES = {
@@ -82,8 +83,9 @@ def test_sizes_are_the_published_ones(model: str) -> None:
     assert (network, sum(numbers.values())) == pytest.approx(SIZES[model], abs=0.06)
 
 
-def test_every_packaged_model_has_its_size_above() -> None:
+def test_every_packaged_model_has_its_size_above_and_presets_have_no_others() -> None:
     assert {folder.name.replace("--", "/") for folder in backbones.PACKAGED.iterdir()} == SIZES.keys()
+    assert {preset(name)["model"] for name in preset_names() if "model" in preset(name)} <= {*SIZES, "demo"}
 
 
 @pytest.mark.parametrize("model", ["black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3.5-large"])
