@@ -17,6 +17,7 @@ import transformers
 from tmpo_trainer import backbones
 from tmpo_trainer.backbones import check, find_configs, find_model
 from tmpo_trainer.commands import main
+from tmpo_trainer.settings import discovery
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.settings.presets import preset, preset_names
 
@@ -88,9 +89,24 @@ def test_every_packaged_model_has_its_size_above_and_presets_have_no_others() ->
     assert {preset(name)["model"] for name in preset_names() if "model" in preset(name)} <= {*SIZES, "demo"}
 
 
-@pytest.mark.parametrize("model", ["black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3.5-large"])
-def test_a_packaged_model_passes_all_checks(model: str) -> None:
-    """One of each pipeline: every part is run once without numbers."""
+#: One model of each pipeline.
+EACH = {
+    "FluxPipeline": "black-forest-labs/FLUX.1-dev",
+    "FluxKontextPipeline": "black-forest-labs/FLUX.1-Kontext-dev",
+    "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-large",
+    "Flux2Pipeline": "black-forest-labs/FLUX.2-dev",
+    "Flux2KleinPipeline": "black-forest-labs/FLUX.2-klein-base-4B",
+    "QwenImagePipeline": "Qwen/Qwen-Image-2512",
+    "ZImagePipeline": "Tongyi-MAI/Z-Image-Turbo",
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [EACH[kind] for name in discovery.names("backbones") for kind in discovery.load("backbones", name).PIPELINES],
+)
+def test_a_packaged_model_of_each_pipeline_passes_all_checks(model: str) -> None:
+    """Every part is run once without numbers."""
     folder = find_configs(model)
     assert folder == backbones.packaged(model)
     skeleton = check.skeleton(model, folder, backbones._backbone(model, folder), torch.bfloat16, 512)
