@@ -63,6 +63,7 @@ def hub(tiny_sd35: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
             raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
         return str(Path(snapshot(model, [name])) / name)
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     return repository

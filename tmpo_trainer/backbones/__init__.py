@@ -32,6 +32,8 @@ HUB_WEIGHTS = tuple(
     for ending in (".safetensors", "-*-of-*.safetensors")
 )
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
+#: The configs of the models in docs/models.md, a folder `owner--name` each: as on the hub, without what only weights need.
+PACKAGED = Path(__file__).parent / "configs"
 
 
 def is_hub_id(model: str) -> bool:
@@ -62,9 +64,41 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
     return folder
 
 
+def find_configs(model: str) -> Path:
+    """A local folder with the configs of a model setting, for what needs no weights.
+
+    Those of a hub id come from the hub's cache, otherwise from this package, and are downloaded only if neither has them.
+
+    Raises:
+        ConfigError: the model cannot be found or trained.
+    """
+    folder = _cached(model) or packaged(model) if is_hub_id(model) else None
+    return find_model(str(folder or model), weights=False)
+
+
+def packaged(model: str) -> Path | None:
+    """The folder with the configs of a hub id that travel with this package, if they do."""
+    folder = PACKAGED / model.replace("/", "--")
+    return folder if folder.is_dir() else None
+
+
+def _cached(model: str) -> Path | None:
+    """The snapshot folder of a hub repository, if the hub's cache has the configs of all its parts."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from .check import config_file, parts
+
+    index = try_to_load_from_cache(model, "model_index.json")
+    if not isinstance(index, str):
+        return None
+    folder = Path(index).parent
+    complete = all((folder / part / config_file(part)).is_file() for part in parts(model, folder))
+    return folder if complete else None
+
+
 def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
     """The snapshot folder of a hub repository. HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -74,7 +108,11 @@ def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
 
     try:
         index = Path(hf_hub_download(model, "model_index.json"))
-        return Path(snapshot_download(model, allow_patterns=hub_files(model, index.parent, weights, transformer)))
+        folder = Path(snapshot_download(model, allow_patterns=hub_files(model, index.parent, weights, transformer)))
+        # A run would notice only when it loads them. Every model's VAE has weights.
+        if constants.HF_HUB_OFFLINE and not any((folder / "vae").glob("diffusion_pytorch_model*")):
+            raise _not_here(f"the weights of model {model} are", model, "HF_HUB_OFFLINE is set")
+        return folder
     except ConfigError:
         raise
     except GatedRepoError:
@@ -90,11 +128,15 @@ def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
             raise ConfigError(
                 f"model {model} has no model_index.json on the hub: give a repository with a diffusers pipeline"
             ) from None
-        reason = one_line(str(error).partition("\n")[0])
-        raise ConfigError(
-            f"model {model} is not in the hub cache and cannot be downloaded ({reason}): on a machine that can, run "
-            f"`hf download {model} --local-dir DIR`, then give --model DIR"
-        ) from None
+        raise _not_here(f"model {model} is", model, one_line(str(error).partition("\n")[0])) from None
+
+
+def _not_here(what: str, model: str, reason: str) -> ConfigError:
+    without = "; --dry-run needs no download" if packaged(model) else ""
+    return ConfigError(
+        f"{what} not in the hub cache and cannot be downloaded ({reason}): on a machine that can, run "
+        f"`hf download {model} --local-dir DIR`, then give --model DIR{without}"
+    )
 
 
 def hub_files(model: str, folder: Path, weights: bool, transformer: bool) -> list[str]:

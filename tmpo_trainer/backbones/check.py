@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..hub import checked_tokenizer, read_config, read_json, readable_errors
 from ..settings.errors import ConfigError, one_line
+from . import PACKAGED
 from .base import Backbone
 from .text import TEXT_PARTS
 
@@ -70,6 +71,11 @@ def parts(model: str, folder: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
+def config_file(part: str) -> str:
+    """The name of the config of a pipeline's part."""
+    return CONFIGS.get(part.partition("_")[0], "config.json")
+
+
 def _is_name(word: Any) -> bool:
     return isinstance(word, str) and word.isidentifier()
 
@@ -95,7 +101,7 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
         if not (folder / name).is_dir() and name not in kind.optional_parts:
             raise ConfigError(f"model {model} has no folder {name}/, which its model_index.json names: copy it there")
     for name in named:
-        config = folder / name / CONFIGS.get(name.partition("_")[0], "config.json")
+        config = folder / name / config_file(name)
         if config.parent.is_dir():
             found = read_config(f"model {model}", config)
             if name in expected:
@@ -103,7 +109,9 @@ def skeleton(model: str, folder: Path, kind: type[Backbone], dtype: torch.dtype,
                 _check_types(f"model {model}: {config}", found, expected[name])
     built = kind.skeleton(folder, dtype, max_sequence_length)
     built.check_vae(model)
-    _check_text_parts(model, folder, kind, named)
+    # The packaged configs come without vocabularies.
+    if not folder.is_relative_to(PACKAGED):
+        _check_text_parts(model, folder, kind, named)
     _check_network(model, folder, built)
     return built
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import methods
-from ..backbones import find_model, is_hub_id
+from ..backbones import find_configs, is_hub_id
 from ..backbones.base import KEPT, Backbone
 from ..backbones.check import check_weights
 from ..backbones.text import BATCH, default_folder
@@ -27,14 +27,16 @@ def dry_run(config: TrainConfig) -> int:
     here = ""
     if config.device == "auto" and config.model != "demo" and device.type == "cpu":
         device, here = torch.device("cuda"), " (none here)"
+    model, folder = config.model, find_configs(config.model)
+    if is_hub_id(model):
+        config = config.model_copy(update={"model": str(folder)})
     train_prompts, heldout, skeleton = check(config, device)
-    folder = find_model(config.model, weights=False)
-    if not is_hub_id(config.model):
-        check_weights(config.model, folder, skeleton, ("transformer",) if config.transformer else ())
+    if not is_hub_id(model):
+        check_weights(model, folder, skeleton, ("transformer",) if config.transformer else ())
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
     method = methods.make(config, sigmas)
     parameters = sum(p.numel() for p in skeleton.transformer.parameters())
-    print(f"model {config.model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
+    print(f"model {model} on {device}{here}: transformer of {parameters / 1e6:.1f} M parameters")
     targets = skeleton.target_shapes(config.lora_targets)
     numbers = config.lora_rank * sum(inputs + outputs for inputs, outputs in targets.values())
     print(f"LoRA of rank {config.lora_rank} on {len(targets)} linear layers: {numbers / 1e6:.1f} M parameters")
