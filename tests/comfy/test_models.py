@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     QwenImagePipeline,
@@ -20,6 +21,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
@@ -332,3 +334,20 @@ def diffusers_output(name: str, transformer: Any, x: Tensor, sigma: Tensor, cont
         return_dict=False,
     )[0]  # fmt: skip
     return out.mT.unflatten(2, (rows, columns))
+
+
+@pytest.mark.parametrize("name", ["FLUX.2", "Z-Image"])
+def test_noise_levels_are_those_of_diffusers(nodes: Any, name: str) -> None:
+    """Flux2Scheduler, and the scheduler `simple` with Z-Image's own shift."""
+    model, even = make(name), torch.linspace(1, 0.1, 10).numpy()
+    if name == "FLUX.2":
+        from comfy_extras.nodes_flux import Flux2Scheduler  # type: ignore[import-not-found]
+
+        (found,) = Flux2Scheduler.execute(10, 512, 768).result
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        scheduler.set_timesteps(sigmas=even, mu=compute_empirical_mu(32 * 48, 10))
+    else:
+        found = nodes.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 10)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_timesteps(sigmas=even)
+    torch.testing.assert_close(found, scheduler.sigmas, atol=1e-5, rtol=0)
