@@ -149,8 +149,8 @@ class TreeSamplerNode(io.ComfyNode):
                 io.Int.Input("steps", default=10, min=1, max=200, tooltip="Denoising steps."),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1,
-                    tooltip="Classifier-free guidance: 4 to 5 for SD3.5, Qwen-Image, Z-Image and FLUX.2 [klein] base, 1 for FLUX and "
-                    "for models distilled to a few steps.",
+                    tooltip="Classifier-free guidance: 4 to 5 for SD3.5, Qwen-Image, Z-Image and FLUX.2 [klein] base, "
+                    "1 for FLUX and for models distilled to a few steps.",
                 ),
                 io.Combo.Input(
                     "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="normal",

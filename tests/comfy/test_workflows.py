@@ -124,17 +124,17 @@ def flux2(text: int) -> dict[str, Tensor]:
 
 
 def test_the_workflow_of_flux2_runs(comfy: Any, info: dict[str, Any]) -> None:
-    """Its loaders, noise levels, guider and VAE; only the text encoder, the scorer, the size and the number of leaves are others."""
+    """Its loaders, noise levels, guider and VAE. Only text encoder, scorer, size and number of leaves are others."""
     prompt = as_prompt(load_known(FLUX2, info), info)
     nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
     models = comfy.base / "models"
     for kind in ("diffusion_models", "vae"):
         (models / kind).mkdir(exist_ok=True)
-    widths = [
-        json.loads((DEMO / name / "config.json").read_text())["hidden_size"]
-        for name in ("text_encoder", "text_encoder_2")
-    ]
-    save_file(flux2(sum(widths)), models / "diffusion_models" / nodes["UNETLoader"]["unet_name"])
+    encoders = [json.loads((DEMO / name / "config.json").read_text()) for name in ("text_encoder", "text_encoder_2")]
+    save_file(
+        flux2(sum(encoder["hidden_size"] for encoder in encoders)),
+        models / "diffusion_models" / nodes["UNETLoader"]["unet_name"],
+    )
     torch.manual_seed(0)
     vae = {key: value.half() for key, value in AutoencoderKLFlux2().state_dict().items() if value.is_floating_point()}
     save_file(vae, models / "vae" / nodes["VAELoader"]["vae_name"])
