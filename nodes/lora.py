@@ -48,7 +48,8 @@ def apply_lora(model: Any, lora: lora_file.LoraFile, strength: float) -> Any:
     if placed < layers or not placed:
         raise ValueError(
             f"{lora.file.name} is a LoRA of another model: {placed} of its {layers} layers are in "
-            f"{type(model.model).__name__}. Connect the model it was trained on"
+            f"{type(model.model).__name__}. Connect the model it was trained on. If it is connected, update ComfyUI: older "
+            "versions do not know all layers of newer models"
         )
     return clone
 

@@ -136,7 +136,7 @@ class TreeSamplerNode(io.ComfyNode):
             category=CATEGORY,
             description="Like KSampler, but samples a whole tree of pictures. Branches share all steps before they part.",
             inputs=[
-                io.Model.Input("model", tooltip="A flow-matching model, such as SD3, SD3.5 or FLUX."),
+                io.Model.Input("model", tooltip="A flow-matching model, such as FLUX, SD3.5, Qwen-Image or Z-Image."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="What to avoid. It has no effect at cfg 1."),
                 io.Latent.Input(
@@ -149,11 +149,13 @@ class TreeSamplerNode(io.ComfyNode):
                 io.Int.Input("steps", default=10, min=1, max=200, tooltip="Denoising steps."),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1,
-                    tooltip="Classifier-free guidance: 4 to 5 for SD3.5, 1 for FLUX.",
+                    tooltip="Classifier-free guidance: 4 to 5 for SD3.5, Qwen-Image, Z-Image and FLUX.2 [klein] base, "
+                    "1 for FLUX and for models distilled to a few steps.",
                 ),
                 io.Combo.Input(
                     "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="normal",
-                    tooltip="Sets the noise levels. normal equals diffusers' for SD3, simple diffusers' for FLUX.",
+                    tooltip="Sets the noise levels. normal equals diffusers' for SD3, simple diffusers' for FLUX and Z-Image. "
+                    "For FLUX.2 take Flux2Scheduler and Tree Sampler (advanced).",
                 ),
                 *_tree_inputs(),
             ],

@@ -83,7 +83,8 @@ class TreeSampler(comfy.samplers.Sampler):
         sampling = model_wrap.inner_model.model_sampling
         if not isinstance(sampling, comfy.model_sampling.CONST):
             raise ValueError(
-                "the tree sampler needs a flow-matching model such as SD3, SD3.5 or FLUX: for this model use KSampler"
+                "the tree sampler needs a flow-matching model such as FLUX, SD3.5, Qwen-Image or Z-Image: for this model use "
+                "KSampler"
             )
         prompts, seed = len(noise), extra_args.get("seed") or 0
         plan = self.plan(len(sigmas) - 1, prompts)
@@ -189,14 +190,17 @@ class TreeSampler(comfy.samplers.Sampler):
 def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
     """ComfyUI's latent2rgb: the network's latents `[n, C, h, w]` (or with frames) -> `[n, h, w, 3]` in 0..1.
 
-    None if the latent format has no linear map to colours.
+    Folded latents give larger pictures: FLUX.2's `[n, 2h, 2w, 3]`. None if the latent format has no linear map to colours.
     """
     if latent_format.latent_rgb_factors is None:
         return None
+    # FLUX.2 folds 2x2 latents into one, and its map is for one of them. Older versions of ComfyUI lack the attribute.
+    unfold = getattr(latent_format, "latent_rgb_factors_reshape", None)
+    x0 = x0 if unfold is None else unfold(x0)
     x0 = x0[:, :, 0] if x0.dim() == 5 else x0
     factors = torch.tensor(latent_format.latent_rgb_factors)
     if len(factors) != x0.shape[1]:
-        # The format folds its latents first, so its map does not fit. Only the preview is lost.
+        # The map is for other latents. Only the preview is lost.
         return None
     bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
     return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
@@ -220,13 +224,37 @@ def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:
     return progress
 
 
+#: Newer versions of ComfyUI note the scale of an empty latent: a model of another scale gets one for the same picture.
+SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+
+
+def fitted(model: Any, latent: dict[str, Any]) -> Tensor:
+    """The latents of a LATENT in the model's shape: `[N, C, h, w]`, or `[N, C, frames, h, w]` for Qwen-Image and video models.
+
+    As in KSampler, an empty latent gets the model's channels, and pictures for a model with frames become one frame each.
+
+    Raises:
+        ValueError: these are another model's latents.
+    """
+    scales = {key: latent[key] for key in SCALES if key in latent}
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], **scales)
+    kind = model.get_model_object("latent_format")
+    expected = (kind.latent_channels, 2 + kind.latent_dimensions)
+    if (samples.shape[1], samples.dim()) != expected:
+        raise ValueError(
+            f"latent_image is {'x'.join(map(str, samples.shape))}, but {type(model.model).__name__} takes {expected[0]} "
+            f"channels in {expected[1]} dimensions: encode the picture with this model's VAE, or connect an empty latent"
+        )
+    return samples
+
+
 def sample_tree(
     guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, Any], sampler: TreeSampler
 ) -> tuple[dict[str, Any], Tree]:
     """Runs a tree sampler as SamplerCustomAdvanced runs any sampler. Returns a LATENT of all leaves, and the tree."""
     if len(sigmas) < 2:
         raise ValueError("these sigmas have no steps: give a scheduler at least one")
-    samples = comfy.sample.fix_empty_latent_channels(guider.model_patcher, latent["samples"])
+    samples = fitted(guider.model_patcher, latent)
     start = {**latent, "samples": samples}
     plan = sampler.plan(len(sigmas) - 1, len(samples))
     sampler.progress, sampler.places = live_preview(guider), latent.get("batch_index")
@@ -254,7 +282,7 @@ def sample_tree(
         disable_pbar=True,
         seed=noise.seed,
     )
-    out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask")}
+    out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask", *SCALES)}
     out["samples"] = leaves.to(comfy.model_management.intermediate_device())
     assert sampler.tree is not None
     return out, sampler.tree

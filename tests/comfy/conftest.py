@@ -5,6 +5,7 @@ Needs a checkout of ComfyUI and what it requires: COMFYUI_PATH=/path/to/ComfyUI 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -17,10 +18,12 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 COMFYUI = os.environ.get("COMFYUI_PATH")
@@ -93,6 +96,42 @@ class Comfy:
     def image(self, reference: dict[str, str]) -> np.ndarray:
         query = "&".join(f"{key}={value}" for key, value in reference.items())
         return np.asarray(Image.open(io.BytesIO(self.get(f"/view?{query}"))).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """The pack's nodes in a ComfyUI within this process, as ComfyUI imports them. Nodes run in inference mode."""
+    if not COMFYUI:
+        pytest.skip("COMFYUI_PATH names no checkout of ComfyUI")
+    sys.path.insert(0, COMFYUI)
+    from comfy.cli_args import args  # type: ignore[import-not-found]
+
+    args.cpu = True
+    import comfy.sample  # type: ignore[import-not-found]
+    import comfy.samplers  # type: ignore[import-not-found]
+
+    with torch.inference_mode():
+        if "tmpo_pack" not in sys.modules:
+            spec = importlib.util.spec_from_file_location(
+                "tmpo_pack", REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
+            )
+            assert spec is not None and spec.loader is not None
+            sys.modules["tmpo_pack"] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        from tmpo_pack.nodes import (  # type: ignore[import-not-found]
+            demo_model,
+            diversity,
+            lora,
+            sampling,
+            tree_sampler,
+            tree_view,
+        )
+
+        yield SimpleNamespace(
+            comfy=comfy, demo_model=demo_model, diversity=diversity, lora=lora, sampling=sampling,
+            tree_sampler=tree_sampler, tree_view=tree_view,
+        )  # fmt: skip
+    sys.path.remove(COMFYUI)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import math
 import os
 import sys
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,30 +30,14 @@ SHIFT, SCALE = 0.0609, 1.5305
 
 
 @pytest.fixture(scope="module")
-def pack() -> Iterator[Any]:
-    """The pack as ComfyUI imports it, and what of ComfyUI the tests call."""
-    sys.path.insert(0, str(COMFYUI))
-    from comfy.cli_args import args  # type: ignore[import-not-found]
-
-    args.cpu = True
-    import comfy.sample  # type: ignore[import-not-found]
-    import comfy.samplers  # type: ignore[import-not-found]
-
-    spec = importlib.util.spec_from_file_location(
-        "tmpo_pack", REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
+def pack(nodes: Any) -> Any:
+    """The nodes, and the demo model."""
+    nodes.model, nodes.clip, nodes.vae = (
+        nodes.demo_model.load_model(),
+        nodes.demo_model.load_clip(),
+        nodes.demo_model.load_vae(),
     )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tmpo_pack"] = module
-    with torch.inference_mode():
-        spec.loader.exec_module(module)
-        from tmpo_pack.nodes import demo_model, lora, sampling  # type: ignore[import-not-found]
-
-        yield SimpleNamespace(
-            sampling=sampling, lora=lora, comfy=comfy, model=demo_model.load_model(), clip=demo_model.load_clip(),
-            vae=demo_model.load_vae(),
-        )  # fmt: skip
-    sys.path.remove(str(COMFYUI))
+    return nodes
 
 
 def encode(pack: Any, prompt: str) -> Any:
