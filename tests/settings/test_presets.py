@@ -330,4 +330,4 @@ def test_files_that_are_no_settings(tmp_path: Path) -> None:
     for name in ("../config", "methods/gardo", "a" * 1000, "a\0"):
         with pytest.raises(ConfigError, match="unknown preset") as caught:
             presets.preset(name)
-        assert len(str(caught.value)) < 300
+        assert len(str(caught.value)) < 400

@@ -164,12 +164,22 @@ class Flux2Backbone(Backbone):
 
         return velocity
 
+    def scale(self, encoded: Tensor) -> Tensor:
+        """The inverse of `unscale`: `[N, 32, 2 h, 2 w]` -> `[N, 128, h, w]`."""
+        mean, std = self._norm()
+        patches = encoded.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        return (patches - mean) / std
+
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents `[N, 128, h, w]` as the VAE takes them, in its precision: `[N, 32, 2 h, 2 w]`."""
-        norm = self.vae.bn
-        mean, std = (value.view(1, -1, 1, 1) for value in (norm.running_mean, torch.sqrt(norm.running_var + norm.eps)))
+        mean, std = self._norm()
         patches = (latents.to(self.vae.dtype) * std + mean).unflatten(1, (-1, 2, 2))
         return patches.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
+
+    def _norm(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel of a patch, from the VAE's batch norm: `[1, 128, 1, 1]` each."""
+        norm = self.vae.bn
+        return norm.running_mean.view(1, -1, 1, 1), torch.sqrt(norm.running_var + norm.eps).view(1, -1, 1, 1)
 
 
 class Flux2KleinBackbone(Flux2Backbone):

@@ -153,11 +153,25 @@ class QwenImageBackbone(Backbone):
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents `[N, C, h, w]` as the VAE takes them, in its precision: one frame, `[N, C, 1, h, w]`."""
         scaled = latents.to(self.vae.dtype).unsqueeze(2)
-        mean, std = (
-            torch.tensor(numbers, dtype=scaled.dtype, device=scaled.device).view(-1, 1, 1, 1)
-            for numbers in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
+        mean, std = self._norm(scaled)
         return scaled * std + mean
+
+    def scale(self, encoded: Tensor) -> Tensor:
+        """The inverse of `unscale`: `[N, C, 1, h, w]` -> `[N, C, h, w]`."""
+        mean, std = self._norm(encoded)
+        return ((encoded - mean) / std).squeeze(2)
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel, `[C, 1, 1, 1]` each."""
+        config = self.vae.config
+        mean, std = (
+            like.new_tensor(numbers).view(-1, 1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+    def vae_latents(self, pixels: Tensor) -> Tensor:
+        """What the VAE makes of RGB from -1 to 1, `[N, 3, H, W]`, as one frame: `[N, C, 1, h, w]`."""
+        return super().vae_latents(pixels.unsqueeze(2))
 
     def vae_pixels(self, unscaled: Tensor) -> Tensor:
         """What the VAE makes of `unscale`'s result: RGB, about -1 to 1, `[N, 3, H, W]`.
