@@ -49,9 +49,15 @@ def peak_of(module: torch.nn.Module, work: Callable[[], Any]) -> int:
     return peak.peak
 
 
-@pytest.fixture(params=["flux", "sd35"])
-def model(request: pytest.FixtureRequest, tiny_flux: Callable[[bool], Path], tiny_sd35: Path) -> Path:
-    return tiny_flux(True) if request.param == "flux" else tiny_sd35
+@pytest.fixture(params=["flux", "flux2", "sd35"])
+def model(
+    request: pytest.FixtureRequest,
+    tiny_flux: Callable[[bool], Path],
+    tiny_flux2: Callable[[str], Path],
+    tiny_sd35: Path,
+) -> Path:
+    models = {"flux": tiny_flux(True), "flux2": tiny_flux2("base"), "sd35": tiny_sd35}
+    return models[request.param]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -77,7 +83,8 @@ def test_fake_tensors_count_what_real_ones_take(
     latents = torch.randn(5, *trainer.roller.latent_shape)
     vae = backbone.pipeline.vae
     with torch.no_grad():
-        real = peak_of(vae, lambda: vae.decode(latents + 0))
+        unscaled = backbone.unscale(latents)
+        real = peak_of(vae, lambda: vae.decode(unscaled + 0))
     assert part(phases, "decoding, 5", "decoder") == pytest.approx(real, rel=0.02)
     weights = sum(p.numel() for n, p in backbone.transformer.named_parameters() if "lora_" not in n) * 4
     assert part(phases, "rollout, 9", "transformer") == weights
