@@ -50,14 +50,15 @@ def peak_of(module: torch.nn.Module, work: Callable[[], Any]) -> int:
     return peak.peak
 
 
-@pytest.fixture(params=["flux", "sd35"])
+@pytest.fixture(params=["flux", "flux2", "sd35"])
 def model(request: pytest.FixtureRequest) -> Path:
     return tiny(request, request.param)
 
 
 def tiny(request: pytest.FixtureRequest, name: str) -> Path:
     found = request.getfixturevalue(f"tiny_{name}")
-    return found(True) if name == "flux" else found
+    kind = {"flux": True, "flux2": "base"}.get(name)
+    return found if kind is None else found(kind)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -75,11 +75,11 @@ class Flux2Backbone(Backbone):
     def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
         """The LoRA of a run, as peft's config."""
         config = super().adapter(targets, rank, alpha)
-        if SINGLE_OUT in config.target_modules:
+        if SINGLE_OUT in self.lora_targets[targets]:
             # In the double-stream blocks a list of layers has the same name, which peft would refuse.
+            others = [name for name in self.lora_targets[targets] if name != SINGLE_OUT]
             blocks = range(self.transformer.config.num_single_layers)
-            single = {f"single_transformer_blocks.{i}.{SINGLE_OUT}" for i in blocks}
-            config.target_modules = {*config.target_modules, *single} - {SINGLE_OUT}
+            config.target_modules = [*others, *(f"single_transformer_blocks.{i}.{SINGLE_OUT}" for i in blocks)]
         return config
 
     @staticmethod

@@ -33,7 +33,8 @@ class LatentEncoder:
         if is_hub_id(model):
             folder = hub_file(f"--vae {model}", model, WEIGHTS, "--vae FOLDER").parent
         with readable_errors("--vae", folder):
-            kind = AutoencoderKL.load_config(folder, local_files_only=True).get("_class_name")
+            settings: Any = AutoencoderKL.load_config(folder, local_files_only=True)
+            kind = settings.get("_class_name")
             if kind != AutoencoderKL.__name__:
                 raise ConfigError(
                     f"--vae {model} has an {kind}, not an {AutoencoderKL.__name__}: give a FLUX.1 or SD3.5 model"
