@@ -24,7 +24,7 @@ def test_a_run_is_resumed_bit_for_bit(
     # Two prompts of different lengths in one batch.
     Path("p.txt").write_text("a red circle\ntwo blue squares\n")
     text = f"""--model {tiny_qwen} --prompts p.txt --eval-prompts p.txt --updates 3 --prompts-per-update 2 --prompts-per-batch 2
-        --rollout-steps 4 --branching 2 --branch-early 1 2 --branch-late 1 3 --resolution 32 48 --guidance 3.5 --output-dir out
+        --rollout-steps 4 --branching 2 --branch-early 1 2 --branch-late 1 2 --resolution 32 48 --guidance 3.5 --output-dir out
         --max-sequence-length 20 --text-cache text --lora-rank 4 --lora-alpha 8 --learning-rate 1e-2 --ema-every 1
         --sample-every 0 --no-report --checkpoint-every 2 --gradient-checkpointing --reward sharpness --device cpu"""
     run = text.split()
