@@ -146,7 +146,9 @@ def test_a_model_that_no_file_declares(
     Path("more/dummy.py").write_text(DUMMY.replace('PIPELINES = {"DummyPipeline"', 'PIPELINES = {"OtherPipeline"'))
     assert main.main(FLAGS.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("tmpo_trainer: model model is a DummyPipeline: this version trains OtherPipeline, FluxPipeline, ")
+    assert line.startswith(
+        "tmpo_trainer: model model is a DummyPipeline: this version trains OtherPipeline, FluxPipeline, "
+    )
     assert line.endswith(" models") and "StableDiffusion3Pipeline" in line
     index = json.loads(Path("model/model_index.json").read_text())
     Path("model/model_index.json").write_text(json.dumps({**index, "_class_name": ["FluxPipeline"]}))

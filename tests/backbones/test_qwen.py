@@ -105,9 +105,7 @@ def test_prompts_of_different_lengths_together_are_those_alone(
     assert calls == ([6] if guidance == 1 else [6, 6] if split else [12])
 
 
-def test_decode_is_the_pipelines(
-    backbone: Backbone, stock: QwenImagePipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_is_the_pipelines(backbone: Backbone, stock: QwenImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     x = starts(backbone, (32, 48))
     expected = np.stack([np.asarray(picture) for picture in sample(stock, x, (32, 48), 3.5, "pil")])
     latents = rollout(backbone, x, (32, 48), 3.5)
