@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,8 +59,7 @@ class QwenImageBackbone(Backbone):
                 "another model; take both from the same one"
             )
         mean, std = config.latents_mean or [], config.latents_std or []
-        finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (*mean, *std))
-        if not (finite and len(mean) == len(std) == channels and min(std) > 0):
+        if None in (*mean, *std) or not (len(mean) == len(std) == channels and all(value > 0 for value in std)):
             raise ConfigError(
                 f"model {model}: vae/config.json needs {channels} numbers in latents_mean and {channels} above 0 in "
                 "latents_std: take it from the model"
