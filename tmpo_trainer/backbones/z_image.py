@@ -62,7 +62,7 @@ class ZImageBackbone(Backbone):
         config = super().adapter(targets, rank, alpha)
         if targets == "text":
             # By whole names: the other blocks have the same endings.
-            config.target_modules = set(self.target_shapes(targets))
+            config.target_modules = set(self.target_shapes(targets))  # type: ignore[assignment]
         return config
 
     def target_shapes(self, targets: LoraTargets) -> dict[str, tuple[int, int]]:
