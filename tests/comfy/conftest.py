@@ -157,7 +157,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
             cwd=COMFYUI, env=variables, stdout=output, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     server = Comfy(base, port, process, log)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         try:
             server.get("/system_stats")
