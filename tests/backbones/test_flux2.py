@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import warnings
@@ -25,6 +26,7 @@ from tmpo_trainer.commands import loading, main
 from tmpo_trainer.lora import layers
 from tmpo_trainer.lora.export import FILE_NAME, export_lora
 from tmpo_trainer.settings.config import LoraTargets
+from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training.loop import Trainer
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -289,6 +291,14 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(
     assert main.main(flags("model", *more)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert blame in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_processor_whose_packages_are_missing(tiny_flux2: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_flux2("dev"), tmp_path / "model")
+    edit(tmp_path / "model" / "model_index.json", tokenizer=["transformers", "PixtralProcessor"])
+    with pytest.raises(ConfigError, match=r"its tokenizer needs packages: pip install .*torchvision"):
+        load_skeleton(str(tmp_path / "model"), torch.float32, TOKENS)
 
 
 def test_a_processor_in_the_tokenizers_place(tiny_flux2: Callable[[str], Path], tmp_path: Path) -> None:

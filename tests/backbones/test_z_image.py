@@ -259,6 +259,20 @@ def test_what_cannot_be_trained_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_turbo_takes_no_guidance_and_no_score(
+    tiny_z_image: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dry-run", "--model", str(tiny_z_image(True)), "--resolution", "32", "32", "--max-sequence-length", "12"]
+    for more, told in (
+        (["--guidance", "3.5"], "--guidance 3.5: Z-Image-Turbo has its guidance built in, give --guidance 0"),
+        (["--guidance", "0", "--kernel", "flow_sde", "--eta", "0.7"], "which was distilled to a few steps"),
+    ):
+        assert main.main([*flags, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
+    assert main.main([*flags, "--guidance", "0"]) == 0
+
+
 def test_no_text_tokens_are_refused(tiny_z_image: Folders) -> None:
     with pytest.raises(ConfigError, match="--max-sequence-length 0: Z-Image needs the prompt's tokens"):
         load_skeleton(str(tiny_z_image(False)), torch.float32, 0)

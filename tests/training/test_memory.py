@@ -63,7 +63,7 @@ def tiny(request: pytest.FixtureRequest, name: str) -> Path:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("name", ["flux", "sd35", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "sd35", "qwen"])
 def test_fake_tensors_count_what_real_ones_take(
     request: pytest.FixtureRequest, make_trainer: Callable[..., Any], name: str, checkpointing: bool, split: bool
 ) -> None:

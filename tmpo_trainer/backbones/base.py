@@ -234,6 +234,9 @@ class Backbone(ABC):
         """Whether the model was distilled to draw in a few steps: its velocity points to one picture, not to their mean."""
         return False
 
+    def check_guidance(self, guidance: float) -> None:  # noqa: B027
+        """Raises ValueError for a guidance scale that the model cannot take."""
+
     # The LoRA
 
     @property

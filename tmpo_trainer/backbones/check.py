@@ -14,6 +14,7 @@ import diffusers
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers.utils.import_utils import DummyObject
 
 from ..hub import checked_tokenizer, read_config, read_json, readable_errors
 from ..settings.errors import ConfigError, one_line
@@ -231,6 +232,10 @@ def _class(model: str, name: str, entry: tuple[str, str], bases: tuple[type, ...
     """The class of a part. Raises ConfigError unless it is transformers' and derives from one of `bases`."""
     library, wanted = entry
     found = getattr(LIBRARIES[library], wanted, None)
+    if isinstance(found, DummyObject):
+        # transformers has this in the place of a class whose packages are missing.
+        packages = " ".join(found._backends)
+        raise ConfigError(f"model {model}: its {one_line(name, 60)} needs packages: pip install {packages}")
     if not isinstance(found, type) or not issubclass(found, bases):
         given = one_line(wanted, 60)
         raise ConfigError(

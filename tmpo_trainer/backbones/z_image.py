@@ -57,6 +57,11 @@ class ZImageBackbone(Backbone):
         """
         return self.pipeline.scheduler.config.shift <= 3
 
+    def check_guidance(self, guidance: float) -> None:
+        """Raises ValueError for a guidance scale that the model cannot take."""
+        if self.few_steps and guidance:
+            raise ValueError(f"--guidance {guidance:g}: {self.name} has its guidance built in, give --guidance 0")
+
     def adapter(self, targets: LoraTargets, rank: int, alpha: float) -> LoraConfig:
         """The LoRA of a run, as peft's config."""
         config = super().adapter(targets, rank, alpha)

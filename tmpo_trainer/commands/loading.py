@@ -164,6 +164,7 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
     found.split_guidance = config.split_guidance
     try:
         found.latent_shape(*config.resolution)
+        found.check_guidance(config.guidance)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if config.transformer:
