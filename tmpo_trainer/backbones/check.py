@@ -234,7 +234,7 @@ def _class(model: str, name: str, entry: tuple[str, str], bases: tuple[type, ...
     found = getattr(LIBRARIES[library], wanted, None)
     if isinstance(found, DummyObject):
         # transformers has this in the place of a class whose packages are missing.
-        packages = " ".join(found._backends)
+        packages = " ".join(found._backends or ())
         raise ConfigError(f"model {model}: its {one_line(name, 60)} needs packages: pip install {packages}")
     if not isinstance(found, type) or not issubclass(found, bases):
         given = one_line(wanted, 60)

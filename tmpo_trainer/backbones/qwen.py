@@ -144,7 +144,10 @@ class QwenImageBackbone(Backbone):
             rows, columns = x.shape[2] // 2, x.shape[3] // 2
             packed = pack(x).to(dtype)
             output = torch.cat([network(packed, sigma, (1, rows, columns), text) for text in calls])
-            return unpack(guide(*output.chunk(2), guidance) if none else output, rows, columns)
+            if none:
+                without, with_text = output.chunk(2)
+                output = guide(without, with_text, guidance)
+            return unpack(output, rows, columns)
 
         return velocity
 
