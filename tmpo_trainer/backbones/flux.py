@@ -50,6 +50,11 @@ class FluxBackbone(Backbone):
         """The name that modelspec metadata gives this kind of model. Those derived from FLUX.1-dev share its name."""
         return "flux-1-dev" if self.transformer.config.guidance_embeds else "flux-1-schnell"
 
+    @property
+    def few_steps(self) -> bool:
+        """Whether the model was distilled to draw in a few steps, see `Backbone`: FLUX.1-schnell."""
+        return not self.transformer.config.guidance_embeds
+
     @classmethod
     def single_file(cls, file: Path) -> str | dict[str, Tensor]:
         """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
