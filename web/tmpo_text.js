@@ -22,7 +22,11 @@ app.registerExtension({
         borderRadius: "4px",
       });
       this.tmpoText = box;
-      this.addDOMWidget("text", "tmpo_text", box, { serialize: false, getMinHeight: () => 90 });
+      this.addDOMWidget("text", "tmpo_text", box, {
+        serialize: false,
+        hideOnZoom: false,
+        getMinHeight: () => 90,
+      });
     };
     const executed = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {

@@ -492,7 +492,12 @@ app.registerExtension({
         changed?.apply(this, arguments);
         view.mark(value);
       };
-      this.addDOMWidget("tree_view", "tmpo_tree", view.root, { serialize: false, getMinHeight: () => 220 });
+      this.addDOMWidget("tree_view", "tmpo_tree", view.root, {
+        serialize: false,
+        // The tree is what a zoomed-out graph is looked at for.
+        hideOnZoom: false,
+        getMinHeight: () => 220,
+      });
       this.setSize(SIZE);
       this.tmpoNew = true;
     };

@@ -67,7 +67,7 @@ async function open() {
   // Or templates and the map would cover the page.
   const settings = { "Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false };
   await page.request.post(`${url}/settings`, { data: settings });
-  await page.goto(url);
+  await page.goto(url, { waitUntil: "domcontentloaded" });
   await page.waitForFunction(
     () => window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 100,
   );
@@ -124,6 +124,13 @@ const faults = () => page.evaluate(() => {
 });
 
 await open();
+// New nodes keep their seed.
+const controls = await page.evaluate(() => ["TMPO_TreeSampler", "TMPO_SelectBranches"].map((type) => {
+  const node = window.LiteGraph.createNode(type);
+  window.app.graph.add(node);
+  return node.widgets.find((widget) => widget.name === "control_after_generate").value;
+}));
+assert.deepEqual(controls, ["fixed", "fixed"]);
 const saved = await page.evaluate((prompt) => window.workflow(prompt), PROMPT);
 await page.evaluate((graph) => window.app.loadGraphData(graph), saved);
 await frame([840, 1200]);
@@ -167,6 +174,15 @@ for (const key of ["Home", "ArrowDown", "ArrowDown", "Enter"]) await page.keyboa
 const third = Number((await page.locator(".tmpo-tree-leaf").nth(2).getAttribute("aria-label")).match(/\d+/)[0]);
 assert.equal(await selected(), third);
 await shoot("keyboard");
+
+// The tree is still there where the whole graph fits a laptop's screen.
+await page.evaluate(() => {
+  window.app.canvas.ds.scale = 0.45;
+  window.app.canvas.setDirty(true, true);
+});
+await page.waitForTimeout(600);
+assert.ok(await page.locator(".tmpo-tree-leaf").first().isVisible());
+await page.screenshot({ path: join(folder, "far.png") });
 
 // Away from everything that has a card.
 await page.mouse.move(1, 1);
