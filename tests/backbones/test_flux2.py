@@ -23,7 +23,7 @@ from tmpo_trainer.backbones import check_model, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux2 import PIPELINES
 from tmpo_trainer.commands import loading, main
-from tmpo_trainer.lora import layers
+from tmpo_trainer.lora import adapter, layers
 from tmpo_trainer.lora.export import FILE_NAME, export_lora
 from tmpo_trainer.settings.config import LoraTargets
 from tmpo_trainer.settings.errors import ConfigError
@@ -291,6 +291,36 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(
     assert main.main(flags("model", *more)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert blame in line
+
+
+def test_the_networks_input_keeps_its_precision_beside_a_lora(
+    tiny_flux2: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights in four bits the LoRA's are the first that diffusers' `dtype` finds."""
+    backbone = load_backbone(str(tiny_flux2("base")), LoadOptions(torch.bfloat16, CPU, TOKENS))
+    adapter.attach(backbone.transformer, backbone.adapter("paper", 2, 2))
+    monkeypatch.setattr(type(backbone.transformer), "dtype", property(lambda self: torch.float32))
+    seen = []
+    backbone.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].dtype), with_kwargs=True
+    )
+    backbone.velocity(PROMPTS[:1], 1.0)(torch.randn(1, *backbone.latent_shape(32, 32)), torch.full((1,), 0.5))
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("kind", ["flux2", "qwen"])
+def test_a_transformer_saved_with_its_prefix(
+    tiny_flux2: Callable[[str], Path], tiny_qwen: Path, tmp_path: Path, kind: str
+) -> None:
+    """As ComfyUI saves one together with other parts."""
+    folder = tiny_flux2("base") if kind == "flux2" else tiny_qwen
+    family = type(load_skeleton(str(folder), torch.float32, TOKENS))
+    file = tmp_path / "whole.safetensors"
+    save_file({"model.diffusion_model.img_in.weight": torch.ones(2), "vae.x": torch.zeros(1)}, file)
+    found = family.single_file(file)
+    assert isinstance(found, dict) and list(found) == ["img_in.weight"]
+    save_file({"img_in.weight": torch.ones(2)}, file)
+    assert family.single_file(file) == str(file)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is there")

@@ -150,6 +150,11 @@ def test_a_dry_run_needs_no_hub(tiny: Path, no_network: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert out.startswith("model owner/name on ") and "\n  text encoding: " in out and "\n  replay, " in out
     assert not no_network.exists()
+    # A refusal names the model as it was given.
+    (tiny / "vae" / "config.json").write_text("{}")
+    assert main.main(DRY) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model owner/name" in line and str(tiny.parent) not in line
 
 
 def test_the_hubs_cache_comes_first_if_it_is_complete(tiny: Path, tiny_sd35: Path, no_network: Path) -> None:

@@ -282,9 +282,12 @@ def test_a_layer_adds_its_lora_without_further_tensors(tiny_flux: Callable[[bool
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["flux-dev", "flux-schnell", "sd3", "sd35"])
+@pytest.mark.parametrize("kind", ["flux-dev", "flux-schnell", "flux2", "qwen", "z-image", "sd3", "sd35"])
 def test_gradients_reach_attention_as_contiguous_tensors(
     tiny_flux: Callable[[bool], Path],
+    tiny_flux2: Callable[[str], Path],
+    tiny_qwen: Path,
+    tiny_z_image: Callable[[bool], Path],
     tiny_model: Path,
     tiny_sd35: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -292,8 +295,16 @@ def test_gradients_reach_attention_as_contiguous_tensors(
     checkpointing: bool,
 ) -> None:
     """cuDNN's attention takes others for packed ones: wrong gradients on a Hopper GPU, see `ContiguousGradient`."""
-    models = {"sd3": tiny_model, "sd35": tiny_sd35}
-    model = models[kind] if kind in models else tiny_flux(kind == "flux-dev")
+    models: dict[str, Callable[[], Path]] = {
+        "flux-dev": lambda: tiny_flux(True),
+        "flux-schnell": lambda: tiny_flux(False),
+        "flux2": lambda: tiny_flux2("base"),
+        "qwen": lambda: tiny_qwen,
+        "z-image": lambda: tiny_z_image(False),
+        "sd3": lambda: tiny_model,
+        "sd35": lambda: tiny_sd35,
+    }
+    model = models[kind]()
     backbone = load_backbone(str(model), LoadOptions(torch.float32, torch.device("cpu"), 8, prompts=["a red circle"]))
     lora.attach(backbone.transformer, backbone.adapter("paper", 2, 2))
     if checkpointing:

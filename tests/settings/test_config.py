@@ -52,6 +52,10 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
         TrainConfig(**settings)
 
 
+def test_a_single_share_may_be_a_number() -> None:
+    assert TrainConfig.model_validate({"neutral": ["contrast"], "neutral_share": 0.5}).neutral_share == (0.5,)
+
+
 def test_fewer_prompts_than_a_batch_would_hold() -> None:
     assert TrainConfig(max_batch=1, prompts_per_batch=4).prompts_per_update == 1
 

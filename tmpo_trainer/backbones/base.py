@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, BitsAndBytesConfig, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,6 +35,8 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *TEXT_ATTEN
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_TEXT_FEED_FORWARD)
 TEXT_STREAM = (*TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
 
+#: The prefix of a transformer's tensors in a file of a whole model.
+WHOLE = "model.diffusion_model."
 #: Numbers of latents that a CPU decodes at once: 8 pictures of 64x64. What the VAE makes of more does not fit into caches.
 CACHED = 2**13
 #: Bytes of text features that a model with its text encoders keeps in memory.
@@ -97,6 +100,8 @@ class Backbone(ABC):
         self.max_sequence_length = max_sequence_length
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
+        #: Of the network's input. With four-bit weights diffusers' own property may give that of the LoRA, once there is one.
+        self.dtype = pipeline.transformer.dtype
         #: Classifier-free guidance in two network calls instead of one of twice the batch.
         self.split_guidance = False
         #: Features in memory, the last used at the end, and their bytes.
@@ -155,7 +160,7 @@ class Backbone(ABC):
             return kind.from_pretrained(folder, subfolder="transformer", **how)
         try:
             return kind.from_single_file(cls.single_file(file), config=str(folder), subfolder="transformer", **how)
-        except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, RuntimeError, NameError, ValueError, TypeError, AttributeError) as error:
             # diffusers' conversion raises these for names that it does not find, and for weights that stay empty.
             raise ConfigError(
                 f"--transformer {file} is not this model's {kind.__name__} in ComfyUI's or the original names "
@@ -169,6 +174,14 @@ class Backbone(ABC):
         diffusers goes by the ending of the name, and does not know ComfyUI's `.sft`.
         """
         return str(file) if file.suffix == ".safetensors" else load_file(file)
+
+    @staticmethod
+    def without_prefix(file: Path) -> str | dict[str, Tensor]:
+        """`single_file` where diffusers does not know the prefix under which ComfyUI saves a transformer with other parts."""
+        with safe_open(file, "pt") as opened:
+            if not any(name.startswith(WHOLE) for name in opened.keys()):  # noqa: SIM118
+                return Backbone.single_file(file)
+        return {k.removeprefix(WHOLE): v for k, v in load_file(file).items() if k.startswith(WHOLE)}
 
     @classmethod
     def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:

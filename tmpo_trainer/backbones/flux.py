@@ -95,7 +95,7 @@ class FluxBackbone(Backbone):
 
     def blank_conditioning(self, folder: Path) -> Conditioning:
         """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
-        config, dtype = self.transformer.config, self.transformer.dtype
+        config, dtype = self.transformer.config, self.dtype
         return {
             "tokens": torch.empty(self.max_sequence_length, config.joint_attention_dim, dtype=dtype),
             "pooled": torch.empty(config.pooled_projection_dim, dtype=dtype),
@@ -120,7 +120,7 @@ class FluxBackbone(Backbone):
         `guidance` is an input of the network (distilled); FLUX.1-schnell has none.
         """
         text = stack(self.encode(prompts))
-        dtype = self.transformer.dtype
+        dtype = self.dtype
         text_ids = torch.zeros(text["tokens"].shape[1], 3, device=self.device, dtype=dtype)
 
         @cache

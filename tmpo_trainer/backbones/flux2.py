@@ -61,6 +61,11 @@ class Flux2Backbone(Backbone):
         """Whether guidance takes a second evaluation, of the empty prompt. In [dev] it is an input of the network."""
         return False
 
+    @classmethod
+    def single_file(cls, file: Path) -> str | dict[str, Tensor]:
+        """What diffusers' `from_single_file` takes."""
+        return cls.without_prefix(file)
+
     def check_vae(self, model: str) -> None:
         """Checks that the VAE fits the transformer. Raises a ConfigError that begins with the model's name."""
         config, wanted = self.vae.config, self.transformer.config.in_channels
@@ -96,6 +101,8 @@ class Flux2Backbone(Backbone):
         Raises:
             ConfigError: the text encoder is that of another model.
         """
+        if not self.max_sequence_length:
+            raise ConfigError(f"--max-sequence-length 0: {self.family} needs the prompt's tokens, give 512")
         encoder = folder / "text_encoder"
         width = TEXT_LAYERS * AutoConfig.from_pretrained(encoder, local_files_only=True).get_text_config().hidden_size
         wanted = self.transformer.config.joint_attention_dim
@@ -104,7 +111,7 @@ class Flux2Backbone(Backbone):
                 f"model: {encoder} makes features of {width} numbers, the transformer takes {wanted}: the text encoder belongs "
                 "to another model; take both from the same one"
             )
-        return {"tokens": torch.empty(self.max_sequence_length, width, dtype=self.transformer.dtype)}
+        return {"tokens": torch.empty(self.max_sequence_length, width, dtype=self.dtype)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
@@ -129,7 +136,7 @@ class Flux2Backbone(Backbone):
         """
         text = stack(self.encode(prompts))["tokens"]
         empty = stack(self.encode([""]))["tokens"] if self.classifier_free and guidance > 1 else None
-        dtype, guided = self.transformer.dtype, self.transformer.config.guidance_embeds
+        dtype, guided = self.dtype, self.transformer.config.guidance_embeds
         text_ids = positions(1, 1, text.shape[1]).to(self.device)
 
         @cache

@@ -50,6 +50,11 @@ class QwenImageBackbone(Backbone):
         """The name that modelspec metadata gives this kind of model."""
         return "qwen-image"
 
+    @classmethod
+    def single_file(cls, file: Path) -> str | dict[str, Tensor]:
+        """What diffusers' `from_single_file` takes."""
+        return cls.without_prefix(file)
+
     def check_vae(self, model: str) -> None:
         """Checks that the VAE fits the transformer. Raises a ConfigError that begins with the model's name."""
         config, channels = self.vae.config, self.transformer.config.in_channels // self.patch_channels
@@ -95,7 +100,7 @@ class QwenImageBackbone(Backbone):
         """Made-up features of a prompt, in the precision of real ones and as many as there can be: for the memory estimate."""
         if not self.max_sequence_length:
             raise ConfigError(f"--max-sequence-length 0: {self.family} needs at least one token of text")
-        config, dtype = self.transformer.config, self.transformer.dtype
+        config, dtype = self.transformer.config, self.dtype
         return {"tokens": torch.empty(self.max_sequence_length, config.joint_attention_dim, dtype=dtype)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -121,7 +126,7 @@ class QwenImageBackbone(Backbone):
             raise ValueError("guidance_embeds is true: diffusers cannot compute this distilled kind of Qwen-Image")
         text, none = self.encode(prompts), self.encode([""] * len(prompts)) if guidance > 1 else []
         calls = [pad(none), pad(text)] if none and self.split_guidance else [pad([*none, *text])]
-        dtype = self.transformer.dtype
+        dtype = self.dtype
 
         def network(x: Tensor, sigma: Tensor, grid: tuple[int, int, int], text: Conditioning) -> Tensor:
             """The network on tokens `[N, S, 64]`, once for each group of prompts in `text`."""

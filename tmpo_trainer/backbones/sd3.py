@@ -72,7 +72,7 @@ class SD3Backbone(Backbone):
 
     def blank_conditioning(self, folder: Path) -> Conditioning:
         """Made-up features of a prompt, in the shapes and precision of real ones: for the memory estimate."""
-        config, dtype = self.transformer.config, self.transformer.dtype
+        config, dtype = self.transformer.config, self.dtype
         settings = read_json("model", folder / "tokenizer" / "tokenizer_config.json")
         # CLIP's tokens, then T5's, or zeros in their place.
         tokens = settings["model_max_length"] + self.max_sequence_length
@@ -107,7 +107,7 @@ class SD3Backbone(Backbone):
         """
         text = stack(self.encode(prompts))
         empty = stack(self.encode([""])) if guidance > 1 else None
-        dtype = self.transformer.dtype
+        dtype = self.dtype
 
         def network(x: Tensor, sigma: Tensor, rows: Conditioning) -> Tensor:
             return self.transformer(

@@ -97,7 +97,7 @@ class ZImageBackbone(Backbone):
         """
         if not self.max_sequence_length:
             raise ConfigError("--max-sequence-length 0: Z-Image needs the prompt's tokens, give 512")
-        width, dtype = self.transformer.config.cap_feat_dim, self.transformer.dtype
+        width, dtype = self.transformer.config.cap_feat_dim, self.dtype
         return {"tokens": torch.empty(self.max_sequence_length, width, dtype=dtype)}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -128,7 +128,7 @@ class ZImageBackbone(Backbone):
         """
         text = [features["tokens"] for features in self.encode(prompts)]
         empty = [features["tokens"] for features in self.encode([""])] if guidance > 0 else []
-        dtype = self.transformer.dtype
+        dtype = self.dtype
         # The table of positions that the last caller used may be on another device, or have no numbers (see `skeleton`).
         self.transformer.rope_embedder.freqs_cis = None
 

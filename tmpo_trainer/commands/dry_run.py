@@ -15,6 +15,7 @@ from ..backbones.text import BATCH, default_folder
 from ..evaluation.statistics import counted
 from ..prompts.lists import PromptList
 from ..settings.config import TrainConfig
+from ..settings.errors import ConfigError
 from ..training import memory
 from . import loading
 from .loading import check, choose_device, quiet
@@ -30,7 +31,10 @@ def dry_run(config: TrainConfig) -> int:
     model, folder = config.model, find_configs(config.model)
     if is_hub_id(model):
         config = config.model_copy(update={"model": str(folder)})
-    train_prompts, heldout, skeleton = check(config, device)
+    try:
+        train_prompts, heldout, skeleton = check(config, device)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(folder), model)) from None
     if not is_hub_id(model):
         check_weights(model, folder, skeleton, ("transformer",) if config.transformer else ())
     sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)

@@ -135,7 +135,7 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
 @cache
 def captioned(folder: Path | None) -> list[Picture]:
     """The pictures of `data_folder` and their captions, all opened once. Raises ConfigError for a bad one."""
-    return open_images(find_images([folder]), None, None) if folder else []
+    return open_images(find_images([folder]), None, None, "write its caption into that file") if folder else []
 
 
 def examples(config: TrainConfig, backbone: Backbone) -> tuple[torch.Tensor, list[str]] | None:

@@ -145,8 +145,16 @@ def embedded_prompt(image: Image.Image) -> str | None:
     return prompt.encode("utf-8", "replace").decode() if prompt else None
 
 
-def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | None) -> list[Picture]:
+def open_images(
+    paths: Sequence[Path],
+    prompt: str | None,
+    listed: PromptList | None,
+    advice: str = "give --prompt or --prompts FILE",
+) -> list[Picture]:
     """Opens every file once, so that a bad one is found before anything is scored.
+
+    Args:
+        advice: what to do about a picture without a prompt.
 
     A picture's prompt is `prompt`, else its entry in `listed`, else that of a .txt beside it, else that in its metadata.
 
@@ -172,9 +180,7 @@ def open_images(paths: Sequence[Path], prompt: str | None, listed: PromptList | 
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{beside} cannot be read as UTF-8 text: {one_line(error)}") from None
         if not own:
-            raise ConfigError(
-                f"{path} has no prompt (in its metadata or {beside.name}): give --prompt or --prompts FILE"
-            )
+            raise ConfigError(f"{path} has no prompt (in its metadata or {beside.name}): {advice}")
         if len(own) > LONGEST:
             raise ConfigError(f"{path}: a prompt of {len(own)} characters: at most {LONGEST}")
         found.append(Picture(path, own, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -30,22 +30,22 @@ def attach(transformer: Any, config: LoraConfig) -> None:
     It computes in the precision of the layer's input. peft would keep a float32 copy of every bfloat16 layer's input for the
     backward pass, which takes more than half of a replay's memory.
 
-    The gradients of FLUX's attention outputs are made contiguous, see `ContiguousGradient`; SD3's are anyway.
+    The gradients of attention outputs are made contiguous, see `ContiguousGradient`; SD3's are anyway.
     """
+    _make_gradients_contiguous(sys.modules[type(transformer).__module__])
     transformer.add_adapter(config)
     cast_training_params(transformer, dtype=torch.float32)
     for module in transformer.modules():
         layer: Any = module
         if isinstance(module, LoraLayer):
             layer.forward = partial(_forward, layer)
-        elif isinstance(module, AttentionModuleMixin):
-            layer.register_forward_hook(_contiguous_gradient)
 
 
 class ContiguousGradient(torch.autograd.Function):
     """The identity, which hands on its gradient as a contiguous tensor.
 
-    FLUX's single-stream blocks concatenate attention's output with another tensor, so its gradient is a slice of a wider one.
+    The single-stream blocks of FLUX.1 and FLUX.2 concatenate attention's output with another tensor, so its gradient is a slice
+    of a wider one.
     cuDNN's attention, torch's choice on Hopper GPUs since torch 2.11, reads such a slice as if it were packed (cuDNN 9.19 on an
     H100): the gradients of query, key and value have nothing in common with the right ones, or the memory access is illegal.
     """
@@ -59,11 +59,25 @@ class ContiguousGradient(torch.autograd.Function):
         return gradients[0].contiguous()
 
 
-def _contiguous_gradient(module: Any, arguments: Any, output: Any) -> Any:
-    """A forward hook of an attention module, whose output is a tensor or a tuple of them."""
-    if isinstance(output, tuple):
-        return tuple(ContiguousGradient.apply(part) for part in output)
-    return ContiguousGradient.apply(output)
+def _make_gradients_contiguous(module: Any) -> None:
+    """Wraps the function by which a diffusers module of networks computes attention, once for the process.
+
+    A hook of a network's parts would be too late: FLUX.2 concatenates within its attention.
+    """
+    attend = vars(module).get("dispatch_attention_fn")
+    if attend is None or isinstance(attend, _Contiguous):
+        return
+    module.dispatch_attention_fn = _Contiguous(attend)
+
+
+class _Contiguous:
+    """A function whose result's gradient is made contiguous."""
+
+    def __init__(self, function: Any):
+        self._function = function
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return ContiguousGradient.apply(self._function(*arguments, **options))
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:

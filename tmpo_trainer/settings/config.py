@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from . import paths
 from .errors import one_line, quoted
@@ -131,7 +131,10 @@ class TrainConfig(BaseModel):
     group's mean). Of features: feature_distance (mean cosine distance to the other leaves). Of pictures: brightness, contrast,
     saturation, sharpness, edge_density, high_frequency, colour_entropy, file_size. At most (K - 1) / 4 of them. A reward that
     is z-scored gets its standard deviation back afterwards."""
-    neutral_share: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (1.0,)
+    neutral_share: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...],
+        BeforeValidator(lambda given: (given,) if isinstance(given, int | float) else given),
+    ] = (1.0,)
     """How much of what the fit gives to a statistic of `neutral` is taken out of the reward, from 0 (nothing) to 1 (all):
     one value for all statistics, or one for each."""
     inner_updates: int = Field(1, ge=1, le=1000)
