@@ -78,6 +78,7 @@ DEMO_RIVALS = {
 #: On a GPU that is small for the model, with weights of 16 bits and of four.
 SMALL = {"gradient_checkpointing": True, "max_batch": 27, "decode_batch": 4, "offload_scorers": True}
 NF4 = {"quantize": "nf4", **SMALL}
+FLUX2 = {"guidance": 4.0, "max_sequence_length": 512}
 #: What these change beside the model.
 OVERLAYS: dict[str, dict[str, Any]] = {
     "recommended": {"baseline": "siblings", "kl_weight": 0.3},
@@ -90,12 +91,12 @@ OVERLAYS: dict[str, dict[str, Any]] = {
         "branch_late": [1, 3, 4], "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 12, "decode_batch": 9,
     },
     "sd35l-24gb": {"branch_late": [1, 3, 4], **NF4, "replay_batch": 6},
-    "klein4b-24gb": {"guidance": 4.0, **SMALL, "replay_batch": 6},
-    "klein9b-24gb": {"guidance": 4.0, **NF4, "replay_batch": 6},
+    "klein4b-24gb": {**FLUX2, **SMALL, "replay_batch": 6},
+    "klein9b-24gb": {**FLUX2, **NF4, "max_batch": 18, "replay_batch": 6},
     "klein9b-80gb": {
-        "guidance": 4.0, "gradient_checkpointing": False, "max_batch": 27, "replay_batch": 3, "decode_batch": 9,
+        **FLUX2, "gradient_checkpointing": False, "max_batch": 27, "replay_batch": 3, "decode_batch": 9,
     },
-    "flux2-80gb": {"guidance": 4.0, **SMALL, "max_batch": 9, "replay_batch": 4},
+    "flux2-80gb": {**FLUX2, **SMALL, "max_batch": 9, "replay_batch": 4},
     "qwen-24gb": {
         "guidance": 4.0, "branch_late": [1, 3, 4], "split_guidance": True, **NF4, "max_batch": 9, "replay_batch": 2,
         "decode_batch": 2,
