@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parents[2]
 FLAGS = {
     "--adam-betas", "--anchor", "--anchor-weight", "--attention", "--baseline", "--beta-end", "--beta-start", "--beta-warmup",
     "--branch-early", "--branch-late", "--branching", "--checkpoint-every", "--checkpoints-kept", "--clip",
-    "--config", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
+    "--config", "--data-folder", "--decode-batch", "--device", "--dry-run", "--dtype", "--ema-decay", "--ema-every", "--eta",
     "--eval-every", "--eval-images", "--eval-limit", "--eval-prompts", "--eval-solver", "--eval-steps", "--solver",
     "--neutral", "--neutral-share", "--diversity-weight", "--diversity",
     "--leaf-steps", "--reuse-forward", "--no-reuse-forward", "--gradient-checkpointing",
