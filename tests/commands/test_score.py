@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,14 @@ def test_one_prompt_and_diversity(pictures: Path, capsys: pytest.CaptureFixture[
     points = [line.split() for line in limit.splitlines()[2:]]
     assert points[0] == ["0", "0.333", "100.0%", "0.000"] and points[-1][1] == "1.000"
     assert float(points[-1][3]) == pytest.approx(np.log(3), abs=1e-2) and len(points) == 8
+
+
+def test_pictures_that_are_alike_have_no_limit(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = sorted(pictures.glob("*.png"))[0]
+    shutil.copy(first, "again.png")
+    flags = ["score", str(first), "again.png", "--reward", "shapes", "--prompt", "a blue square", "--diversity"]
+    assert main.main(flags) == 0
+    assert "the pictures of every prompt are alike" in capsys.readouterr().out
 
 
 def test_diversity_alone_needs_no_prompts(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -300,8 +300,9 @@ def limit_table(
     name, values = next(iter(scores.items()))
     numbers = by_prompt(pictures)
     curve = limit.Front.of(list(distances), [values[numbers[p]] for p in distances], list(distances.values()))
-    points = [] if curve.flat else limit.point_rows(curve)
-    rows = [dict(zip(limit.POINTS_HEAD, cells, strict=True)) for cells in points]
+    if curve.flat:
+        return "the limit: the pictures of every prompt are alike, so there is no diversity to lose"
+    rows = [dict(zip(limit.POINTS_HEAD, cells, strict=True)) for cells in limit.point_rows(curve)]
     lines = [f"the limit of training by {name}, if these are the base's pictures:", _columns(rows[0])]
     return "\n".join([*lines, *(_columns(row, "") for row in rows)])
 
