@@ -35,8 +35,8 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", *TEXT_ATTEN
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_TEXT_FEED_FORWARD)
 TEXT_STREAM = (*TEXT_ATTENTION, *_TEXT_FEED_FORWARD)
 
-#: The prefix of a transformer's tensors in a file of a whole model.
-WHOLE = "model.diffusion_model."
+#: The tensors of the transformer in a file with a whole model begin with this.
+WHOLE_MODEL = "model.diffusion_model."
 #: Numbers of latents that a CPU decodes at once: 8 pictures of 64x64. What the VAE makes of more does not fit into caches.
 CACHED = 2**13
 #: Bytes of text features that a model with its text encoders keeps in memory.
@@ -171,17 +171,15 @@ class Backbone(ABC):
     def single_file(cls, file: Path) -> str | dict[str, Tensor]:
         """What diffusers' `from_single_file` takes: a path, or the tensors if names must change first.
 
-        diffusers goes by the ending of the name, and does not know ComfyUI's `.sft`.
+        diffusers goes by the ending of the name, and does not know ComfyUI's `.sft`. Nor does it know the prefix under which
+        ComfyUI saves a transformer with other parts, for some models.
         """
-        return str(file) if file.suffix == ".safetensors" else load_file(file)
-
-    @staticmethod
-    def without_prefix(file: Path) -> str | dict[str, Tensor]:
-        """`single_file` where diffusers does not know the prefix under which ComfyUI saves a transformer with other parts."""
         with safe_open(file, "pt") as opened:
-            if not any(name.startswith(WHOLE) for name in opened.keys()):  # noqa: SIM118
-                return Backbone.single_file(file)
-        return {k.removeprefix(WHOLE): v for k, v in load_file(file).items() if k.startswith(WHOLE)}
+            whole = any(name.startswith(WHOLE_MODEL) for name in opened.keys())  # noqa: SIM118
+        if whole:
+            tensors = load_file(file).items()
+            return {k.removeprefix(WHOLE_MODEL): value for k, value in tensors if k.startswith(WHOLE_MODEL)}
+        return str(file) if file.suffix == ".safetensors" else load_file(file)
 
     @classmethod
     def skeleton(cls, folder: Path, dtype: torch.dtype = torch.float32, max_sequence_length: int = 0) -> Backbone:

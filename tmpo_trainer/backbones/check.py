@@ -19,7 +19,7 @@ from transformers.utils.import_utils import DummyObject
 from ..hub import checked_tokenizer, read_config, read_json, readable_errors
 from ..settings.errors import ConfigError, one_line
 from . import PACKAGED
-from .base import Backbone
+from .base import WHOLE_MODEL, Backbone
 from .text import TEXT_PARTS
 
 #: The libraries that a part's class may come from. No other module is ever imported for a folder.
@@ -40,9 +40,6 @@ QUANTISED = ("bitsandbytes", "torchao", "quanto", "modelopt")
 
 #: The fix for a folder whose weights and config differ.
 AGAIN = "take both from the same model, or download the folder again"
-
-#: The tensors of the transformer in a file with a whole model begin with this.
-WHOLE_MODEL = "model.diffusion_model."
 
 #: Formats that are taken for safetensors, by how a file of theirs begins.
 FORMATS = {

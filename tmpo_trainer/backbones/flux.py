@@ -23,13 +23,34 @@ from .base import ATTENTION, FEED_FORWARD, TEXT_STREAM, Backbone, rows_per_promp
 from .text import Conditioning, stack
 
 
-class FluxBackbone(Backbone):
+class PackedBackbone(Backbone):
+    """A model whose network takes a latent in patches of 2x2, with sigmas that are shifted by the number of patches.
+
+    Latents are not packed: `[C, H / 8, W / 8]`.
+    """
+
+    patch_channels = 4
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
+        factor = self.pipeline.vae_scale_factor
+        if height % (2 * factor) or width % (2 * factor) or min(height, width) <= 0:
+            raise ValueError(f"resolution {height}x{width} must be a multiple of {2 * factor} in both directions")
+        return self.transformer.config.in_channels // self.patch_channels, height // factor, width // factor
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+        """Sigmas `[num_steps + 1]` from 1 to 0, by the pipeline's own scheduler (FLUX.1-schnell's does not shift them)."""
+        _, rows, columns = self.latent_shape(height, width)
+        start = np.linspace(1.0, 1 / num_steps, num_steps)
+        return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.15, start)
+
+
+class FluxBackbone(PackedBackbone):
     """Latents are not packed: `[16, H / 8, W / 8]`. The text features are T5's tokens `[S, D]` and CLIP's pooled `[C]`."""
 
     family = "FLUX"
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
-    patch_channels = 4
     chooses_attention = True
     other_scaling_factors: ClassVar = {"SD3": 1.5305}
     #: q, k, v have the same names in the single-stream blocks as in the joint blocks.
@@ -100,19 +121,6 @@ class FluxBackbone(Backbone):
             "tokens": torch.empty(self.max_sequence_length, config.joint_attention_dim, dtype=dtype),
             "pooled": torch.empty(config.pooled_projection_dim, dtype=dtype),
         }
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
-        factor = self.pipeline.vae_scale_factor
-        if height % (2 * factor) or width % (2 * factor) or min(height, width) <= 0:
-            raise ValueError(f"resolution {height}x{width} must be a multiple of {2 * factor} in both directions")
-        return self.transformer.config.in_channels // self.patch_channels, height // factor, width // factor
-
-    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
-        """Sigmas `[num_steps + 1]` from 1 to 0, by the pipeline's own scheduler (FLUX.1-dev shifts them by picture size)."""
-        _, rows, columns = self.latent_shape(height, width)
-        start = np.linspace(1.0, 1 / num_steps, num_steps)
-        return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.15, start)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r belongs to prompts[r % len(prompts)].

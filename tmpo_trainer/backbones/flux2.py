@@ -61,11 +61,6 @@ class Flux2Backbone(Backbone):
         """Whether guidance takes a second evaluation, of the empty prompt. In [dev] it is an input of the network."""
         return False
 
-    @classmethod
-    def single_file(cls, file: Path) -> str | dict[str, Tensor]:
-        """What diffusers' `from_single_file` takes."""
-        return cls.without_prefix(file)
-
     def check_vae(self, model: str) -> None:
         """Checks that the VAE fits the transformer. Raises a ConfigError that begins with the model's name."""
         config, wanted = self.vae.config, self.transformer.config.in_channels

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from peft import LoraConfig
@@ -16,18 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import tree
 from ..settings.config import LoraTargets
 from ..settings.errors import ConfigError
-from .base import ATTENTION, Backbone, rows_per_prompt
-from .flux import pack, unpack
+from .base import ATTENTION, TEXT_ATTENTION, rows_per_prompt
+from .flux import PackedBackbone, pack, unpack
 from .text import Conditioning
 
-TEXT_ATTENTION = tuple(name for name in ATTENTION if "add_" in name)
 TEXT_FEED_FORWARD = ("txt_mlp.net.0.proj", "txt_mlp.net.2")
 PAPER = (*ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", *TEXT_FEED_FORWARD)
 #: Layers of the last block that only its text output depends on, which nothing reads: a LoRA there has no gradient.
 UNREAD = ("attn.add_q_proj", "attn.to_add_out", *TEXT_FEED_FORWARD)
 
 
-class QwenImageBackbone(Backbone):
+class QwenImageBackbone(PackedBackbone):
     """Latents are not packed: `[16, H / 8, W / 8]`. The text features are Qwen2.5-VL's tokens `[S, D]`, of any number S up to
     `max_sequence_length`.
     """
@@ -36,7 +34,6 @@ class QwenImageBackbone(Backbone):
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage
-    patch_channels = 4
     #: There are only joint blocks, so `all-linear` adds nothing to `paper`.
     lora_targets: ClassVar = {
         "paper": PAPER,
@@ -49,11 +46,6 @@ class QwenImageBackbone(Backbone):
     def architecture(self) -> str:
         """The name that modelspec metadata gives this kind of model."""
         return "qwen-image"
-
-    @classmethod
-    def single_file(cls, file: Path) -> str | dict[str, Tensor]:
-        """What diffusers' `from_single_file` takes."""
-        return cls.without_prefix(file)
 
     def check_vae(self, model: str) -> None:
         """Checks that the VAE fits the transformer. Raises a ConfigError that begins with the model's name."""
@@ -102,19 +94,6 @@ class QwenImageBackbone(Backbone):
             raise ConfigError(f"--max-sequence-length 0: {self.family} needs at least one token of text")
         config, dtype = self.transformer.config, self.dtype
         return {"tokens": torch.empty(self.max_sequence_length, config.joint_attention_dim, dtype=dtype)}
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height, width of a picture's latent. Raises ValueError for a size that does not fit."""
-        factor = self.pipeline.vae_scale_factor
-        if height % (2 * factor) or width % (2 * factor) or min(height, width) <= 0:
-            raise ValueError(f"resolution {height}x{width} must be a multiple of {2 * factor} in both directions")
-        return self.transformer.config.in_channels // self.patch_channels, height // factor, width // factor
-
-    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
-        """Sigmas `[num_steps + 1]` from 1 to 0, by the pipeline's own scheduler, which shifts them by picture size."""
-        _, rows, columns = self.latent_shape(height, width)
-        start = np.linspace(1.0, 1 / num_steps, num_steps)
-        return self.shifted_sigmas(num_steps, (rows // 2) * (columns // 2), 1.15, start)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> tree.Velocity:
         """The velocity for rows whose prompts repeat in the order given: row r belongs to prompts[r % len(prompts)].
