@@ -207,11 +207,12 @@ def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool) -> None
 # -- exact facts ---------------------------------------------------------------------------------------------------
 
 
-def test_nft_at_the_old_policy_is_awm() -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_nft_at_the_old_policy_is_awm(adaptive: bool) -> None:
     """Its gradient there is the error's, weighted by the advantage, whatever its strength."""
-    expected, _ = found(set_up("awm"))
+    expected, _ = found(set_up("awm", adaptive_weight=adaptive))
     for strength in (0.1, 1.0):
-        got, _ = found(set_up("nft", adaptive_weight=False, strength=strength))
+        got, _ = found(set_up("nft", adaptive_weight=adaptive, strength=strength))
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..settings.errors import ConfigError
-from .noised import NoisedMethod, NoisedSettings, advantage, evaluated, mean_square
+from .noised import NoisedMethod, NoisedSettings, advantage, evaluated, trained_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from .base import Figures
     from .batch import AdapterWeights, Network, PromptBatch
     from .noised import NoisedLeaves, Part
-
-#: Floor of the adaptive weight's divisor.
-ERROR_FLOOR = 1e-5
 
 
 class Settings(NoisedSettings):
@@ -37,7 +34,8 @@ class Settings(NoisedSettings):
     reward_range: float = Field(5.0, ge=0.01, le=1000)
     """The advantage, in standard deviations of the group's rewards, at which a leaf counts as wholly good."""
     adaptive_weight: bool = True
-    """Divide the squared error of every noised leaf by its mean absolute error, both of the clean latent."""
+    """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
+    worse than its group then pushes with a bounded gradient."""
     old_decay_rise: float = Field(0.001, ge=0, le=1)
     """By how much the old policy's decay rises per update. At a decay of 0 it becomes the current policy after every update."""
     old_decay_max: float = Field(0.5, ge=0, lt=1)
@@ -87,16 +85,8 @@ class Method(NoisedMethod):
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
         config, old, good = self.config, batch.own["old"][part.rows], batch.own["optimality"][part.rows]
         step = config.strength * (velocity - old)
-        positive, negative = self._error(part, old + step), self._error(part, old - step)
+        positive, negative = (trained_error(part, old + sign * step, config.adaptive_weight) for sign in (1, -1))
         return (good * positive + (1 - good) * negative) * config.reward_range / config.strength
-
-    def _error(self, part: Part, velocity: Tensor) -> Tensor:
-        off = velocity - part.v
-        if not self.config.adaptive_weight:
-            return mean_square(off)
-        # The clean latent's error is t times the velocity's.
-        off = part.t.view(-1, *[1] * (off.dim() - 1)) * off
-        return mean_square(off) / off.detach().abs().flatten(1).mean(1).clamp_min(ERROR_FLOOR)
 
     def end(self, figures: Mapping[str, float]) -> None:
         decay = min(self.done * self.config.old_decay_rise, self.config.old_decay_max)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .batch import Network, PromptBatch
 
 
+#: Floor of the adaptive weight's divisor.
+ERROR_FLOOR = 1e-5
+
+
 class NoisedSettings(StochasticSettings):
     """Settings of methods that train on noised leaves."""
 
@@ -35,6 +39,9 @@ class NoisedSettings(StochasticSettings):
     noise_shift: float = Field(1.0, ge=0.01, le=100)
     """Noise levels are uniform in 0..1 and then shifted, as the schedules of SD3 and FLUX are: a level t becomes
     shift t / (1 + (shift - 1) t). More than 1 trains at more noise."""
+    adaptive_weight: bool = False
+    """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
+    worse than its group then pushes with a bounded gradient."""
     rollout: Literal["chains", "tree"] = "chains"
     """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that leaves share
     early steps and cost less."""
@@ -106,6 +113,16 @@ class NoisedLeaves:
 def mean_square(x: Tensor) -> Tensor:
     """`[n, ...latent]` -> `[n]`."""
     return x.square().flatten(1).mean(1)
+
+
+def trained_error(part: Part, velocity: Tensor, adaptive: bool) -> Tensor:
+    """`[n]`: the error that a leaf is trained with, see `NoisedSettings.adaptive_weight`."""
+    off = velocity - part.v
+    if not adaptive:
+        return mean_square(off)
+    # The clean latent's error is t times the velocity's.
+    off = part.t.view(-1, *[1] * (off.dim() - 1)) * off
+    return mean_square(off) / off.detach().abs().flatten(1).mean(1).clamp_min(ERROR_FLOOR)
 
 
 class NoisedMethod(Method):
@@ -260,7 +277,7 @@ class ErrorMethod(NoisedMethod):
         return figures
 
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
-        return batch.own["weights"][part.rows] * mean_square(velocity - part.v)
+        return batch.own["weights"][part.rows] * trained_error(part, velocity, self.config.adaptive_weight)
 
 
 def advantage(rewards: Tensor) -> Tensor:
