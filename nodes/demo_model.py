@@ -109,13 +109,18 @@ class DemoLatents(comfy.latent_formats.SD3):
 
     def __init__(self) -> None:
         super().__init__()
-        decoder, factors, bias = previews.load()
         self.taesd_decoder_name = None
-        self.latent_rgb_factors, self.latent_rgb_factors_bias = factors.tolist(), bias.tolist()
-        # Newer versions of ComfyUI apply a function before the linear map. In older ones the map alone must do.
+        self.decoder, factors, bias = previews.load()
+        # ComfyUI's own samplers: newer versions apply a function before the linear map, in older ones the map alone must do.
         if hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape"):
-            self.latent_rgb_factors_reshape = lambda x0: decoder(x0.float().cpu())
+            self.latent_rgb_factors_reshape = self.rough
             self.latent_rgb_factors, self.latent_rgb_factors_bias = torch.eye(3).tolist(), None
+        else:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = factors.tolist(), bias.tolist()
+
+    def rough(self, x0: Tensor) -> Tensor:
+        """The network's latents `[n, 16, h, w]` -> rough pictures `[n, 3, 4h, 4w]`, about -1..1."""
+        return self.decoder(x0.float().cpu())
 
 
 def load_model() -> Any:

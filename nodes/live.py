@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..tmpo_trainer.pictures import tree as tree_picture
 from ..tmpo_trainer.tree import TreePlan
+from .demo_model import DemoLatents
 
 #: The event that Tree View listens to, see `web/tmpo_growing.js`.
 EVENT = "tmpo.growing"
@@ -32,6 +33,8 @@ def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
 
     Folded latents give larger pictures: FLUX.2's `[n, 2h, 2w, 3]`. None if the latent format has no linear map to colours.
     """
+    if isinstance(latent_format, DemoLatents):
+        return ((latent_format.rough(x0).movedim(1, -1) + 1) / 2).clamp(0, 1)
     if latent_format.latent_rgb_factors is None:
         return None
     # FLUX.2 folds 2x2 latents into one, and its map is for one of them. Older versions of ComfyUI lack the attribute.
@@ -138,8 +141,9 @@ class Live:
         return "JPEG", self.mosaic.picture.copy(), self.mosaic.side
 
     def pictures(self, x0: Tensor) -> list[Image.Image]:
-        """Previewers look only at the first row of a batch."""
-        if self.previewer is not None:
+        """One for each row, as the user's preview method shows them."""
+        if self.previewer is not None and not isinstance(self.previewer, latent_preview.Latent2RGBPreviewer):
+            # Previewers look only at the first row of a batch.
             found = [self.previewer.decode_latent_to_preview_image("JPEG", row[None]) for row in x0]
             # Previewers of other packs may show the pictures in their own way.
             return [each[1] for each in found if each is not None]

@@ -378,17 +378,16 @@ def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Pat
 def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
     """x0 of the branch points: in colour as ComfyUI's own previewer has them, and as the VAE takes them."""
     import latent_preview  # type: ignore[import-not-found]
+    from tmpo_pack.nodes import live  # type: ignore[import-not-found]
 
     _, found = sample(pack)
-    kind = pack.model.model.latent_format
     assert sorted(found.previews) == sorted(found.colours) == [4, 5]
-    assert len(found.previews[4]) == 3 and len(found.previews[5]) == 9
-    # Older versions of ComfyUI take a linear map alone.
-    more = [kind.latent_rgb_factors_reshape] if hasattr(kind, "latent_rgb_factors_reshape") else []
-    previewer = latent_preview.Latent2RGBPreviewer(kind.latent_rgb_factors, kind.latent_rgb_factors_bias, *more)
-    stock = previewer.decode_latent_to_preview((found.previews[5][2:3] - SHIFT) * SCALE)
-    mine = (found.colours[5][2] * 255).to(torch.uint8)
-    assert (torch.tensor(list(stock.getdata())).view(mine.shape) - mine.int()).abs().max() <= 1
+    assert len(found.previews[4]) == len(found.colours[4]) == 3 and len(found.previews[5]) == len(found.colours[5]) == 9
+    kind = pack.comfy.latent_formats.SD3()
+    previewer = latent_preview.Latent2RGBPreviewer(kind.latent_rgb_factors, kind.latent_rgb_factors_bias)
+    x0 = kind.process_in(found.previews[5][2:3])
+    stock = torch.tensor(list(previewer.decode_latent_to_preview(x0).getdata())).view(8, 8, 3)
+    assert (stock - (live.in_colour(x0, kind)[0] * 255).to(torch.uint8).int()).abs().max() <= 1
     # They resemble the leaf pictures of the same branch, but blurred.
     last = pack.vae.decode(found.previews[5])
     assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
