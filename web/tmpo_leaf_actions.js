@@ -8,11 +8,23 @@ function named(view, leaf) {
   return `seed ${view.tree.seed}, path ${leaf.path.join(", ")}`;
 }
 
-function save(view, leaf) {
-  const link = document.createElement("a");
-  link.href = address(leaf.full ?? leaf.image);
-  link.download = `seed_${view.tree.seed}_path_${leaf.path.join("-")}.png`;
-  link.click();
+async function file(leaf) {
+  const reply = await fetch(address(leaf.full ?? leaf.image));
+  if (!reply.ok) throw new Error("it was a temporary file: run the workflow again");
+  return reply.blob();
+}
+
+/** With a link to the file itself, ComfyUI's name for it would be taken. */
+async function save(view, leaf) {
+  try {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(await file(leaf));
+    link.download = `seed_${view.tree.seed}_path_${leaf.path.join("-")}.png`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  } catch (error) {
+    notify("error", "The picture was not saved", error.message);
+  }
 }
 
 /** Browsers let pages copy only over https or on this machine. */
@@ -21,24 +33,21 @@ async function copy(what, write) {
     await write();
     notify("success", `Copied: ${what}`);
   } catch (error) {
-    notify("error", `${what} was not copied`, `The browser allows it only on localhost or over https (${error.message})`);
+    const fix = window.isSecureContext ? "" : "The browser allows it only on localhost or over https. ";
+    notify("error", `Not copied: ${what}`, fix + error.message);
   }
-}
-
-function copyImage(leaf) {
-  return copy("image", async () => {
-    const reply = await fetch(address(leaf.full ?? leaf.image));
-    if (!reply.ok) throw new Error("the picture is gone: run the workflow again");
-    await navigator.clipboard.write([new ClipboardItem({ "image/png": await reply.blob() })]);
-  });
 }
 
 function showMenu(view, leaf, event) {
   const items = [
     { content: "Open large", callback: () => openLightbox(view, leaf) },
     { content: "Open in a tab", callback: () => window.open(address(leaf.full ?? leaf.image), "_blank") },
-    { content: "Save picture", callback: () => save(view, leaf) },
-    { content: "Copy picture", callback: () => void copyImage(leaf) },
+    { content: "Save picture", callback: () => void save(view, leaf) },
+    {
+      content: "Copy picture",
+      callback: () => void copy("picture", async () =>
+        navigator.clipboard.write([new ClipboardItem({ "image/png": await file(leaf) })])),
+    },
     {
       content: "Copy seed and path",
       callback: () => void copy(named(view, leaf), () => navigator.clipboard.writeText(named(view, leaf))),

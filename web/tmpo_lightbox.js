@@ -4,7 +4,7 @@ import { addStyle, address, element, percent } from "./tmpo_dom.js";
 
 addStyle(`
 .tmpo-lightbox { box-sizing: border-box; width: 100vw; height: 100vh; max-width: none; max-height: none; margin: 0; padding: 0;
-  border: 0; background: rgb(10 10 12 / 94%); color: #eee; font: 14px/1.4 system-ui, sans-serif; outline: none; }
+  border: 0; background: rgb(10 10 12 / 96%); color: #eee; font: 14px/1.4 system-ui, sans-serif; outline: none; }
 .tmpo-lightbox[open] { display: flex; flex-direction: column; }
 .tmpo-lightbox::backdrop { background: none; }
 .tmpo-lightbox-stage { flex: 1; min-height: 0; display: flex; align-items: center; justify-content: space-between; gap: 8px;
@@ -15,7 +15,7 @@ addStyle(`
   color: #bbb; font-size: 22px; line-height: 1; }
 .tmpo-lightbox button:hover { background: rgb(255 255 255 / 12%); color: #fff; }
 .tmpo-lightbox button:focus-visible { outline: 1px solid #fff; }
-.tmpo-lightbox-close { position: absolute; top: 8px; right: 8px; z-index: 1; }
+.tmpo-lightbox .tmpo-lightbox-close { position: absolute; top: 8px; right: 8px; z-index: 1; }
 .tmpo-lightbox-caption { flex: none; display: flex; flex-wrap: wrap; justify-content: center; gap: 2px 18px; padding: 10px 16px 14px;
   font-variant-numeric: tabular-nums; }
 .tmpo-lightbox-caption span:first-child { color: #fff; font-weight: 600; }

@@ -59,6 +59,7 @@ export function resample(view, leaf) {
   const decoded = sameLink(node, decode, "vae") || (pictures !== null && sameLink(pictures, decode, "vae"));
   if (!decoded) notify("warn", "Connect a VAE to the new VAE Decode", "Tree View has none, and the node before its images has none.");
   const shown = add("PreviewImage", decode.pos[0] + decode.size[0] + 60, bottom);
+  shown.setSize([300, 340]);
   decode.connect(0, shown, 0);
   app.canvas.emitAfterChange();
   app.canvas.selectNode(made);
