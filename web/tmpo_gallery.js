@@ -12,6 +12,8 @@ const SCROLLED = 96;
 const SMALL = 256;
 
 addStyle(`
+.tmpo-tree-bar .tmpo-tree-title { flex: 1 1 40px; min-width: 40px; }
+.tmpo-tree-bar .tmpo-tree-ramp { flex: 0 1 90px; }
 .tmpo-tree-modes { display: flex; flex: none; border: 1px solid var(--border-color); border-radius: 4px; overflow: hidden; }
 .tmpo-tree-modes button { all: unset; box-sizing: border-box; padding: 1px 8px; cursor: pointer; color: var(--descrip-text); }
 .tmpo-tree-modes button[aria-pressed=true] { background: var(--comfy-input-bg); color: var(--fg-color); }

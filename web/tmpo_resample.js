@@ -4,6 +4,8 @@ import { app } from "../../scripts/app.js";
 import { notify } from "./tmpo_dom.js";
 
 const LEAF_OF = { TMPO_TreeSampler: "TMPO_Leaf", TMPO_TreeSamplerAdvanced: "TMPO_LeafAdvanced" };
+// Pixels: Nodes 2.0 draws no node narrower than this, whatever its size says.
+const NARROWEST = 225;
 
 function inputNode(node, name) {
   const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1;
@@ -43,6 +45,7 @@ export function resample(view, leaf) {
     graph.add(made);
     return made;
   };
+  const rightOf = (other) => other.pos[0] + Math.max(other.size[0], NARROWEST) + 60;
   // Below everything, where nothing is covered.
   const bottom = Math.max(...graph.nodes.map((other) => other.pos[1] + other.size[1])) + 90;
   const made = add(type, node.pos[0], bottom);
@@ -53,12 +56,12 @@ export function resample(view, leaf) {
   set(made, "control_after_generate", "fixed");
   set(made, "path", leaf.path.join(", "));
   made.title = `Leaf ${leaf.path.join(", ")}`;
-  const decode = add("VAEDecode", made.pos[0] + made.size[0] + 60, bottom);
+  const decode = add("VAEDecode", rightOf(made), bottom);
   made.connect(0, decode, decode.inputs.findIndex((input) => input.name === "samples"));
   const pictures = inputNode(node, "images");
   const decoded = sameLink(node, decode, "vae") || (pictures !== null && sameLink(pictures, decode, "vae"));
   if (!decoded) notify("warn", "Connect a VAE to the new VAE Decode", "Tree View has none, and the node before its images has none.");
-  const shown = add("PreviewImage", decode.pos[0] + decode.size[0] + 60, bottom);
+  const shown = add("PreviewImage", rightOf(decode), bottom);
   shown.setSize([300, 340]);
   decode.connect(0, shown, 0);
   app.canvas.emitAfterChange();
