@@ -76,7 +76,7 @@ def _tree_inputs() -> list[Any]:
     ]
 
 
-def _sampler(branch_steps: str, branching: int, kernel: str, eta: float, max_batch: int, solver: str) -> TreeSampler:
+def new_sampler(branch_steps: str, branching: int, kernel: str, eta: float, max_batch: int, solver: str) -> TreeSampler:
     one_of(kernel, KERNELS, "kernel")
     one_of(solver, SOLVERS, "solver")
     if kernel == "cps" and eta > 1:
@@ -115,16 +115,28 @@ class TreeSamplerAdvanced(io.ComfyNode):
     def execute(
         cls, noise, guider, sigmas, latent_image, branch_steps, branching, kernel, eta, max_batch, solver="euler"
     ) -> io.NodeOutput:
-        sampler = _sampler(branch_steps, branching, kernel, eta, max_batch, solver)
+        sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
         return io.NodeOutput(*sample_tree(guider, noise, sigmas, latent_image, sampler))
 
 
-class _Seeded:
+class Seeded:
+    """A NOISE, as KSampler draws it."""
+
     def __init__(self, seed: int):
         self.seed = seed
 
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
         return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
+
+
+def simple_guider(
+    model: Any, positive: Any, negative: Any, steps: int, cfg: float, scheduler: str
+) -> tuple[Any, Tensor]:
+    """A GUIDER and SIGMAS `[steps + 1]` from KSampler's inputs."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider, comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
 
 
 class TreeSamplerNode(io.ComfyNode):
@@ -170,12 +182,9 @@ class TreeSamplerNode(io.ComfyNode):
         cls, model, positive, negative, latent_image, seed, steps, cfg, scheduler, branch_steps, branching, kernel, eta,
         max_batch, solver="euler",
     ) -> io.NodeOutput:  # fmt: skip
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
-        sampler = _sampler(branch_steps, branching, kernel, eta, max_batch, solver)
-        return io.NodeOutput(*sample_tree(guider, _Seeded(seed), sigmas, latent_image, sampler))
+        guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler)
+        sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
+        return io.NodeOutput(*sample_tree(guider, Seeded(seed), sigmas, latent_image, sampler))
 
 
 class TreeSamplerObject(io.ComfyNode):
@@ -193,7 +202,7 @@ class TreeSamplerObject(io.ComfyNode):
 
     @classmethod
     def execute(cls, branch_steps, branching, kernel, eta, max_batch, solver="euler") -> io.NodeOutput:
-        return io.NodeOutput(_sampler(branch_steps, branching, kernel, eta, max_batch, solver))
+        return io.NodeOutput(new_sampler(branch_steps, branching, kernel, eta, max_batch, solver))
 
 
 class BranchScheduleNode(io.ComfyNode):
