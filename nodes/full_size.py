@@ -20,7 +20,9 @@ def full_size(images: Tensor, node: type[io.ComfyNode]) -> list[dict[str, str]]:
     """
     if images not in _saved:
         prefix = f"tmpo_leaf_{uuid.uuid4().hex[:8]}"
-        _saved[images] = list(ui.ImageSaveHelper.save_images(images, prefix, io.FolderType.temp, node, compress_level=1))
+        _saved[images] = list(
+            ui.ImageSaveHelper.save_images(images, prefix, io.FolderType.temp, node, compress_level=1)
+        )
     return _saved[images]
 
 

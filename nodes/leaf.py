@@ -8,14 +8,21 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tmpo_trainer import tree
-from .sampling import Seeded, TreeSamplerAdvanced, TreeSamplerNode, new_sampler, parse_steps, simple_guider
+from .sampling import (
+    MOST_STEPS,
+    Seeded,
+    TreeSamplerAdvanced,
+    TreeSamplerNode,
+    check_steps,
+    new_sampler,
+    parse_steps,
+    simple_guider,
+)
 from .tree_sampler import sample_tree
 from .types import CATEGORY
 
 #: Inputs of a tree sampler that do not change a leaf.
 WHOLE_TREE = ("branching", "max_batch")
-#: The largest number of steps after the last branch point.
-MOST_STEPS = 200
 
 PATH_TIP = (
     "The seed, then the child taken at each branch step after step 1, counted from 0, as Tree View shows it. Numbers beyond "
@@ -71,15 +78,15 @@ def sample_leaf(
     return sample_tree(guider, noise, sigmas, latent, sampler)[0]
 
 
-def check_widgets(path: str | None, branch_steps: str | None) -> bool | str:
-    """What ComfyUI shows before a run: True, or what is wrong with these. None where a value comes over a link."""
-    if path is None or branch_steps is None:
-        return True
-    try:
-        parse_path(path, parse_steps(branch_steps))
-    except ValueError as error:
-        return str(error)
-    return True
+def check_path(path: str | None, branch_steps: str | None, steps: int | None = None) -> bool | str:
+    """As `check_steps`, and for the path."""
+    found = check_steps(branch_steps, steps)
+    if found is True and path is not None and branch_steps is not None:
+        try:
+            parse_path(path, parse_steps(branch_steps))
+        except ValueError as error:
+            return str(error)
+    return found
 
 
 def _inputs(sampler: type[io.ComfyNode]) -> list[Any]:
@@ -111,8 +118,8 @@ class Leaf(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, path=None, branch_steps=None) -> bool | str:
-        return check_widgets(path, branch_steps)
+    def validate_inputs(cls, path=None, branch_steps=None, steps=None) -> bool | str:
+        return check_path(path, branch_steps, steps)
 
     @classmethod
     def execute(
@@ -140,7 +147,7 @@ class LeafAdvanced(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, path=None, branch_steps=None) -> bool | str:
-        return check_widgets(path, branch_steps)
+        return check_path(path, branch_steps)
 
     @classmethod
     def execute(

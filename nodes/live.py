@@ -20,8 +20,8 @@ from .demo_model import DemoLatents
 
 #: The event that Tree View listens to, see `web/tmpo_growing.js`.
 EVENT = "tmpo.growing"
-#: Pictures are sent at most this often (seconds), and so that they take at most this share of the time.
-EVERY, SHARE = 0.1, 0.015
+#: Pictures are sent at most every so many seconds. They may take this time at once, and this share of the time of sampling.
+EVERY, AT_ONCE, SHARE = 0.1, 0.1, 0.015
 #: Longest side of the pictures of Tree View's nodes, and the gap between those of the mosaic, in pixels.
 SIDE, GAP = 96, 2
 #: What a leaf looks like before the model has been asked about it.
@@ -41,12 +41,14 @@ def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
     unfold = getattr(latent_format, "latent_rgb_factors_reshape", None)
     x0 = x0 if unfold is None else unfold(x0)
     x0 = x0[:, :, 0] if x0.dim() == 5 else x0
-    factors = torch.tensor(latent_format.latent_rgb_factors)
+    factors = torch.tensor(latent_format.latent_rgb_factors, device=x0.device)
     if len(factors) != x0.shape[1]:
         # The map is for other latents. Only the preview is lost.
         return None
-    bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
-    return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0], device=x0.device)
+    # In this order, the product is far faster on a CPU.
+    colours = (factors.T @ x0.float().flatten(2)).unflatten(2, x0.shape[2:]).movedim(1, -1)
+    return ((colours + bias + 1) / 2).clamp(0, 1).cpu()
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -101,7 +103,8 @@ class Live:
         self.page = Page(plan, sigmas, seed) if listening() else None
         #: Predictions that were not shown yet: (step, first row, x0).
         self.waiting: list[tuple[int, int, Tensor]] = []
-        self.next = 0.0
+        self.start = time.perf_counter()
+        self.last, self.spent = -math.inf, 0.0
 
     def __call__(self, done: int, total: int, x0: Tensor) -> None:
         if self.previewer is None and self.page is None:
@@ -115,14 +118,16 @@ class Live:
         # A whole step replaces what earlier ones have predicted for the same leaves, but for the nodes that Tree View shows.
         self.waiting = [each for each in self.waiting if not complete or each[0] in (step, *self.plan.fanout)]
         self.waiting.append((step, done - len(x0) - before, x0))
-        if time.perf_counter() < self.next and done < total:
+        now = time.perf_counter()
+        soon = now < self.last + EVERY or self.spent > AT_ONCE + SHARE * (now - self.start)
+        if soon and done < total:
             self.bar.update_absolute(done, total)
             return
         # Waits for the GPU, so that the model's time is not taken for that of the pictures.
         x0.flatten()[0].item()
-        start = time.perf_counter()
+        self.last = time.perf_counter()
         self.bar.update_absolute(done, total, self.show())
-        self.next = time.perf_counter() + max(EVERY, (time.perf_counter() - start) / SHARE)
+        self.spent += time.perf_counter() - self.last
 
     def show(self) -> Any:
         """Sends what waits to Tree View. Returns the picture for the sampler, None if the user wants no previews."""

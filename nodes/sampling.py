@@ -15,7 +15,9 @@ from .tree_sampler import TreeSampler, sample_tree
 from .types import CATEGORY, TreeSocket
 
 #: Branch points of a tree. Ten with two branches each are a thousand pictures.
-MOST_STEPS = 100
+MOST_BRANCHES = 100
+#: Denoising steps.
+MOST_STEPS = 200
 KERNELS = ["cps", "flow_sde", "dance"]
 SOLVERS = list(get_args(flow.Solver))
 
@@ -31,11 +33,27 @@ def parse_steps(text: str) -> tuple[int, ...]:
         steps = tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
         raise ValueError(f"branch steps {text!r}: write numbers, e.g. 1, 3, 5") from None
-    if len(steps) > MOST_STEPS:
-        raise ValueError(f"branch steps: {len(steps)} of them, at most {MOST_STEPS}")
+    if len(steps) > MOST_BRANCHES:
+        raise ValueError(f"branch steps: {len(steps)} of them, at most {MOST_BRANCHES}")
     if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
         raise ValueError(f"branch steps {text!r} must increase and count from 1, e.g. 1, 3, 5")
     return steps
+
+
+def check_steps(branch_steps: str | None, steps: int | None = None) -> bool | str:
+    """For `validate_inputs`: True, or what ComfyUI shows before it runs anything. An input that comes over a link is None.
+
+    ComfyUI leaves the bounds of inputs that are checked here to this function.
+    """
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        return f"steps is {steps}: choose 1 to {MOST_STEPS}"
+    try:
+        found = () if branch_steps is None else parse_steps(branch_steps)
+    except ValueError as error:
+        return str(error)
+    if steps is not None and found and found[-1] > steps:
+        return f"branch step {found[-1]} is beyond the {steps} steps: choose 1 to {steps}"
+    return True
 
 
 def _tree_inputs() -> list[Any]:
@@ -112,6 +130,10 @@ class TreeSamplerAdvanced(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, branch_steps=None) -> bool | str:
+        return check_steps(branch_steps)
+
+    @classmethod
     def execute(
         cls, noise, guider, sigmas, latent_image, branch_steps, branching, kernel, eta, max_batch, solver="euler"
     ) -> io.NodeOutput:
@@ -158,7 +180,7 @@ class TreeSamplerNode(io.ComfyNode):
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                     tooltip="The seed of all noise. The same seed gives the same tree.",
                 ),
-                io.Int.Input("steps", default=10, min=1, max=200, tooltip="Denoising steps."),
+                io.Int.Input("steps", default=10, min=1, max=MOST_STEPS, tooltip="Denoising steps."),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1,
                     tooltip="Classifier-free guidance: 4 to 5 for SD3.5, Qwen-Image, Z-Image and FLUX.2 [klein] base, "
@@ -176,6 +198,10 @@ class TreeSamplerNode(io.ComfyNode):
                 TreeSocket.Output(display_name="tree", tooltip="For Tree View, Boltzmann Weights, Score Images."),
             ],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, branch_steps=None, steps=None) -> bool | str:
+        return check_steps(branch_steps, steps)
 
     @classmethod
     def execute(
@@ -199,6 +225,10 @@ class TreeSamplerObject(io.ComfyNode):
             inputs=_tree_inputs(),
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, branch_steps=None) -> bool | str:
+        return check_steps(branch_steps)
 
     @classmethod
     def execute(cls, branch_steps, branching, kernel, eta, max_batch, solver="euler") -> io.NodeOutput:

@@ -37,6 +37,25 @@ export async function check(page, tools) {
   await page.waitForSelector(".tmpo-tree-leaf img[src*=view]");
   assert.equal(await page.evaluate(() => Boolean(window.view().tmpoTree.tree.growing)), false);
 
+  // An interrupted run leaves the tree that was there.
+  await page.evaluate(async () => {
+    const { api } = window.app;
+    const widget = window.app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler").widgets.find((w) => w.name === "seed");
+    const own = widget.value;
+    widget.value = own + 1;
+    const over = new Promise((resolve) => {
+      for (const name of ["execution_interrupted", "execution_success"]) api.addEventListener(name, resolve, { once: true });
+    });
+    api.addEventListener("tmpo.growing", () => api.interrupt(), { once: true });
+    window.app.queuePrompt(0, 1);
+    await over;
+    widget.value = own;
+  });
+  assert.deepEqual(await page.evaluate(() => {
+    const { tree } = window.view().tmpoTree;
+    return [tree.seed, Boolean(tree.growing)];
+  }), [String(seed), false]);
+
   // The gallery: all leaves at once where there is room, without overlaps, chosen by click and keys.
   await frame([700, 640]);
   await page.getByRole("button", { name: "Gallery" }).click();
