@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..tmpo_trainer.demo import previews
+from .newer import aliases
 from .types import CATEGORY
 
 FOLDER = Path(__file__).parents[1] / "tmpo_trainer" / "demo" / "model"
@@ -139,6 +140,7 @@ class DemoModelLoader(io.ComfyNode):
             node_id="TMPO_DemoModelLoader",
             display_name="Demo Model Loader",
             category=CATEGORY,
+            **aliases("example model", "test model"),
             description="Loads the bundled tiny model of coloured shapes (64x64), a small Stable Diffusion 3. An example of a "
             "prompt is 'two red circles and a blue square'.",
             inputs=[],

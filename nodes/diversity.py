@@ -14,6 +14,7 @@ from ..tmpo_trainer import diversity, selection
 from ..tmpo_trainer.pictures import grids
 from .images import pixels, to_image
 from .inputs import one_of
+from .newer import aliases
 from .scoring import groups
 from .types import CATEGORY, ScoresSocket
 
@@ -35,6 +36,7 @@ class DiversityNode(io.ComfyNode):
             node_id="TMPO_Diversity",
             display_name="Diversity",
             category=CATEGORY,
+            **aliases("similarity", "Vendi score", "LGMD"),
             description="Measures how much the pictures of a batch differ: LGMD from latents, cosine diversity and Vendi score "
             "from images.",
             inputs=[
@@ -116,6 +118,7 @@ class SelectBranches(io.ComfyNode):
             node_id="TMPO_SelectBranches",
             display_name="Select Branches",
             category=CATEGORY,
+            **aliases("batch picker", "image picker", "best of batch", "pick images"),
             description="Passes some pictures of a batch on, with their latents and scores.",
             inputs=[
                 io.Image.Input("images", tooltip="The batch to choose from."),

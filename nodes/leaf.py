@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tmpo_trainer import tree
+from .newer import aliases
 from .sampling import (
     MOST_STEPS,
     Seeded,
@@ -111,6 +112,7 @@ class Leaf(io.ComfyNode):
             node_id="TMPO_Leaf",
             display_name="Leaf",
             category=CATEGORY,
+            **aliases("variation", "re-sample leaf"),
             description="Samples one leaf of a tree again, alone. With the inputs of the tree sampler it is the same picture. "
             "More last steps make it finer.",
             inputs=_inputs(TreeSamplerNode),
@@ -140,6 +142,7 @@ class LeafAdvanced(io.ComfyNode):
             node_id="TMPO_LeafAdvanced",
             display_name="Leaf (advanced)",
             category=CATEGORY,
+            **aliases("variation", "re-sample leaf"),
             description="Samples one leaf of Tree Sampler (advanced) again, alone.",
             inputs=_inputs(TreeSamplerAdvanced),
             outputs=[io.Latent.Output(display_name="leaf", tooltip="The leaf, one for each latent of the batch.")],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..tmpo_trainer import flow, tree
 from .inputs import one_of
+from .newer import ADVANCED, aliases
 from .tree_sampler import TreeSampler, sample_tree
 from .types import CATEGORY, TreeSocket
 
@@ -62,6 +63,7 @@ def _tree_inputs() -> list[Any]:
         io.Int.Input("branching", default=3, min=1, max=16, tooltip="The number of children at each branch point."),
         io.Combo.Input(
             "kernel",
+            **ADVANCED,
             options=KERNELS,
             default="cps",
             tooltip="How noise is added at a branch point. cps keeps the amount of noise right (TMPO), flow_sde is "
@@ -69,6 +71,7 @@ def _tree_inputs() -> list[Any]:
         ),
         io.Float.Input(
             "eta",
+            **ADVANCED,
             default=0.7,
             min=0.0,
             max=2.0,
@@ -86,6 +89,7 @@ def _tree_inputs() -> list[Any]:
         # Optional, because prompts and workflows that were saved without it must still run.
         io.Combo.Input(
             "solver",
+            **ADVANCED,
             options=SOLVERS,
             default="euler",
             optional=True,
@@ -109,6 +113,7 @@ class TreeSamplerAdvanced(io.ComfyNode):
             node_id="TMPO_TreeSamplerAdvanced",
             display_name="Tree Sampler (advanced)",
             category=CATEGORY,
+            **aliases("variations", "seed explorer", "FLUX.2 tree"),
             description="Samples a tree of pictures. Branches share all steps before they part, and each shared step is "
             "evaluated once.",
             inputs=[
@@ -168,6 +173,7 @@ class TreeSamplerNode(io.ComfyNode):
             node_id="TMPO_TreeSampler",
             display_name="Tree Sampler",
             category=CATEGORY,
+            **aliases("variations", "seed explorer", "branching sampler", "KSampler tree"),
             description="Like KSampler, but samples a whole tree of pictures. Branches share all steps before they part.",
             inputs=[
                 io.Model.Input("model", tooltip="A flow-matching model, such as FLUX, SD3.5, Qwen-Image or Z-Image."),
@@ -220,6 +226,7 @@ class TreeSamplerObject(io.ComfyNode):
             node_id="TMPO_TreeSamplerSelect",
             display_name="Tree Sampler (SAMPLER)",
             category=CATEGORY,
+            **aliases("variations", "tree SAMPLER"),
             description="The tree sampler as a SAMPLER, for nodes such as SamplerCustomAdvanced. Their output batch has all "
             "leaves.",
             inputs=_tree_inputs(),
@@ -242,6 +249,7 @@ class BranchScheduleNode(io.ComfyNode):
             node_id="TMPO_BranchSchedule",
             display_name="Branch Schedule",
             category=CATEGORY,
+            **aliases("branch steps"),
             description="Draws the branch steps that training would draw at a given point of its curriculum.",
             inputs=[
                 io.Int.Input("steps", default=6, min=2, max=200, tooltip="Denoising steps."),
@@ -252,7 +260,7 @@ class BranchScheduleNode(io.ComfyNode):
                     tooltip="The point of training, from 0 (beginning) to 1 (end).",
                 ),
                 io.Float.Input(
-                    "kappa", default=6.0, min=0.1, max=1000.0, step=0.1,
+                    "kappa", **ADVANCED, default=6.0, min=0.1, max=1000.0, step=0.1,
                     tooltip="How close the steps are to the means. 2 with a mean in the middle is uniform.",
                 ),
                 io.Int.Input(

@@ -17,6 +17,7 @@ from ..tmpo_trainer import objectives, rewards, selection
 from ..tmpo_trainer.settings import discovery
 from .images import pixels, thumbs, unlike
 from .inputs import one_of
+from .newer import aliases
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: The folder for scorers' files, besides the hub's cache: models/tmpo_rewards.
@@ -114,6 +115,7 @@ class ScoreImages(io.ComfyNode):
             node_id="TMPO_ScoreImages",
             display_name="Score Images",
             category=CATEGORY,
+            **aliases("aesthetic score", "rate images", "PickScore", "HPS", "ImageReward", "CLIP score", "OCR", "GenEval"),
             description="Scores how well pictures fit a prompt, with one of the trainer's scorers.",
             inputs=[
                 io.Image.Input("images", tooltip="A batch of pictures."),
@@ -176,6 +178,7 @@ class CombineScores(io.ComfyNode):
             node_id="TMPO_CombineScores",
             display_name="Combine Scores",
             category=CATEGORY,
+            **aliases("aesthetic score", "sum of scores"),
             description="Computes a weighted sum of scores. As in training, each is first z-scored among the pictures of a "
             "prompt.",
             inputs=[
@@ -232,6 +235,7 @@ class BoltzmannWeights(io.ComfyNode):
             node_id="TMPO_BoltzmannWeights",
             display_name="Boltzmann Weights",
             category=CATEGORY,
+            **aliases("softmax of scores", "leaf weights"),
             description="Shows what training would aim at with this tree: q, the softmax of the scores; p, how likely the "
             "model's own branches are; and the advantage log q - log p of each leaf.",
             inputs=[

@@ -20,6 +20,7 @@ from .choice import Choice, chosen_leaves, suggestions
 from .full_size import with_full_size
 from .images import thumbs, to_image, unlike
 from .inputs import one_of
+from .newer import aliases
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: Longest side of the pictures sent to the browser.
@@ -153,6 +154,7 @@ class TreeView(io.ComfyNode):
             node_id="TMPO_TreeView",
             display_name="Tree View",
             category=CATEGORY,
+            **aliases("variations", "image picker", "choose image", "seed explorer"),
             description="Shows how a tree of pictures branched, coloured by score. Click a leaf to choose it.",
             is_output_node=True,
             inputs=[
