@@ -5,6 +5,7 @@ also runs, on a tiny network of random weights.
 from __future__ import annotations
 
 import json
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +193,48 @@ def test_loaders_say_where_their_files_come_from() -> None:
                 models = entry["properties"]["models"]
                 assert [model["name"] for model in models] == files
                 assert all(model["url"].endswith("/" + model["name"]) and model["directory"] for model in models)
+
+
+def test_the_blueprint_runs_on_the_demo_model(comfy: Any, info: dict[str, Any]) -> None:
+    (path,) = (FOLDER.parent / "subgraphs").glob("*.json")
+    try:
+        listed = json.loads(comfy.get("/global_subgraphs"))
+    except urllib.error.HTTPError as error:
+        # ComfyUI 0.3.64 has no list of blueprints.
+        assert error.code == 404
+    else:
+        assert path.stem in {entry["name"] for entry in listed.values()}
+    (graph,) = json.loads(path.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    outside = {link["id"]: link for link in graph["links"] if link["origin_id"] == -10}
+    given: dict[str, Any] = {
+        "model": ["demo", 0],
+        "vae": ["demo", 2],
+        "latent_image": ["size", 0],
+        "prompt": "three green circles",
+    }
+    given |= {"positive": ["text", 0], "negative": ["text", 0]}
+    filled = {
+        (str(link["target_id"]), entry["name"]): given[graph["inputs"][outside[entry["link"]]["origin_slot"]]["name"]]
+        for node in graph["nodes"] for entry in node["inputs"] if entry["link"] in outside
+        for link in [outside[entry["link"]]] if link["target_id"] == node["id"]
+    }  # fmt: skip
+    for node in graph["nodes"]:
+        node["inputs"] = [entry for entry in node["inputs"] if entry["link"] not in outside]
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    inside = [[link[key] for key in keys] for link in graph["links"] if link["origin_id"] != -10]
+    prompt = as_prompt({"nodes": graph["nodes"], "links": inside}, info)
+    for (node, name), source in filled.items():
+        prompt[node]["inputs"][name] = source
+    (end,) = (link for link in inside if link[3] == -20 and link[5] == "IMAGE")
+    prompt |= {
+        "demo": {"class_type": "TMPO_DemoModelLoader", "inputs": {}},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": given["prompt"]}},
+        "size": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": [str(end[1]), end[2]], "filename_prefix": "chosen"}},
+    }
+    for node in prompt.values():
+        if node["class_type"] == "TMPO_TreeSampler":
+            node["inputs"] |= {"steps": 6, "branch_steps": "1, 2", "branching": 2}
+        elif node["class_type"] == "TMPO_ScoreImages":
+            node["inputs"]["reward"] = "shapes"
+    assert comfy.run(prompt)["save"]["images"]
