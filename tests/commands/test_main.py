@@ -81,7 +81,9 @@ NF4 = {"quantize": "nf4", **SMALL}
 FLUX2 = {"guidance": 4.0, "max_sequence_length": 512}
 #: What these change beside the model.
 OVERLAYS: dict[str, dict[str, Any]] = {
-    "recommended": {"baseline": "siblings", "kl_weight": 0.3},
+    "recommended": {
+        "baseline": "siblings", "kl_weight": 0.1, "neutral": ["feature_distance", "latent_norm"], "neutral_share": [1.0, 0.5],
+    },
     "flux-80gb": {"gradient_checkpointing": False, "max_batch": 27, "replay_batch": 4, "decode_batch": 9},
     "flux-24gb": {
         "quantize": "nf4", "gradient_checkpointing": True, "max_batch": 27, "replay_batch": 6, "decode_batch": 4,
