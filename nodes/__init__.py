@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import DemoModelLoader
 from .diversity import DiversityNode, SelectBranches
+from .leaf import Leaf, LeafAdvanced
 from .lora import Compare, LoadTmpoLora
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
 from .scoring import BoltzmannWeights, CombineScores, ScoreImages
@@ -20,6 +21,8 @@ class TmpoExtension(ComfyExtension):
             TreeSamplerNode,
             TreeSamplerAdvanced,
             TreeSamplerObject,
+            Leaf,
+            LeafAdvanced,
             BranchScheduleNode,
             ScoreImages,
             CombineScores,

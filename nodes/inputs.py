@@ -3,6 +3,7 @@ chooses among what its owner offers."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,13 @@ def verdict(check: Callable[..., object], *given: Any) -> bool | str:
     except ValueError as error:
         return str(error)
     return True
+
+
+def notice(text: str | None) -> dict[str, list[str]]:
+    """What a node says about its result, for its page (web/tmpo_select.js) and the log."""
+    if text:
+        logging.warning(text)
+    return {"tmpo_notice": [text] if text else []}
 
 
 def prompt_texts(graph: Mapping[str, Any], node: str, name: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..tmpo_trainer import objectives, rewards, selection
 from ..tmpo_trainer.settings import discovery
 from ..tmpo_trainer.settings.errors import ConfigError, one_line
 from .images import pixels, thumbs, unlike
-from .inputs import one_of, prompt_texts, verdict
+from .inputs import notice, one_of, prompt_texts, verdict
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: The folder for scorers' files, besides the hub's cache: models/tmpo_rewards.
@@ -201,13 +200,6 @@ def in_chunks(scorer: Any, images: Any, prompts: list[str], about: Any) -> Tenso
             found.append(ready.score(part, prompts[rows], None if about is None else [about] * len(part)))
             bar.update_absolute(first + len(part))
     return torch.cat(found)
-
-
-def notice(text: str | None) -> dict[str, list[str]]:
-    """What a node says about its result, for its page (web/tmpo_notice.js) and the log."""
-    if text:
-        logging.warning(text)
-    return {"tmpo_notice": [text] if text else []}
 
 
 class ScoreImages(io.ComfyNode):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..tmpo_trainer.pictures import tree as tree_picture
+from .full_size import with_full_size
 from .images import thumbs, to_image, unlike
 from .inputs import one_of
 from .tree_sampler import MOST_LEAVES
@@ -215,5 +216,5 @@ class TreeView(io.ComfyNode):
             to_image(picture),
             chosen,
             images[chosen : chosen + 1],
-            ui={"tmpo_tree": [report(tree, pictures, previews, scores, weights, best)]},
+            ui={"tmpo_tree": [with_full_size(report(tree, pictures, previews, scores, weights, best), images, cls)]},
         )

@@ -2,7 +2,9 @@
 // The node computes places and colours. This file only draws them.
 
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { addStyle, element, percent, picture, put } from "./tmpo_dom.js";
+import { drawGallery, isGallery, modeSwitch } from "./tmpo_gallery.js";
+import { addLeafActions } from "./tmpo_leaf_actions.js";
 
 const NODE = "TMPO_TreeView";
 const OUTPUT = "tmpo_tree";
@@ -66,29 +68,6 @@ const CSS = `
 
 let views = 0;
 
-function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
-  return made;
-}
-
-function picture(ref, alt) {
-  const made = element("img");
-  made.alt = alt;
-  made.draggable = false;
-  made.src = api.apiURL(`/view?${new URLSearchParams(ref)}`);
-  return made;
-}
-
-function put(target, left, top, width, height) {
-  Object.assign(target.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
-}
-
-function percent(q) {
-  return `${(100 * q).toFixed(1)} %`;
-}
-
 /** Whether ComfyUI's colours are dark, by the brightness of a menu. */
 function isDark(root) {
   const [r, g, b] = getComputedStyle(root).backgroundColor.match(/[\d.]+/g).map(Number);
@@ -123,6 +102,7 @@ class TreeView {
         if (name === "Move" ? event.buttons & 4 : event.button === 1) app.canvas[`processMouse${name}`](event);
       });
     }
+    addLeafActions(this);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.root);
   }
@@ -136,6 +116,13 @@ class TreeView {
     this.tree = tree;
     this.active = null;
     this.draw();
+  }
+
+  clear() {
+    this.tree = null;
+    this.active = null;
+    this.options = new Map();
+    this.root.replaceChildren(this.empty);
   }
 
   /** Marks a leaf without calling `select`. */
@@ -167,6 +154,13 @@ class TreeView {
     this.root.replaceChildren(this.bar, this.scroll, this.card);
     this.drawBar();
     this.scroll.replaceChildren();
+    this.across = 1;
+    if (isGallery(this)) {
+      drawGallery(this);
+      this.scroll.scrollTop = scrolled;
+      this.mark(this.selected);
+      return;
+    }
     const width = this.scroll.clientWidth;
     const height = this.scroll.clientHeight - HEAD - 2;
     const row = Math.min(Math.max(Math.floor(height / tree.rows), ROW.min), ROW.max);
@@ -234,6 +228,7 @@ class TreeView {
     const leaves = tree.leaves.length === 1 ? "1 leaf" : `${tree.leaves.length} leaves`;
     this.bar.replaceChildren(
       element("span", "tmpo-tree-title", `${leaves}, ${tree.steps} steps, seed ${tree.seed}${many}`),
+      modeSwitch(this),
     );
     if (tree.score === null) return;
     const ramp = element("span", "tmpo-tree-ramp");
@@ -312,7 +307,8 @@ class TreeView {
       made.style.borderRadius = "50%";
       made.style.background = this.colour(node);
     }
-    if (node.image) made.append(picture(node.image, `Prediction at step ${node.step}`));
+    made.dataset.node = node.id;
+    if (node.column) made.append(picture(node.image, `Prediction at step ${node.step}`));
     made.addEventListener("pointerenter", () => this.hover(node, made));
     canvas.append(made);
   }
@@ -320,13 +316,7 @@ class TreeView {
   drawLeaf(canvas, leaf, box, thumb, scored, bars, heaviest) {
     const score = scored ? leaf.scores[this.tree.score] : null;
     const text = score === null ? "n/a" : score.toFixed(this.tree.decimals);
-    const option = element("div", "tmpo-tree-leaf");
-    option.id = `${this.id}-${leaf.index}`;
-    option.setAttribute("role", "option");
-    const parts = [`Leaf ${leaf.index}`];
-    if (scored) parts.push(`${this.tree.score} ${text}`, `weight ${percent(leaf.q)}`);
-    if (leaf.index === this.tree.best) parts.push("best");
-    option.setAttribute("aria-label", parts.join(", "));
+    const option = this.option(leaf, text);
     put(option, box.left, box.top, box.width, box.height);
     const shown = element("div", "tmpo-tree-picture");
     shown.style.width = `${thumb}px`;
@@ -347,14 +337,29 @@ class TreeView {
       option.append(track, element("div", "tmpo-tree-q", percent(leaf.q)));
     }
     option.append(element("div", "tmpo-tree-mark"));
+    canvas.append(option);
+  }
+
+  /** The element of a leaf, whatever shows it. text: its score. */
+  option(leaf, text) {
+    const option = element("div", "tmpo-tree-leaf");
+    option.id = `${this.id}-${leaf.index}`;
+    option.dataset.node = leaf.id;
+    option.setAttribute("role", "option");
+    const parts = [`Leaf ${leaf.index}`];
+    if (this.tree.score !== null) parts.push(`${this.tree.score} ${text}`, `weight ${percent(leaf.q)}`);
+    if (leaf.index === this.tree.best) parts.push("best");
+    option.setAttribute("aria-label", parts.join(", "));
     option.addEventListener("pointerenter", () => this.hover(leaf, option));
     option.addEventListener("click", () => this.choose(leaf));
     this.options.set(leaf, option);
-    canvas.append(option);
+    return option;
   }
 
   /** A second click cancels the choice. */
   choose(leaf) {
+    // While it is sampled, it is not known which run its leaves will belong to.
+    if (this.tree.growing) return;
     const index = leaf.index === this.selected ? -1 : leaf.index;
     this.mark(index);
     this.select(index);
@@ -370,6 +375,8 @@ class TreeView {
     if (this.active) {
       target.classList.add("active");
       this.root.setAttribute("aria-activedescendant", target.id);
+      // A card would cover the other pictures of the gallery, which are large already.
+      if (isGallery(this)) return;
     }
     this.card.replaceChildren();
     if (node.image) this.card.append(picture(node.image, ""));
@@ -415,9 +422,9 @@ class TreeView {
     const known = this.active ?? this.leaves.find((leaf) => leaf.index === this.selected);
     const at = known ? this.leaves.indexOf(known) : -1;
     const moves = {
-      ArrowDown: Math.min(at + 1, last),
+      ArrowDown: Math.min(at + this.across, last),
       ArrowRight: Math.min(at + 1, last),
-      ArrowUp: Math.max(at - 1, 0),
+      ArrowUp: Math.max(at - this.across, 0),
       ArrowLeft: Math.max(at - 1, 0),
       Home: 0,
       End: last,
@@ -455,8 +462,7 @@ app.registerExtension({
   name: "tmpo.tree",
 
   setup() {
-    const style = element("style", "", CSS);
-    document.head.append(style);
+    addStyle(CSS);
   },
 
   /** A workflow that is opened again, from another tab or the history, has its last outputs but sends no event. */
@@ -485,6 +491,7 @@ app.registerExtension({
         app.canvas.emitAfterChange();
         this.graph?.setDirtyCanvas(true, true);
       });
+      view.node = this;
       this.tmpoTree = view;
       const changed = widget.callback;
       // A typed number marks its leaf, too.
