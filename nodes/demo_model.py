@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.latent_formats
+import comfy.patcher_extension
 import comfy.sd
 import torch
 from comfy_api.latest import io
@@ -130,7 +131,21 @@ def load_model() -> Any:
     model = comfy.sd.load_diffusion_model_state_dict({key: value.float() for key, value in state.items()})
     assert model is not None
     model.model.latent_format = DemoLatents()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "tmpo_demo", _checked)
     return model
+
+
+def _checked(sample: Any, noise: Tensor, *given: Any, **more: Any) -> Tensor:
+    """ComfyUI's own error for a size that has no position embedding is an AssertionError without a text."""
+    most = json.loads((FOLDER / "transformer" / "config.json").read_text())["sample_size"]
+    if max(noise.shape[-2:]) > most:
+        height, width = (8 * side for side in noise.shape[-2:])
+        side = 8 * most
+        raise ValueError(
+            f"the demo model draws pictures of {side}x{side}, but the latent is for {width}x{height}: set width and height "
+            f"of the empty latent to {side}"
+        )
+    return sample(noise, *given, **more)
 
 
 class DemoModelLoader(io.ComfyNode):

@@ -19,6 +19,7 @@ from .types import CATEGORY, TreeSocket
 MOST_BRANCHES = 100
 #: Denoising steps.
 MOST_STEPS = 200
+MOST_ETA = 2.0
 KERNELS = ["cps", "flow_sde", "dance"]
 SOLVERS = list(get_args(flow.Solver))
 
@@ -41,7 +42,17 @@ def parse_steps(text: str) -> tuple[int, ...]:
     return steps
 
 
-def check_steps(branch_steps: str | None, steps: int | None = None) -> bool | str:
+def check_eta(kernel: str | None, eta: float) -> None:
+    """Raises ValueError for an eta that the kernel cannot take."""
+    if not 0 <= eta <= MOST_ETA:
+        raise ValueError(f"eta is {eta}: choose 0 to {MOST_ETA:g}")
+    if kernel == "cps" and eta > 1:
+        raise ValueError(f"eta {eta} is too large for kernel cps: at most 1")
+
+
+def check_steps(
+    branch_steps: str | None, steps: int | None = None, kernel: str | None = None, eta: float | None = None
+) -> bool | str:
     """For `validate_inputs`: True, or what ComfyUI shows before it runs anything. An input that comes over a link is None.
 
     ComfyUI leaves the bounds of inputs that are checked here to this function.
@@ -50,6 +61,8 @@ def check_steps(branch_steps: str | None, steps: int | None = None) -> bool | st
         return f"steps is {steps}: choose 1 to {MOST_STEPS}"
     try:
         found = () if branch_steps is None else parse_steps(branch_steps)
+        if eta is not None:
+            check_eta(kernel, eta)
     except ValueError as error:
         return str(error)
     if steps is not None and found and found[-1] > steps:
@@ -74,7 +87,7 @@ def _tree_inputs() -> list[Any]:
             **ADVANCED,
             default=0.7,
             min=0.0,
-            max=2.0,
+            max=MOST_ETA,
             step=0.05,
             tooltip="How much noise a branch draws. 0 makes all branches of a seed alike. cps allows at most 1.",
         ),
@@ -101,8 +114,7 @@ def _tree_inputs() -> list[Any]:
 def new_sampler(branch_steps: str, branching: int, kernel: str, eta: float, max_batch: int, solver: str) -> TreeSampler:
     one_of(kernel, KERNELS, "kernel")
     one_of(solver, SOLVERS, "solver")
-    if kernel == "cps" and eta > 1:
-        raise ValueError(f"eta {eta} is too large for kernel cps: at most 1")
+    check_eta(kernel, eta)
     return TreeSampler(parse_steps(branch_steps), branching, kernel, eta, max_batch, solver)  # type: ignore[arg-type]
 
 
@@ -135,8 +147,8 @@ class TreeSamplerAdvanced(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, branch_steps=None) -> bool | str:
-        return check_steps(branch_steps)
+    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None) -> bool | str:
+        return check_steps(branch_steps, None, kernel, eta)
 
     @classmethod
     def execute(
@@ -206,8 +218,8 @@ class TreeSamplerNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, branch_steps=None, steps=None) -> bool | str:
-        return check_steps(branch_steps, steps)
+    def validate_inputs(cls, branch_steps=None, steps=None, kernel=None, eta=None) -> bool | str:
+        return check_steps(branch_steps, steps, kernel, eta)
 
     @classmethod
     def execute(
@@ -234,8 +246,8 @@ class TreeSamplerObject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, branch_steps=None) -> bool | str:
-        return check_steps(branch_steps)
+    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None) -> bool | str:
+        return check_steps(branch_steps, None, kernel, eta)
 
     @classmethod
     def execute(cls, branch_steps, branching, kernel, eta, max_batch, solver="euler") -> io.NodeOutput:
@@ -272,6 +284,10 @@ class BranchScheduleNode(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="branch_steps", tooltip="For a tree sampler.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, early=None, late=None) -> bool | str:
+        return next((said for said in map(check_steps, (early, late)) if said is not True), True)
 
     @classmethod
     def execute(cls, steps, early, late, progress, kappa, seed, sigmas=None) -> io.NodeOutput:

@@ -319,9 +319,9 @@ def test_branch_schedule_is_the_trainers(pack: Any) -> None:
 def test_a_missing_package_is_named_with_the_fix(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
 
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="reward shapes needs cv2: pip install opencv-python-headless"):
-        scoring.ScoreImages.execute(torch.zeros(1, 64, 64, 3), "a red circle", "shapes", "(hub)")
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(ValueError, match=r"reward ocr needs rapidocr.*: pip install rapidocr"):
+        scoring.ScoreImages.execute(torch.zeros(1, 64, 64, 3), 'a sign with "TAXI"', "ocr", "(hub)")
 
 
 def test_the_node_offers_every_reward_but_remote(pack: Any) -> None:
