@@ -81,6 +81,8 @@ class TreeView {
     this.tree = null;
     this.selected = -1;
     this.active = null;
+    // The bar of a run that waits, see tmpo_pause.js.
+    this.pause = null;
     this.options = new Map();
     this.id = `tmpo-tree-${views++}`;
     this.root = element("div", "tmpo-tree");
@@ -151,7 +153,7 @@ class TreeView {
     this.theme = isDark(this.root) ? "dark" : "light";
     const scrolled = this.scroll.scrollTop;
     this.hover(null);
-    this.root.replaceChildren(this.bar, this.scroll, this.card);
+    this.root.replaceChildren(...[this.bar, this.pause, this.scroll, this.card].filter(Boolean));
     this.drawBar();
     this.scroll.replaceChildren();
     this.across = 1;
