@@ -186,6 +186,8 @@ class Page:
             "columns": 2 + len(plan.fanout),
             "score": None,
             "best": None,
+            "stars": [],
+            "group": "latent",
             "growing": True,
         }
         common = [
