@@ -34,6 +34,8 @@ export class TreeView {
     // The leaf from which Shift chooses.
     this.anchor = null;
     this.active = null;
+    // The bar of a run that waits, see tmpo_pause.js.
+    this.pause = null;
     this.options = new Map();
     this.id = `tmpo-tree-${views++}`;
     this.root = element("div", "tmpo-tree");
@@ -115,7 +117,7 @@ export class TreeView {
     this.hover(null);
     // While it is sampled, it is not known which run its leaves will belong to.
     this.choice = tree.growing ? null : choiceRow(this);
-    this.root.replaceChildren(...[this.bar, this.choice?.row, this.scroll, this.card].filter(Boolean));
+    this.root.replaceChildren(...[this.bar, this.pause, this.choice?.row, this.scroll, this.card].filter(Boolean));
     this.drawBar();
     this.scroll.replaceChildren();
     this.across = 1;
