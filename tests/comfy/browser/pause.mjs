@@ -2,8 +2,7 @@
 
 import assert from "node:assert/strict";
 
-export async function check(page, { url, file, open, load, frame }) {
-  await open();
+export async function check(page, { url, file, load, frame }) {
   await load();
   await frame([700, 620]);
   // The end of the run, also of one that began before the page was loaded again.
