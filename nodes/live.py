@@ -21,7 +21,7 @@ from .demo_model import DemoLatents
 #: The event that Tree View listens to, see `web/tmpo_growing.js`.
 EVENT = "tmpo.growing"
 #: Pictures are sent at most every so many seconds. They may take this time at once, and this share of the time of sampling.
-EVERY, AT_ONCE, SHARE = 0.1, 0.1, 0.015
+EVERY, AT_ONCE, SHARE = 0.1, 0.05, 0.01
 #: Longest side of the pictures of Tree View's nodes, and the gap between those of the mosaic, in pixels.
 SIDE, GAP = 96, 2
 #: What a leaf looks like before the model has been asked about it.
