@@ -4,9 +4,9 @@
 import { addStyle, element } from "./tmpo_dom.js";
 
 addStyle(`
-.tmpo-tree-choice { flex: none; display: flex; flex-wrap: wrap; align-items: center; gap: 4px 6px; padding: 4px 12px;
-  border-bottom: 1px solid var(--border-color); }
-.tmpo-tree-choice span { flex: 1 1 90px; min-width: 0; color: var(--descrip-text); }
+.tmpo-tree-choice { flex: none; display: flex; align-items: center; gap: 6px; padding: 4px 12px; white-space: nowrap;
+  overflow: auto hidden; scrollbar-width: none; border-bottom: 1px solid var(--border-color); }
+.tmpo-tree-choice span { flex: 1 1 60px; min-width: 60px; overflow: hidden; text-overflow: ellipsis; color: var(--descrip-text); }
 .tmpo-tree-choice button { all: unset; flex: none; box-sizing: border-box; padding: 1px 8px; cursor: pointer;
   border: 1px solid var(--border-color); border-radius: 4px; }
 .tmpo-tree-choice button:hover { background: color-mix(in srgb, var(--fg-color) 12%, transparent); }
@@ -78,7 +78,7 @@ export function choiceRow(view) {
   return {
     row,
     update() {
-      said.textContent = summary(view);
+      said.textContent = said.title = summary(view);
       clear.disabled = !String(view.text);
     },
   };

@@ -139,6 +139,24 @@ export async function check(page, { file, load, frame, run, shoot, selected, fau
   assert.match(await page.locator(".tmpo-tree-choice span").textContent(), /another tree/);
   await shoot("another-tree");
 
+  // In Nodes 2.0 the tree scrolls in its node, which keeps its size and can be made small. Older versions of ComfyUI lack it.
+  const setting = "Comfy.VueNodes.Enabled";
+  if (await page.evaluate((id) => window.app.extensionManager.setting.get(id) !== undefined, setting)) {
+    const vue = (on) => page.evaluate(([id, value]) => window.app.extensionManager.setting.set(id, value), [setting, on]);
+    await vue(true);
+    for (const height of [600, 440]) {
+      await frame([500, height]);
+      const box = await page.evaluate(() => {
+        const node = document.querySelector(`[data-node-id="${window.view().id}"]`);
+        const { scrollHeight, clientHeight } = node.querySelector(".tmpo-tree-scroll");
+        return { height: node.getBoundingClientRect().height, scrolls: scrollHeight > clientHeight };
+      });
+      assert.ok(box.scrolls && Math.abs(box.height - height) < 40, JSON.stringify(box));
+      await shoot(`nodes-2-${height}`);
+    }
+    await vue(false);
+  }
+
   // A workflow of an earlier version has a number.
   await page.evaluate(() => {
     const saved = window.app.graph.serialize();
