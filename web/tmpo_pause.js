@@ -39,6 +39,8 @@ async function goOn(node, id, button) {
   if (!fault) return;
   button.disabled = false;
   notify("error", "The run does not continue", fault);
+  // The run may be over.
+  await ask();
 }
 
 function barOf(node, id) {
