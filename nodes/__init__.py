@@ -8,6 +8,7 @@ from .demo_model import DemoModelLoader
 from .diversity import DiversityNode, SelectBranches
 from .leaf import Leaf, LeafAdvanced
 from .lora import Compare, LoadTmpoLora
+from .pause import add_routes
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
 from .scoring import BoltzmannWeights, CombineScores, ScoreImages
 from .training import Train, TrainingMonitor
@@ -38,4 +39,5 @@ class TmpoExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> TmpoExtension:
+    add_routes()
     return TmpoExtension()

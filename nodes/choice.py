@@ -62,6 +62,15 @@ def chosen_leaves(text: str, tree: Tree) -> tuple[list[int], str]:
     return list(choice.leaves), ""
 
 
+def check_choice(text: str, tree: Tree) -> None:
+    """Raises ValueError for a text that is no choice, or whose leaves this tree cannot have.
+
+    Leaves of another tree are none of this one, and no error: a page may still hold them when its next tree waits.
+    """
+    if not Choice.parse(text).tree and (fault := chosen_leaves(text, tree)[1]):
+        raise ValueError(fault)
+
+
 def suggestions(images: Tensor, scores: Scores | None) -> list[dict[str, Any]]:
     """Sets of leaves that the view offers, each by a button: its name, a tip and the leaves in their order."""
     found = []

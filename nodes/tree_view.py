@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..tmpo_trainer.pictures import tree as tree_picture
-from .choice import Choice, chosen_leaves, suggestions
+from .choice import Choice, check_choice, chosen_leaves, suggestions
 from .full_size import with_full_size
 from .images import thumbs, to_image, unlike
 from .inputs import one_of
 from .newer import aliases
+from .pause import wait_for_choice
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: Longest side of the pictures sent to the browser.
@@ -180,6 +181,11 @@ class TreeView(io.ComfyNode):
                     tooltip="The chosen leaves, by their places in the batch: 12, 3. Empty for the leaf with the best score. A "
                     "click in the view adds the tree they belong to, after @. In another tree the best leaf is passed on.",
                 ),
+                io.Boolean.Input(
+                    "pause", default=False, optional=True,
+                    tooltip="Whether the run waits until leaves are chosen here. It does not if selected names leaves of this "
+                    "tree already.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The tree as one picture."),
@@ -201,7 +207,7 @@ class TreeView(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None, vae=None
+        cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None, vae=None, pause=False
     ) -> io.NodeOutput:
         tree.check(len(images), "images")
         one_of(theme, list(tree_picture.RAMPS), "theme")
@@ -225,6 +231,10 @@ class TreeView(io.ComfyNode):
         shown = with_full_size(report(tree, pictures, previews, scores, weights, group), images, cls)
         shown["suggestions"] = suggestions(images, scores)
         leaves, shown["notice"] = chosen_leaves(selected, tree)
+        if pause and not leaves:
+            waiting = {**shown, "notice": "", "fingerprints": [tree.fingerprint]}
+            selected = wait_for_choice(waiting, lambda text: check_choice(text, tree), cls)
+            leaves, shown["notice"] = chosen_leaves(selected, tree)
         if shown["notice"]:
             logging.warning("Tree View: %s", shown["notice"])
         # The choice may hold the fingerprint of the same tree, sampled another time.

@@ -23,6 +23,9 @@ addStyle(`
 .tmpo-gallery-caption { flex: none; display: flex; align-items: center; gap: 5px; height: ${CAPTION}px; padding: 0 2px; }
 .tmpo-gallery-caption .tmpo-tree-swatch { height: 10px; align-self: center; margin: 0; }
 .tmpo-gallery-caption .tmpo-tree-score { width: auto; flex: 1; text-align: left; overflow: hidden; }
+.tmpo-gallery-leaf .tmpo-tree-mark { position: absolute; top: 4px; right: 4px; width: auto; padding: 0 5px; border-radius: 9px;
+  background: rgb(0 0 0 / 70%); color: #fff; }
+.tmpo-gallery-leaf .tmpo-tree-mark:empty { display: none; }
 `);
 
 export function isGallery(view) {
@@ -89,11 +92,8 @@ export function drawGallery(view) {
       swatch.style.background = view.colour(leaf);
       caption.append(swatch);
     }
-    caption.append(
-      element("div", "tmpo-tree-score", tree.score === null ? String(leaf.index) : text),
-      element("div", "tmpo-tree-mark"),
-    );
-    option.append(shown, caption);
+    caption.append(element("div", "tmpo-tree-score", tree.score === null ? String(leaf.index) : text));
+    option.append(shown, caption, element("div", "tmpo-tree-mark"));
     canvas.append(option);
   });
   scroll.append(canvas);

@@ -30,7 +30,7 @@ function facts(view, leaf) {
     value === null ? "n/a" : value.toFixed(name === tree.score ? tree.decimals : 3),
   ]);
   if (leaf.q !== null) found.push(["q", percent(leaf.q)]);
-  if (tree.prompts > 1) found.push(["prompt", String(leaf.prompt + 1)]);
+  if (tree.prompts > 1) found.push([tree.group, String(leaf.prompt + 1)]);
   found.push(["seed", tree.seed], ["path", leaf.path.join(" \u2192 ")]);
   return found;
 }

@@ -2,7 +2,7 @@
 
 A step of the demo model takes less time than its VAE, so previews need something cheaper. Stable Diffusion 3's linear map from
 latents to colours shows lilac noise here, because the demo VAE's latents mean something else. They are also far from linear:
-the best linear map explains 30% of the pictures' variance, the small network 90%.
+the fitted linear map explains 28% of the variance of other pictures, the small network 92%.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load() -> tuple[PreviewDecoder, Tensor, Tensor]:
 
 def linear_map(latents: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares from latents `[N, 16, h, w]` to the mean colours of their places in `pictures [N, 3, H, W]`."""
-    small = nn.functional.adaptive_avg_pool2d(pictures, latents.shape[2:])
+    small = nn.functional.adaptive_avg_pool2d(pictures, (latents.shape[2], latents.shape[3]))
     x, y = (each.movedim(1, -1).flatten(0, -2).double() for each in (latents, small))
     # Latents that the VAE does not use are constant. The driver gives them 0.
     ones = torch.ones(len(x), 1, dtype=x.dtype)

@@ -53,7 +53,8 @@ export async function toolsOf(page, url, folder) {
     await page.request.post(`${url}/settings`, { data: settings });
     await page.goto(url, { waitUntil: "domcontentloaded" });
     await page.waitForFunction(
-      () => window.app?.graph && Object.keys(window.LiteGraph.registered_node_types).length > 100,
+      () => window.app?.extensionManager?.workflow?.activeWorkflow
+        && Object.keys(window.LiteGraph.registered_node_types).length > 100,
     );
   }
 
