@@ -21,6 +21,7 @@ COMMANDS = (
     "gradient-signal",
     "faults",
     "readme-picture",
+    "workflows",
 )
 
 

@@ -6,7 +6,9 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import DemoModelLoader
 from .diversity import DiversityNode, SelectBranches
+from .leaf import Leaf, LeafAdvanced
 from .lora import Compare, LoadTmpoLora
+from .pause import add_routes
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
 from .scoring import BoltzmannWeights, CombineScores, ScoreImages
 from .training import Train, TrainingMonitor
@@ -20,6 +22,8 @@ class TmpoExtension(ComfyExtension):
             TreeSamplerNode,
             TreeSamplerAdvanced,
             TreeSamplerObject,
+            Leaf,
+            LeafAdvanced,
             BranchScheduleNode,
             ScoreImages,
             CombineScores,
@@ -35,4 +39,5 @@ class TmpoExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> TmpoExtension:
+    add_routes()
     return TmpoExtension()

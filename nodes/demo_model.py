@@ -7,12 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.latent_formats
+import comfy.patcher_extension
 import comfy.sd
 import torch
 from comfy_api.latest import io
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..tmpo_trainer.demo import previews
+from .newer import aliases
 from .types import CATEGORY
 
 FOLDER = Path(__file__).parents[1] / "tmpo_trainer" / "demo" / "model"
@@ -102,12 +106,46 @@ def load_vae() -> comfy.sd.VAE:
     return vae
 
 
+class DemoLatents(comfy.latent_formats.SD3):
+    """Stable Diffusion 3's scale and shift, with previews of the demo VAE's latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taesd_decoder_name = None
+        self.decoder, factors, bias = previews.load()
+        # ComfyUI's own samplers: newer versions apply a function before the linear map, in older ones the map alone must do.
+        if hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape"):
+            self.latent_rgb_factors_reshape = self.rough
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = torch.eye(3).tolist(), None
+        else:
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = factors.tolist(), bias.tolist()
+
+    def rough(self, x0: Tensor) -> Tensor:
+        """The network's latents `[n, 16, h, w]` -> rough pictures `[n, 3, 4h, 4w]`, about -1..1."""
+        return self.decoder(x0.float().cpu())
+
+
 def load_model() -> Any:
     state = load_file(FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
     # The loader changes the dictionary that it gets.
     model = comfy.sd.load_diffusion_model_state_dict({key: value.float() for key, value in state.items()})
     assert model is not None
+    model.model.latent_format = DemoLatents()
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "tmpo_demo", _checked)
     return model
+
+
+def _checked(sample: Any, noise: Tensor, *given: Any, **more: Any) -> Tensor:
+    """ComfyUI's own error for a size that has no position embedding is an AssertionError without a text."""
+    most = json.loads((FOLDER / "transformer" / "config.json").read_text())["sample_size"]
+    if max(noise.shape[-2:]) > most:
+        height, width = (8 * side for side in noise.shape[-2:])
+        side = 8 * most
+        raise ValueError(
+            f"the demo model draws pictures of {side}x{side}, but the latent is for {width}x{height}: set width and height "
+            f"of the empty latent to {side}"
+        )
+    return sample(noise, *given, **more)
 
 
 class DemoModelLoader(io.ComfyNode):
@@ -117,6 +155,7 @@ class DemoModelLoader(io.ComfyNode):
             node_id="TMPO_DemoModelLoader",
             display_name="Demo Model Loader",
             category=CATEGORY,
+            **aliases("example model", "test model"),
             description="Loads the bundled tiny model of coloured shapes (64x64), a small Stable Diffusion 3. An example of a "
             "prompt is 'two red circles and a blue square'.",
             inputs=[],

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..tmpo_trainer import diversity, selection
 from ..tmpo_trainer.pictures import grids
 from .images import pixels, to_image
-from .inputs import one_of
+from .inputs import notice, one_of, verdict
+from .newer import aliases
 from .scoring import groups
 from .types import CATEGORY, ScoresSocket
 
@@ -35,6 +36,7 @@ class DiversityNode(io.ComfyNode):
             node_id="TMPO_Diversity",
             display_name="Diversity",
             category=CATEGORY,
+            **aliases("similarity", "Vendi score", "LGMD"),
             description="Measures how much the pictures of a batch differ: LGMD from latents, cosine diversity and Vendi score "
             "from images.",
             inputs=[
@@ -106,7 +108,27 @@ def feature_vectors(name: str, images: Tensor) -> Tensor:
         ) from None
 
 
-MODES = ["best by score", "most diverse above a score", "sample by weight", "by index"]
+#: The modes of Select Branches.
+BEST, DIVERSE, ABOVE, WEIGHT = "best by score", "most diverse", "most diverse above a score", "sample by weight"
+INDEX, CHOICE = "by index", "by choice"
+MODES = [BEST, DIVERSE, ABOVE, WEIGHT, INDEX, CHOICE]
+
+
+def check_mode(mode: str, scores: bool, choice: bool) -> None:
+    """Raises ValueError if a mode lacks an input. scores, choice: whether they are connected."""
+    one_of(mode, MODES, "mode")
+    if not scores and mode in (BEST, ABOVE, WEIGHT):
+        raise ValueError(f"mode {mode} needs scores: connect a Score Images")
+    if not choice and mode == CHOICE:
+        raise ValueError(f"mode {mode} needs a choice: connect `choice` of a Tree View")
+
+
+def fewer(mode: str, count: int, chosen: int, total: int) -> str | None:
+    """Why there are fewer pictures than were asked for; None if there are not."""
+    if mode in (INDEX, CHOICE) or chosen >= count:
+        return None
+    why = f"only {chosen} of {total} have at least min_score" if chosen < total else f"the batch has only {total}"
+    return f"{chosen} pictures instead of {count}: {why}"
 
 
 class SelectBranches(io.ComfyNode):
@@ -116,26 +138,34 @@ class SelectBranches(io.ComfyNode):
             node_id="TMPO_SelectBranches",
             display_name="Select Branches",
             category=CATEGORY,
+            **aliases("batch picker", "image picker", "best of batch", "pick images"),
             description="Passes some pictures of a batch on, with their latents and scores.",
             inputs=[
                 io.Image.Input("images", tooltip="The batch to choose from."),
                 io.Latent.Input("latent", optional=True, tooltip="The latents of the batch."),
                 ScoresSocket.Input("scores", optional=True, tooltip="The scores of the batch. The first score is used."),
-                io.Combo.Input("mode", options=MODES, default=MODES[0], tooltip="How the pictures are chosen."),
+                io.Combo.Input("mode", options=MODES, default=BEST, tooltip="How the pictures are chosen."),
                 io.Int.Input(
-                    "count", default=4, min=1, max=256, tooltip="How many to choose. 'by index' always chooses one."
+                    "count", default=4, min=1, max=256,
+                    tooltip="How many to choose. 'by index' always chooses one, 'by choice' those that were chosen.",
                 ),
+                # Prompts and workflows that were saved before there was 'most diverse' have -1000 for no threshold.
                 io.Float.Input(
-                    "min_score", default=-1000.0, min=-1000.0, max=1000.0, step=0.01,
+                    "min_score", default=0.0, min=-1000.0, max=1000.0, step=0.01,
                     tooltip="'most diverse above a score' chooses no picture with a lower score.",
                 ),
                 io.Float.Input(
                     "beta", default=2.0, min=0.0, max=20.0, step=0.1,
                     tooltip="'sample by weight' draws by q = softmax(beta * z-scored score) of each prompt, as in training.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0x7FFFFFFF, tooltip="The seed for 'sample by weight'."),
                 io.Int.Input(
-                    "index", default=0, min=0, max=1023, tooltip="The picture for 'by index', e.g. from a Tree View."
+                    "seed", default=0, min=0, max=0x7FFFFFFF, control_after_generate=True,
+                    tooltip="The seed for 'sample by weight'.",
+                ),
+                io.Int.Input("index", default=0, min=0, max=1023, tooltip="The picture for 'by index'."),
+                io.String.Input(
+                    "choice", default="", optional=True, force_input=True,
+                    tooltip="The pictures for 'by choice', e.g. 12, 3: connect `choice` of a Tree View.",
                 ),
             ],
             outputs=[
@@ -147,7 +177,14 @@ class SelectBranches(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, images, mode, count, min_score, beta, seed, index, latent=None, scores=None) -> io.NodeOutput:
+    def validate_inputs(cls, mode, scores=False, choice=False) -> bool | str:
+        # What is connected is None here.
+        return True if mode is None else verdict(check_mode, mode, scores is None, choice is not False)
+
+    @classmethod
+    def execute(
+        cls, images, mode, count, min_score, beta, seed, index, latent=None, scores=None, choice=None
+    ) -> io.NodeOutput:
         total = len(images)
         if scores is not None:
             scores.check(images)
@@ -155,25 +192,33 @@ class SelectBranches(io.ComfyNode):
             raise ValueError(
                 f"{len(latent['samples'])} latents for {total} images: connect the latents of these images"
             )
-        one_of(mode, MODES, "mode")
-        if scores is None and mode != MODES[3]:
-            raise ValueError(f"mode {mode} needs scores: connect a Score Images")
-        if mode == MODES[0]:
+        check_mode(mode, scores is not None, choice is not None)
+        if mode == BEST:
             chosen = selection.best(scores.first(), count)
-        elif mode == MODES[1]:
+        elif mode == DIVERSE:
+            values = torch.zeros(total) if scores is None else scores.first()
+            chosen = selection.most_diverse(selection.pixel_distances(images), values, float("-inf"), count)
+        elif mode == ABOVE:
             chosen = selection.most_diverse(selection.pixel_distances(images), scores.first(), min_score, count)
-        elif mode == MODES[2]:
+        elif mode == WEIGHT:
             weights = selection.boltzmann_by_group(scores.first(), groups(scores.prompts), beta)
             chosen = selection.sample(weights, count, seed)
-        else:
+        elif mode == INDEX:
             if index >= total:
                 raise ValueError(f"index {index} of a batch of {total}: choose 0 to {total - 1}")
             chosen = [index]
+        else:
+            chosen = selection.indices(choice, total)
+            if not chosen:
+                raise ValueError(
+                    "choice is empty: choose leaves in the Tree View (Ctrl and a click for several), then run"
+                )
         picked = torch.tensor(chosen, dtype=torch.long)
         out = None
         if latent is not None:
             out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask")}
             out["samples"] = latent["samples"][picked]
         return io.NodeOutput(
-            images[picked], out, None if scores is None else scores.pick(chosen), ", ".join(map(str, chosen))
-        )
+            images[picked], out, None if scores is None else scores.pick(chosen), ", ".join(map(str, chosen)),
+            ui=notice(fewer(mode, count, len(chosen), total)),
+        )  # fmt: skip

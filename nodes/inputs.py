@@ -1,10 +1,13 @@
-"""Checks of inputs that name something on this machine: a workflow from elsewhere chooses among what its owner offers."""
+"""Checks of inputs before anything is computed. Where an input names something on this machine, a workflow from elsewhere
+chooses among what its owner offers."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -45,3 +48,63 @@ def one_of(value: str, options: Sequence[str], what: str) -> str:
     if value not in options:
         raise ValueError(f"{what}: {one_line(value, 60)} is not in the list: choose another")
     return value
+
+
+def verdict(check: Callable[..., object], *given: Any) -> bool | str:
+    """What `validate_inputs` of a node returns: True, or the message of the ValueError that a check raises."""
+    try:
+        check(*given)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def notice(text: str | None) -> dict[str, list[str]]:
+    """What a node says about its result, for its page (web/tmpo_select.js) and the log."""
+    if text:
+        logging.warning(text)
+    return {"tmpo_notice": [text] if text else []}
+
+
+def prompt_texts(graph: Mapping[str, Any], node: str, name: str) -> dict[str, str]:
+    """The texts that encoders gave the samplers from which an input comes, by the encoder's id.
+
+    Only links with a `positive` or a `conditioning` prompt are followed to encoders. A text that a node computes is left out.
+
+    Args:
+        graph: the API prompt. node: the id of the node that has the input. name: the input's.
+    """
+    found: dict[str, str] = {}
+    seen: set[tuple[str, bool]] = set()
+    left = [(link[0], False) for link in _links(graph, node, (name,))]
+    while left:
+        here, encoding = place = left.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        inputs = graph[here]["inputs"]
+        texts = [_text(graph, inputs[key]) for key in ("text", "t5xxl", "clip_g") if key in inputs]
+        if encoding and any(texts):
+            found[here] = next(text for text in texts if text)
+            continue
+        for key in inputs:
+            own = encoding or key in ("positive", "conditioning")
+            if key not in ("negative", "clip", "vae"):
+                left += [(link[0], own) for link in _links(graph, here, (key,))]
+    return found
+
+
+def _links(graph: Mapping[str, Any], node: str, names: Sequence[str]) -> list[list[Any]]:
+    given = [graph[node]["inputs"].get(name) for name in names]
+    return [link for link in given if isinstance(link, list) and len(link) == 2 and link[0] in graph]
+
+
+def _text(graph: Mapping[str, Any], value: Any) -> str | None:
+    """A text, or the only text of the node from which it comes; None if that node has none or several."""
+    for _ in range(len(graph)):
+        if not isinstance(value, list):
+            break
+        inputs = graph[value[0]]["inputs"] if value[0] in graph else {}
+        given = [each for each in inputs.values() if isinstance(each, (str, list))]
+        value = given[0] if len(given) == 1 else None
+    return value if isinstance(value, str) else None

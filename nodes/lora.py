@@ -22,6 +22,7 @@ from .demo_model import FOLDER
 from .diversity import feature_vectors
 from .images import pixels, to_image
 from .inputs import inside
+from .newer import aliases
 from .types import CATEGORY, ScoresSocket
 
 NONE = "(none)"
@@ -73,6 +74,7 @@ class LoadTmpoLora(io.ComfyNode):
             node_id="TMPO_LoadLora",
             display_name="Load TMPO LoRA",
             category=CATEGORY,
+            **aliases("LoRA loader"),
             description="Applies a LoRA to a model and shows what it was trained on. Refuses a LoRA for another model, which "
             "ComfyUI would load without effect.",
             inputs=[
@@ -140,6 +142,7 @@ class Compare(io.ComfyNode):
             node_id="TMPO_Compare",
             display_name="Compare",
             category=CATEGORY,
+            **aliases("before and after", "LoRA test", "side by side"),
             description="Compares base and LoRA on the same seeds, in a grid of pairs and tables of scores, diversity and "
             "drift, which is what the LoRA does to all pictures.",
             inputs=[

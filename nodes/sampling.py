@@ -11,11 +11,15 @@ from torch import Tensor
 
 from ..tmpo_trainer import flow, tree
 from .inputs import one_of
+from .newer import ADVANCED, aliases
 from .tree_sampler import TreeSampler, sample_tree
 from .types import CATEGORY, TreeSocket
 
 #: Branch points of a tree. Ten with two branches each are a thousand pictures.
-MOST_STEPS = 100
+MOST_BRANCHES = 100
+#: Denoising steps.
+MOST_STEPS = 200
+MOST_ETA = 2.0
 KERNELS = ["cps", "flow_sde", "dance"]
 SOLVERS = list(get_args(flow.Solver))
 
@@ -31,11 +35,39 @@ def parse_steps(text: str) -> tuple[int, ...]:
         steps = tuple(int(word) for word in text.replace(",", " ").split())
     except ValueError:
         raise ValueError(f"branch steps {text!r}: write numbers, e.g. 1, 3, 5") from None
-    if len(steps) > MOST_STEPS:
-        raise ValueError(f"branch steps: {len(steps)} of them, at most {MOST_STEPS}")
+    if len(steps) > MOST_BRANCHES:
+        raise ValueError(f"branch steps: {len(steps)} of them, at most {MOST_BRANCHES}")
     if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
         raise ValueError(f"branch steps {text!r} must increase and count from 1, e.g. 1, 3, 5")
     return steps
+
+
+def check_eta(kernel: str | None, eta: float) -> None:
+    """Raises ValueError for an eta that the kernel cannot take."""
+    if not 0 <= eta <= MOST_ETA:
+        raise ValueError(f"eta is {eta}: choose 0 to {MOST_ETA:g}")
+    if kernel == "cps" and eta > 1:
+        raise ValueError(f"eta {eta} is too large for kernel cps: at most 1")
+
+
+def check_steps(
+    branch_steps: str | None, steps: int | None = None, kernel: str | None = None, eta: float | None = None
+) -> bool | str:
+    """For `validate_inputs`: True, or what ComfyUI shows before it runs anything. An input that comes over a link is None.
+
+    ComfyUI leaves the bounds of inputs that are checked here to this function.
+    """
+    if steps is not None and not 1 <= steps <= MOST_STEPS:
+        return f"steps is {steps}: choose 1 to {MOST_STEPS}"
+    try:
+        found = () if branch_steps is None else parse_steps(branch_steps)
+        if eta is not None:
+            check_eta(kernel, eta)
+    except ValueError as error:
+        return str(error)
+    if steps is not None and found and found[-1] > steps:
+        return f"branch step {found[-1]} is beyond the {steps} steps: choose 1 to {steps}"
+    return True
 
 
 def _tree_inputs() -> list[Any]:
@@ -44,6 +76,7 @@ def _tree_inputs() -> list[Any]:
         io.Int.Input("branching", default=3, min=1, max=16, tooltip="The number of children at each branch point."),
         io.Combo.Input(
             "kernel",
+            **ADVANCED,
             options=KERNELS,
             default="cps",
             tooltip="How noise is added at a branch point. cps keeps the amount of noise right (TMPO), flow_sde is "
@@ -51,9 +84,10 @@ def _tree_inputs() -> list[Any]:
         ),
         io.Float.Input(
             "eta",
+            **ADVANCED,
             default=0.7,
             min=0.0,
-            max=2.0,
+            max=MOST_ETA,
             step=0.05,
             tooltip="How much noise a branch draws. 0 makes all branches of a seed alike. cps allows at most 1.",
         ),
@@ -68,6 +102,7 @@ def _tree_inputs() -> list[Any]:
         # Optional, because prompts and workflows that were saved without it must still run.
         io.Combo.Input(
             "solver",
+            **ADVANCED,
             options=SOLVERS,
             default="euler",
             optional=True,
@@ -76,11 +111,10 @@ def _tree_inputs() -> list[Any]:
     ]
 
 
-def _sampler(branch_steps: str, branching: int, kernel: str, eta: float, max_batch: int, solver: str) -> TreeSampler:
+def new_sampler(branch_steps: str, branching: int, kernel: str, eta: float, max_batch: int, solver: str) -> TreeSampler:
     one_of(kernel, KERNELS, "kernel")
     one_of(solver, SOLVERS, "solver")
-    if kernel == "cps" and eta > 1:
-        raise ValueError(f"eta {eta} is too large for kernel cps: at most 1")
+    check_eta(kernel, eta)
     return TreeSampler(parse_steps(branch_steps), branching, kernel, eta, max_batch, solver)  # type: ignore[arg-type]
 
 
@@ -91,6 +125,7 @@ class TreeSamplerAdvanced(io.ComfyNode):
             node_id="TMPO_TreeSamplerAdvanced",
             display_name="Tree Sampler (advanced)",
             category=CATEGORY,
+            **aliases("variations", "seed explorer", "FLUX.2 tree"),
             description="Samples a tree of pictures. Branches share all steps before they part, and each shared step is "
             "evaluated once.",
             inputs=[
@@ -112,19 +147,35 @@ class TreeSamplerAdvanced(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None) -> bool | str:
+        return check_steps(branch_steps, None, kernel, eta)
+
+    @classmethod
     def execute(
         cls, noise, guider, sigmas, latent_image, branch_steps, branching, kernel, eta, max_batch, solver="euler"
     ) -> io.NodeOutput:
-        sampler = _sampler(branch_steps, branching, kernel, eta, max_batch, solver)
+        sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
         return io.NodeOutput(*sample_tree(guider, noise, sigmas, latent_image, sampler))
 
 
-class _Seeded:
+class Seeded:
+    """A NOISE, as KSampler draws it."""
+
     def __init__(self, seed: int):
         self.seed = seed
 
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
         return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
+
+
+def simple_guider(
+    model: Any, positive: Any, negative: Any, steps: int, cfg: float, scheduler: str
+) -> tuple[Any, Tensor]:
+    """A GUIDER and SIGMAS `[steps + 1]` from KSampler's inputs."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    return guider, comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
 
 
 class TreeSamplerNode(io.ComfyNode):
@@ -134,6 +185,7 @@ class TreeSamplerNode(io.ComfyNode):
             node_id="TMPO_TreeSampler",
             display_name="Tree Sampler",
             category=CATEGORY,
+            **aliases("variations", "seed explorer", "branching sampler", "KSampler tree"),
             description="Like KSampler, but samples a whole tree of pictures. Branches share all steps before they part.",
             inputs=[
                 io.Model.Input("model", tooltip="A flow-matching model, such as FLUX, SD3.5, Qwen-Image or Z-Image."),
@@ -146,7 +198,7 @@ class TreeSamplerNode(io.ComfyNode):
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                     tooltip="The seed of all noise. The same seed gives the same tree.",
                 ),
-                io.Int.Input("steps", default=10, min=1, max=200, tooltip="Denoising steps."),
+                io.Int.Input("steps", default=10, min=1, max=MOST_STEPS, tooltip="Denoising steps."),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=30.0, step=0.1,
                     tooltip="Classifier-free guidance: 4 to 5 for SD3.5, Qwen-Image, Z-Image and FLUX.2 [klein] base, "
@@ -166,16 +218,17 @@ class TreeSamplerNode(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, branch_steps=None, steps=None, kernel=None, eta=None) -> bool | str:
+        return check_steps(branch_steps, steps, kernel, eta)
+
+    @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, scheduler, branch_steps, branching, kernel, eta,
         max_batch, solver="euler",
     ) -> io.NodeOutput:  # fmt: skip
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive, negative)
-        guider.set_cfg(cfg)
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
-        sampler = _sampler(branch_steps, branching, kernel, eta, max_batch, solver)
-        return io.NodeOutput(*sample_tree(guider, _Seeded(seed), sigmas, latent_image, sampler))
+        guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler)
+        sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
+        return io.NodeOutput(*sample_tree(guider, Seeded(seed), sigmas, latent_image, sampler))
 
 
 class TreeSamplerObject(io.ComfyNode):
@@ -185,6 +238,7 @@ class TreeSamplerObject(io.ComfyNode):
             node_id="TMPO_TreeSamplerSelect",
             display_name="Tree Sampler (SAMPLER)",
             category=CATEGORY,
+            **aliases("variations", "tree SAMPLER"),
             description="The tree sampler as a SAMPLER, for nodes such as SamplerCustomAdvanced. Their output batch has all "
             "leaves.",
             inputs=_tree_inputs(),
@@ -192,8 +246,12 @@ class TreeSamplerObject(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None) -> bool | str:
+        return check_steps(branch_steps, None, kernel, eta)
+
+    @classmethod
     def execute(cls, branch_steps, branching, kernel, eta, max_batch, solver="euler") -> io.NodeOutput:
-        return io.NodeOutput(_sampler(branch_steps, branching, kernel, eta, max_batch, solver))
+        return io.NodeOutput(new_sampler(branch_steps, branching, kernel, eta, max_batch, solver))
 
 
 class BranchScheduleNode(io.ComfyNode):
@@ -203,6 +261,7 @@ class BranchScheduleNode(io.ComfyNode):
             node_id="TMPO_BranchSchedule",
             display_name="Branch Schedule",
             category=CATEGORY,
+            **aliases("branch steps"),
             description="Draws the branch steps that training would draw at a given point of its curriculum.",
             inputs=[
                 io.Int.Input("steps", default=6, min=2, max=200, tooltip="Denoising steps."),
@@ -213,7 +272,7 @@ class BranchScheduleNode(io.ComfyNode):
                     tooltip="The point of training, from 0 (beginning) to 1 (end).",
                 ),
                 io.Float.Input(
-                    "kappa", default=6.0, min=0.1, max=1000.0, step=0.1,
+                    "kappa", **ADVANCED, default=6.0, min=0.1, max=1000.0, step=0.1,
                     tooltip="How close the steps are to the means. 2 with a mean in the middle is uniform.",
                 ),
                 io.Int.Input(
@@ -225,6 +284,10 @@ class BranchScheduleNode(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="branch_steps", tooltip="For a tree sampler.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, early=None, late=None) -> bool | str:
+        return next((said for said in map(check_steps, (early, late)) if said is not True), True)
 
     @classmethod
     def execute(cls, steps, early, late, progress, kappa, seed, sigmas=None) -> io.NodeOutput:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -15,8 +17,10 @@ from torch import Tensor
 
 from ..tmpo_trainer import objectives, rewards, selection
 from ..tmpo_trainer.settings import discovery
+from ..tmpo_trainer.settings.errors import ConfigError, one_line
 from .images import pixels, thumbs, unlike
-from .inputs import one_of
+from .inputs import notice, one_of, prompt_texts, verdict
+from .newer import aliases
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: The folder for scorers' files, besides the hub's cache: models/tmpo_rewards.
@@ -28,6 +32,10 @@ HUB = "(hub)"
 REWARDS = [name for name in discovery.names("rewards") if name != "remote"]
 #: Bytes that the largest scorer needs on a GPU.
 ROOM = 4 * 2**30
+#: Pictures between two looks at the stop button. The scorers' own batches divide it, so that scores are those of one call.
+CHUNK = 32
+#: Seconds that the hub has to answer before anything is sampled.
+PATIENCE = 5
 
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
@@ -68,6 +76,60 @@ def _scorer(name: str, path: str | None, changed: int) -> Any:
     return rewards.Parked(scorer, device) if hasattr(scorer, "to") else scorer
 
 
+def check_weights(reward: str, path: str | None) -> None:
+    """Raises ValueError if a reward cannot be loaded: a package is missing, or its weights are neither here nor on the hub.
+
+    It asks the hub once. Downloading retries for half a minute.
+    """
+    in_node(reward, lambda: rewards.check_reward(reward, path))
+    if path is not None:
+        return
+    import huggingface_hub
+
+    for repository, names in rewards.find(reward).SOURCES:
+        for name in names:
+            if isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str):
+                continue
+            try:
+                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name), timeout=PATIENCE)
+            # Its own errors, and those of the HTTP library, which depends on its version.
+            except Exception as error:
+                reason = one_line(str(error).partition("\n")[0], 100)
+                raise ValueError(
+                    f"reward {reward}: {name} of https://huggingface.co/{repository} is not on this machine and cannot be "
+                    f"downloaded ({reason}): put the scorer's files into {weights_folder()} and choose them as `model`"
+                ) from None
+            return
+
+
+def weights_folder() -> str:
+    return folder_paths.get_folder_paths(FOLDER)[0]
+
+
+def in_node(reward: str, call: Any) -> Any:
+    """Calls a function of the trainer. Its errors name an option of the command line, for which the node has an input."""
+    try:
+        return call()
+    except ConfigError as error:
+        text = str(error).replace(
+            f"give --reward-models {reward}=PATH", f"put it into {weights_folder()} and choose it as `model`"
+        )
+        start = f"--reward-models {reward}="
+        if text.startswith(start):
+            text = f"model {text.removeprefix(start)}".replace("leave it out", f"choose {HUB}")
+        raise ValueError(text) from None
+
+
+def parsed(metadata: str) -> Any:
+    """The metadata of all pictures, None for none. Raises ValueError if it is not JSON."""
+    if not metadata.strip():
+        return None
+    try:
+        return json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"metadata is not JSON: {error}") from None
+
+
 def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
     """One prompt per picture. Each line is a prompt if a tree of as many prompts is given. Otherwise all lines are one
     prompt for all pictures, however many there are of either.
@@ -83,6 +145,26 @@ def prompts_of(text: str, count: int, tree: Tree | None = None) -> list[str]:
     if tree is None or len(lines) != tree.prompts:
         lines = [" ".join(lines)]
     return [lines[i % len(lines)] for i in range(count)]
+
+
+def check_inputs(prompt: str, reward: str) -> None:
+    """What can be known when a graph is queued. Raises ValueError."""
+    prompts_of(prompt, 1)
+    rewards.check_packages(one_of(reward, REWARDS, "reward"))
+
+
+def other_prompt(graph: Any, node: str, prompt: str) -> str | None:
+    """A notice if all prompts with which the pictures were made differ from the one by which they are scored."""
+    made = prompt_texts(graph or {}, node, "images") if graph and node in graph else {}
+    words = " ".join(prompt.split())
+    lines = {" ".join(line.split()) for line in prompt.splitlines()}
+    if not made or any(" ".join(text.split()) in {words, *lines} for text in made.values()):
+        return None
+    encoder, text = next(iter(made.items()))
+    return (
+        f"The pictures were made with another prompt than the one that is scored: node {encoder} has "
+        f"{one_line(text, 80)!r}, this one {one_line(words, 80)!r}. Connect both to one text node."
+    )
 
 
 def groups(prompts: list[str]) -> list[list[int]]:
@@ -107,6 +189,20 @@ def summary(scores: Scores) -> str:
     )
 
 
+def in_chunks(scorer: Any, images: Any, prompts: list[str], about: Any) -> Tensor:
+    """The scores of a batch, with progress by chunks of pictures, after each of which the run can be interrupted."""
+    bar = comfy.utils.ProgressBar(len(images))
+    found = []
+    with scorer.on_device() if isinstance(scorer, rewards.Parked) else nullcontext(scorer) as ready:
+        for first in range(0, len(images), CHUNK):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            rows = slice(first, first + CHUNK)
+            part = images[rows]
+            found.append(ready.score(part, prompts[rows], None if about is None else [about] * len(part)))
+            bar.update_absolute(first + len(part))
+    return torch.cat(found)
+
+
 class ScoreImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -114,9 +210,11 @@ class ScoreImages(io.ComfyNode):
             node_id="TMPO_ScoreImages",
             display_name="Score Images",
             category=CATEGORY,
+            **aliases("aesthetic score", "rate images", "PickScore", "HPS", "ImageReward", "CLIP score", "OCR", "GenEval"),
             description="Scores how well pictures fit a prompt, with one of the trainer's scorers.",
             inputs=[
-                io.Image.Input("images", tooltip="A batch of pictures."),
+                # Lazy, so that the other inputs are checked before pictures are sampled.
+                io.Image.Input("images", lazy=True, tooltip="A batch of pictures."),
                 io.String.Input(
                     "prompt", multiline=True, default="",
                     tooltip="What all pictures should show; it may have several lines. Only with a tree of several prompts: as "
@@ -138,7 +236,7 @@ class ScoreImages(io.ComfyNode):
                     tooltip='JSON: {"target": "text"} for ocr, {"tag": ..., "include": [...]} for geneval.',
                 ),
                 TreeSocket.Input(
-                    "tree", optional=True,
+                    "tree", optional=True, lazy=True,
                     tooltip="The tree of these images, if it has several prompts: each line of the prompt then belongs to one.",
                 ),
             ],
@@ -146,27 +244,42 @@ class ScoreImages(io.ComfyNode):
                 ScoresSocket.Output(display_name="scores", tooltip="For Select Branches, Tree View, Compare."),
                 io.String.Output(display_name="text", tooltip="Mean, best and worst in words."),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, prompt, reward) -> bool | str:
+        # A value that comes over a link is None here. `check_lazy_status` knows it.
+        return verdict(check_inputs, "-" if prompt is None else prompt, REWARDS[0] if reward is None else reward)
+
+    @classmethod
+    def check_lazy_status(cls, prompt, reward, model, images=None, metadata="", tree="none") -> list[str]:
+        """Checks everything but the pictures, which are sampled only after that."""
+        check_inputs(prompt, reward)
+        path = model_path(one_of(model, model_files(), "model"))
+        about = parsed(metadata)
+        check_weights(reward, path)
+        check = rewards.find(reward).check
+        # With a tree, only it tells whether lines are prompts of their own.
+        if check is not None and (tree == "none" or len(prompt.split("\n")) == 1):
+            check(prompts_of(prompt, 1)[0], about, path)
+        return [name for name, value in (("images", images), ("tree", tree)) if value is None]
 
     @classmethod
     def execute(cls, images, prompt, reward, model, metadata="", tree=None) -> io.NodeOutput:
         one_of(reward, REWARDS, "reward")
         path = model_path(one_of(model, model_files(), "model"))
         prompts = prompts_of(prompt, len(images), tree)
-        about = None
-        if metadata.strip():
-            try:
-                about = [json.loads(metadata)] * len(images)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"metadata is not JSON: {error}") from None
+        about = parsed(metadata)
         device = comfy.model_management.get_torch_device()
-        rewards.check_reward(reward, path)
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)
-        scorer = _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0)
-        values = rewards.check_finite(reward, scorer.score(pixels(images), prompts, about), prompts)
+        scorer = in_node(reward, lambda: _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0))
+        values = rewards.check_finite(reward, in_chunks(scorer, pixels(images), prompts, about), prompts)
         scores = Scores({reward: values}, prompts, thumbs(images))
-        return io.NodeOutput(scores, summary(scores))
+        # Called without a graph, as in tests, there is nothing hidden.
+        found = None if cls.hidden is None else other_prompt(cls.hidden.prompt, cls.hidden.unique_id, prompt)
+        return io.NodeOutput(scores, "\n".join([summary(scores), *([found] if found else [])]), ui=notice(found))
 
 
 class CombineScores(io.ComfyNode):
@@ -176,6 +289,7 @@ class CombineScores(io.ComfyNode):
             node_id="TMPO_CombineScores",
             display_name="Combine Scores",
             category=CATEGORY,
+            **aliases("aesthetic score", "sum of scores"),
             description="Computes a weighted sum of scores. As in training, each is first z-scored among the pictures of a "
             "prompt.",
             inputs=[
@@ -232,6 +346,7 @@ class BoltzmannWeights(io.ComfyNode):
             node_id="TMPO_BoltzmannWeights",
             display_name="Boltzmann Weights",
             category=CATEGORY,
+            **aliases("softmax of scores", "leaf weights"),
             description="Shows what training would aim at with this tree: q, the softmax of the scores; p, how likely the "
             "model's own branches are; and the advantage log q - log p of each leaf.",
             inputs=[

@@ -26,6 +26,7 @@ from ..tmpo_trainer.lora.file import FILE_NAME
 from ..tmpo_trainer.pictures.reading import read_picture
 from .images import to_image
 from .inputs import inside
+from .newer import aliases
 from .train_settings import AS_PRESET, NO_LAYER, NO_LORA, OWN, asked, choices
 from .types import CATEGORY
 
@@ -63,6 +64,7 @@ class Train(io.ComfyNode):
             node_id="TMPO_Train",
             display_name="Train TMPO LoRA",
             category=CATEGORY,
+            **aliases("LoRA training", "reward fine-tuning", "reinforcement learning"),
             description="Runs `python -m tmpo_trainer` in a separate process and outputs the LoRA's path. Cancel saves a "
             "checkpoint; queueing again continues from it.",
             inputs=[
@@ -248,6 +250,7 @@ class TrainingMonitor(io.ComfyNode):
             node_id="TMPO_TrainingMonitor",
             display_name="Training Monitor",
             category=CATEGORY,
+            **aliases("training progress", "loss curve"),
             description="Shows the curves and the newest sample grid of a run, also while it trains.",
             inputs=[io.String.Input("run", default="tmpo_run", tooltip=RUN_TIP)],
             outputs=[

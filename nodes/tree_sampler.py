@@ -13,16 +13,13 @@ import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
-import comfy.utils
-import latent_preview
 import torch
 from torch import Tensor
 
 from ..tmpo_trainer import flow, tree
+from .live import Live, in_colour
 from .types import Tree
 
-#: At most this many pictures in the live preview.
-PREVIEWED = 9
 #: Leaves that a tree keeps in order to recognise its pictures. A single one could resemble another tree's by chance.
 FIRST = 3
 #: At most this many leaves of all prompts. A larger number is more likely a typing error.
@@ -48,6 +45,8 @@ class TreeSampler(comfy.samplers.Sampler):
         self.branch_steps, self.branching = branch_steps, branching
         self.kernel, self.eta, self.max_batch, self.solver, self.progress = kernel, eta, max_batch, solver, progress
         self.tree: Tree | None = None
+        #: The path of the only leaf that is wanted, see `nodes/leaf.py`: its root, then the child at each branch point.
+        self.path: tuple[int, ...] = ()
         #: If the latents were taken from another batch, their places there, which determine their noise.
         self.places: list[int] | None = None
 
@@ -56,7 +55,7 @@ class TreeSampler(comfy.samplers.Sampler):
         late = [step for step in self.branch_steps if step > steps]
         if late:
             raise ValueError(f"branch step {late[0]} is beyond the {steps} steps of these sigmas: choose 1 to {steps}")
-        plan = tree.TreePlan.tmpo(steps, self.branch_steps, self.branching).forest(prompts)
+        plan = tree.TreePlan.tmpo(steps, self.branch_steps, 1 if self.path else self.branching).forest(prompts)
         if plan.leaves > MOST_LEAVES:
             raise ValueError(
                 f"the tree has {plan.leaves} leaves, at most {MOST_LEAVES} are allowed: choose fewer branch steps or a "
@@ -88,7 +87,8 @@ class TreeSampler(comfy.samplers.Sampler):
             )
         prompts, seed = len(noise), extra_args.get("seed") or 0
         plan = self.plan(len(sigmas) - 1, prompts)
-        if plan.roots > prompts and not torch.count_nonzero(noise):
+        roots = self.path[:1] or range(plan.roots // prompts)
+        if max(roots) and not torch.count_nonzero(noise):
             raise ValueError(
                 "no noise is added here (DisableNoise), so there are no seeds to branch: leave out branch step 1"
             )
@@ -103,17 +103,17 @@ class TreeSampler(comfy.samplers.Sampler):
         latent = torch.zeros_like(noise) if latent_image is None else latent_image
         sources = [tree.keyed_noise((seed, place), noise.shape[1:]) for place in self.places or range(prompts)]
         # Root 0 of a prompt starts from the given noise, as in any sampler.
-        given = [noise if r == 0 else self._roots(sources, r).to(noise) for r in range(plan.roots // prompts)]
+        given = [noise if root == 0 else self._roots(sources, root).to(noise) for root in roots]
         starts = [
-            sampling.noise_scaling(sigmas[0], start, latent, self.max_denoise(model_wrap, sigmas)) for start in given
+            sampling.noise_scaling(sigmas[0], each, latent, self.max_denoise(model_wrap, sigmas)) for each in given
         ]
-        raw, roots = torch.cat(given), torch.cat(starts)
+        raw, start = torch.cat(given), torch.cat(starts)
 
         def draw(step: int, path: tree.NodePath) -> Tensor:
             if step == 0:
-                return roots[path[0]]
+                return start[path[0]]
             root, prompt = divmod(path[0], prompts)
-            return sources[prompt](step, (root, *path[1:])).to(roots)
+            return sources[prompt](step, self.path[: len(path)] or (root, *path[1:])).to(start)
 
         model = comfy.samplers.KSamplerX0Inpaint(model_wrap, sigmas)
         options = {key: value for key, value in extra_args.items() if key != "denoise_mask"}
@@ -187,43 +187,6 @@ class TreeSampler(comfy.samplers.Sampler):
         return torch.stack([source(0, (root,)) for source in sources])
 
 
-def in_colour(x0: Tensor, latent_format: Any) -> Tensor | None:
-    """ComfyUI's latent2rgb: the network's latents `[n, C, h, w]` (or with frames) -> `[n, h, w, 3]` in 0..1.
-
-    Folded latents give larger pictures: FLUX.2's `[n, 2h, 2w, 3]`. None if the latent format has no linear map to colours.
-    """
-    if latent_format.latent_rgb_factors is None:
-        return None
-    # FLUX.2 folds 2x2 latents into one, and its map is for one of them. Older versions of ComfyUI lack the attribute.
-    unfold = getattr(latent_format, "latent_rgb_factors_reshape", None)
-    x0 = x0 if unfold is None else unfold(x0)
-    x0 = x0[:, :, 0] if x0.dim() == 5 else x0
-    factors = torch.tensor(latent_format.latent_rgb_factors)
-    if len(factors) != x0.shape[1]:
-        # The map is for other latents. Only the preview is lost.
-        return None
-    bias = torch.tensor(latent_format.latent_rgb_factors_bias or [0.0, 0.0, 0.0])
-    return ((x0.float().cpu().movedim(1, -1) @ factors + bias + 1) / 2).clamp(0, 1)
-
-
-def live_preview(guider: Any) -> Callable[[int, int, Tensor], None]:
-    """Progress in model evaluations, with the pictures of several branches side by side."""
-    previewer = latent_preview.get_previewer(guider.model_patcher.load_device, guider.model_patcher.model.latent_format)
-    bar = comfy.utils.ProgressBar(1)
-
-    def progress(done: int, total: int, x0: Tensor) -> None:
-        picture = None
-        if previewer is not None:
-            side = int(min(PREVIEWED, len(x0)) ** 0.5)
-            chosen = x0[torch.linspace(0, len(x0) - 1, side * side).long()]
-            # Previewers look only at the first row, so a square of pictures becomes one row.
-            rows = [torch.cat(list(chosen[first : first + side]), -1) for first in range(0, side * side, side)]
-            picture = previewer.decode_latent_to_preview_image("JPEG", torch.cat(rows, -2)[None])
-        bar.update_absolute(done, total, picture)
-
-    return progress
-
-
 #: Newer versions of ComfyUI note the scale of an empty latent: a model of another scale gets one for the same picture.
 SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
@@ -257,7 +220,7 @@ def sample_tree(
     samples = fitted(guider.model_patcher, latent)
     start = {**latent, "samples": samples}
     plan = sampler.plan(len(sigmas) - 1, len(samples))
-    sampler.progress, sampler.places = live_preview(guider), latent.get("batch_index")
+    sampler.progress, sampler.places = Live(guider, plan, sigmas.tolist(), noise.seed), latent.get("batch_index")
     largest = sampler.largest(plan)
     # ComfyUI would reserve memory for the latents that it sees, the roots. The largest batch needs more.
     guider = copy.copy(guider)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import uuid
 import weakref
@@ -15,9 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..tmpo_trainer.pictures import tree as tree_picture
+from .choice import Choice, check_choice, chosen_leaves, suggestions
+from .full_size import with_full_size
 from .images import thumbs, to_image, unlike
 from .inputs import one_of
-from .tree_sampler import MOST_LEAVES
+from .newer import aliases
+from .pause import wait_for_choice
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
 #: Longest side of the pictures sent to the browser.
@@ -77,12 +81,13 @@ def report(
     previews: dict[int, list[Image.Image]],
     scores: Scores | None,
     weights: list[float] | None,
-    best: int | None,
+    group: str,
 ) -> dict[str, Any]:
     """What the view draws, as JSON. Scores that are not finite are null, and the seed (up to 64 bits) is a string."""
     nodes = tree_picture.layout(tree.plan)
     first = scores.first().tolist() if scores is not None else []
     low, high = tree_picture.limits(first)
+    best = tree_picture.best_leaves(first)
     means = tree_picture.node_scores(nodes, first) if scores is not None else [math.nan] * len(nodes)
     leaf_files = save(pictures)
     files = {step: save(shown) for step, shown in previews.items()}
@@ -131,7 +136,9 @@ def report(
         "high": high,
         "decimals": tree_picture.decimals(low, high),
         "ramps": tree_picture.RAMPS,
-        "best": best,
+        "best": best[0] if best else None,
+        "stars": tree_picture.starred_leaves(first),
+        "group": group,
         "nodes": branches,
         "leaves": leaves,
     }
@@ -148,6 +155,7 @@ class TreeView(io.ComfyNode):
             node_id="TMPO_TreeView",
             display_name="Tree View",
             category=CATEGORY,
+            **aliases("variations", "image picker", "choose image", "seed explorer"),
             description="Shows how a tree of pictures branched, coloured by score. Click a leaf to choose it.",
             is_output_node=True,
             inputs=[
@@ -168,33 +176,47 @@ class TreeView(io.ComfyNode):
                     "beta", default=1.0, min=0.0, max=100.0, step=0.1,
                     tooltip="How sharply the weights q = softmax(beta * standardised score) favour high scores.",
                 ),
-                io.Int.Input(
-                    "selected", default=-1, min=-1, max=MOST_LEAVES - 1,
-                    tooltip="The chosen leaf's place in the batch. -1 chooses the leaf with the best score.",
+                io.String.Input(
+                    "selected", default="",
+                    tooltip="The chosen leaves, by their places in the batch: 12, 3. Empty for the leaf with the best score. A "
+                    "click in the view adds the tree they belong to, after @. In another tree the best leaf is passed on.",
+                ),
+                io.Boolean.Input(
+                    "pause", default=False, optional=True,
+                    tooltip="Whether the run waits until leaves are chosen here. It does not if selected names leaves of this "
+                    "tree already.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="picture", tooltip="The tree as one picture."),
-                io.Int.Output(display_name="selected_index", tooltip="The chosen leaf's place, for Select Branches."),
-                io.Image.Output(display_name="selected_image", tooltip="The chosen leaf alone."),
+                io.Int.Output(display_name="selected_index", tooltip="The place of the first chosen leaf in the batch."),
+                io.Image.Output(display_name="selected_image", tooltip="The chosen leaves, in the order of the choice."),
+                io.String.Output(
+                    display_name="choice", tooltip="The places of the chosen leaves, for Select Branches, mode 'by choice'."
+                ),
             ],
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, selected=None) -> bool | str:
+        try:
+            Choice.parse(selected or "")
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(
-        cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None, vae=None
+        cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None, vae=None, pause=False
     ) -> io.NodeOutput:
         tree.check(len(images), "images")
-        if selected >= tree.leaves:
-            raise ValueError(
-                f"selected is {selected}, but this tree has {tree.leaves} leaves: set it to -1 for the best"
-            )
-        weights, best, first, name = None, None, None, ""
+        one_of(theme, list(tree_picture.RAMPS), "theme")
+        weights, first, name, group = None, None, "", "latent"
         if scores is not None:
             scores.check(images)
             first, name = scores.first().tolist(), next(iter(scores.values))
             weights = tree_picture.leaf_weights(scores.first(), beta, tree.prompts).tolist()
-            best = tree_picture.best_leaf(first)
+            group = "prompt" if len(set(scores.prompts)) > 1 else "latent"
         pictures = to_pil(images)
         if vae is not None:
             known = decoded(tree, vae)
@@ -206,14 +228,21 @@ class TreeView(io.ComfyNode):
                 )
         else:
             previews = {step: to_pil(colours) for step, colours in tree.colours.items()}
+        shown = with_full_size(report(tree, pictures, previews, scores, weights, group), images, cls)
+        shown["suggestions"] = suggestions(images, scores)
+        leaves, shown["notice"] = chosen_leaves(selected, tree)
+        if pause and not leaves:
+            waiting = {**shown, "notice": "", "fingerprints": [tree.fingerprint]}
+            selected = wait_for_choice(waiting, lambda text: check_choice(text, tree), cls)
+            leaves, shown["notice"] = chosen_leaves(selected, tree)
+        if shown["notice"]:
+            logging.warning("Tree View: %s", shown["notice"])
+        # The choice may hold the fingerprint of the same tree, sampled another time.
+        shown["fingerprints"] = [tree.fingerprint, *([Choice.parse(selected).tree] if leaves else [])]
         picture = tree_picture.draw(
-            tree.plan, pictures, tree.sigmas, first, weights, previews, name, f"seed {tree.seed}",
-            selected if selected >= 0 else None, one_of(theme, list(tree_picture.RAMPS), "theme"),
-        )  # fmt: skip
-        chosen = selected if selected >= 0 else best or 0
+            tree.plan, pictures, tree.sigmas, first, weights, previews, name, f"seed {tree.seed}", leaves, group, theme
+        )
+        chosen = leaves or [shown["best"] or 0]
         return io.NodeOutput(
-            to_image(picture),
-            chosen,
-            images[chosen : chosen + 1],
-            ui={"tmpo_tree": [report(tree, pictures, previews, scores, weights, best)]},
+            to_image(picture), chosen[0], images[chosen], ", ".join(map(str, chosen)), ui={"tmpo_tree": [shown]}
         )

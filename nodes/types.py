@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,10 @@ from .images import thumbs, unlike
 
 CATEGORY = "TMPO"
 
+
+#: A fingerprint has so many bits of how a tree's pictures look. Two fingerprints of one tree may differ in `LOOSE` of them:
+#: another batch size or device changes pixels a little. In the mean, independent pictures differ in half of the bits.
+BITS, LOOSE = 32, 3
 
 TreeSocket = io.Custom("TMPO_TREE")
 ScoresSocket = io.Custom("TMPO_SCORES")
@@ -54,6 +59,26 @@ class Tree:
             raise ValueError(
                 f"{what} has {count} entries, but the tree has {self.leaves} leaves: connect both to the same tree sampler"
             )
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits by which a choice remembers its tree: 8 of its seed and settings, 8 of its pictures."""
+        settings = (self.seed, self.plan, [f"{sigma:.4f}" for sigma in self.sigmas], self.kernel, self.eta)
+        exact = hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()
+        shown = self.first if len(self.first) else next(iter(self.previews.values()), torch.zeros(1, 3, 8, 8))[:1]
+        # The first of the frames, if there are any. Only what differs within a picture counts.
+        small = torch.nn.functional.adaptive_avg_pool2d(shown[:, :, 0] if shown.dim() == 5 else shown, 8).float()
+        small = (small - small.mean((2, 3), keepdim=True)).flatten()
+        directions = torch.randn(BITS, len(small), generator=torch.Generator().manual_seed(0))
+        look = sum(1 << bit for bit, side in enumerate((directions @ small > 0).tolist()) if side)
+        return f"{exact}{look:08x}"
+
+    def looks_like(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is that of this tree, sampled again perhaps."""
+        own = self.fingerprint
+        if len(fingerprint) != len(own) or fingerprint[:8] != own[:8]:
+            return False
+        return (int(fingerprint[8:], 16) ^ int(own[8:], 16)).bit_count() <= LOOSE
 
     def paths(self) -> list[tuple[int, ...]]:
         """The path of every leaf: its root, then the child taken at each branch point."""

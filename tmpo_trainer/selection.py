@@ -61,3 +61,15 @@ def sample(weights: Tensor, count: int, seed: int) -> list[int]:
     uniform = torch.rand(len(weights), generator=generator, dtype=torch.float64)
     keys = weights.double().cpu().log() - torch.log(-torch.log(uniform))
     return torch.sort(keys, descending=True, stable=True).indices[:count].tolist()
+
+
+def indices(text: str, total: int) -> list[int]:
+    """`12, 3` -> [12, 3], without repetitions: places in a batch of `total`. Raises ValueError for anything else."""
+    try:
+        found = [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"{text!r} are no places in a batch: write numbers, e.g. 12, 3") from None
+    wrong = [index for index in found if not 0 <= index < total]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is not in a batch of {total}: choose 0 to {total - 1}")
+    return list(dict.fromkeys(found))

@@ -187,14 +187,14 @@ class TreePlan:
 
 
 def shortened_sigmas(sigmas: Tensor, plan: TreePlan) -> Tensor:
-    """The sigmas of a plan that has fewer steps than they, see `TreePlan.shortened`.
+    """The sigmas of a plan with another number of steps after its last stochastic one, see `TreePlan.shortened`.
 
-    Up to the last stochastic step they stay. The rest is spaced evenly on the same curve, so that `[N + 1]` becomes
+    Up to that step they stay. The rest is spaced evenly on the same curve, so that `[N + 1]` becomes
     `[plan.num_steps + 1]` with the same end.
     """
     if len(sigmas) == plan.num_steps + 1:
         return sigmas
-    last = max(plan.fanout)
+    last = max(plan.fanout, default=0)
     places = torch.linspace(last, len(sigmas) - 1, plan.num_steps - last + 1, dtype=torch.float64)
     below = places.floor().long().clamp(max=len(sigmas) - 2)
     rest = torch.lerp(sigmas[below].double(), sigmas[below + 1].double(), places - below)

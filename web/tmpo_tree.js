@@ -1,93 +1,23 @@
-// The view of the "Tree View" node. It shows the tree from the start (left) to the leaves (right); a click chooses a leaf.
+// The view in the node "Tree View". It shows the tree from the start (left) to the leaves (right); clicks choose leaves.
 // The node computes places and colours. This file only draws them.
 
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { afterClick, choiceRow, chosenIn, written } from "./tmpo_choice.js";
+import { element, percent, picture, put } from "./tmpo_dom.js";
+import { drawGallery, isGallery, modeSwitch } from "./tmpo_gallery.js";
+import { addLeafActions } from "./tmpo_leaf_actions.js";
+import { CARD, GAP, HEAD } from "./tmpo_tree_style.js";
 
-const NODE = "TMPO_TreeView";
-const OUTPUT = "tmpo_tree";
-// The size of a new node, and the largest size to which its first tree makes it grow.
-const SIZE = [520, 460];
-const GROWN = [840, 1240];
-// Pixels: the height of a leaf's row, the gap between pictures, the straight part of an edge that carries its label.
+// Pixels: the height of a leaf's row, the straight part of an edge that carries its label.
 const ROW = { min: 34, max: 110 };
-const GAP = 6;
 const TRUNK = 52;
 const MIN_FAN = 30;
 const MARGIN = 12;
-const HEAD = 22;
-const CARD = 208;
 const PREVIEW = 96;
 const SMALLEST = 40;
 const DOT = 10;
 
-const CSS = `
-.tmpo-tree { position: relative; display: flex; flex-direction: column; box-sizing: border-box; overflow: hidden;
-  border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-menu-bg); color: var(--fg-color);
-  font: 12px/1.3 system-ui, sans-serif; user-select: none; outline: none; }
-.tmpo-tree:focus-visible { border-color: var(--p-primary-color, var(--fg-color)); }
-.tmpo-tree-bar { display: flex; gap: 8px; align-items: center; padding: 6px 12px; white-space: nowrap;
-  border-bottom: 1px solid var(--border-color); }
-.tmpo-tree-title { flex: 1; overflow: hidden; text-overflow: ellipsis; }
-.tmpo-tree-ramp { width: 90px; height: 10px; border-radius: 2px; flex: none; }
-.tmpo-tree-number, .tmpo-tree-leaf { font-variant-numeric: tabular-nums; }
-.tmpo-tree-scroll { flex: 1; min-height: 0; overflow: auto; position: relative; scrollbar-width: thin;
-  scrollbar-color: var(--descrip-text) transparent; }
-.tmpo-tree-heads { position: sticky; top: 0; z-index: 2; height: ${HEAD}px; background: var(--comfy-menu-bg); }
-.tmpo-tree-head, .tmpo-tree-sigma, .tmpo-tree-prompt { position: absolute; white-space: nowrap; }
-.tmpo-tree-head { top: 3px; overflow: hidden; text-overflow: ellipsis; }
-.tmpo-tree-head, .tmpo-tree-sigma { color: var(--descrip-text); font-size: 11px; }
-.tmpo-tree-sigma { line-height: 14px; pointer-events: none; }
-.tmpo-tree-canvas { position: relative; }
-.tmpo-tree-canvas svg { position: absolute; inset: 0; overflow: visible; pointer-events: none; }
-.tmpo-tree-node { position: absolute; box-sizing: border-box; border: 1px solid; border-radius: 3px; overflow: hidden;
-  background: var(--comfy-input-bg); }
-.tmpo-tree-node img, .tmpo-tree-picture img { width: 100%; height: 100%; object-fit: contain; display: block; }
-.tmpo-tree-leaf { position: absolute; display: flex; align-items: center; cursor: pointer; border-radius: 4px; }
-.tmpo-tree-leaf.active { background: color-mix(in srgb, var(--fg-color) 12%, transparent); }
-.tmpo-tree-picture { flex: none; border-radius: 2px; overflow: hidden; background: var(--comfy-input-bg); }
-.tmpo-tree-leaf.selected { background: color-mix(in srgb, var(--fg-color) 18%, transparent); }
-.tmpo-tree-leaf.selected .tmpo-tree-picture { outline: 2px solid var(--fg-color); outline-offset: 1px; }
-.tmpo-tree-swatch { flex: none; width: 6px; align-self: stretch; margin: 0 0 0 5px; border-radius: 1px; }
-.tmpo-tree-score { flex: none; width: 50px; text-align: right; }
-.tmpo-tree-bar-track { flex: 1; height: 8px; margin: 0 8px 0 10px; }
-.tmpo-tree-bar-fill { height: 100%; border-radius: 1px; }
-.tmpo-tree-q { flex: none; width: 46px; text-align: right; }
-.tmpo-tree-mark { flex: none; width: 34px; text-align: right; padding-right: 4px; box-sizing: border-box; }
-.tmpo-tree-card { position: absolute; z-index: 3; width: ${CARD}px; padding: 8px; box-sizing: border-box; display: none;
-  pointer-events: none; border: 1px solid var(--border-color); border-radius: 6px; background: var(--comfy-menu-bg);
-  box-shadow: 0 4px 16px rgb(0 0 0 / 40%); flex-direction: column; gap: 6px; max-height: calc(100% - ${2 * GAP}px); }
-.tmpo-tree-card img { width: 100%; height: ${CARD - 18}px; min-height: 0; object-fit: contain; }
-.tmpo-tree-card dl { flex: none; display: grid; grid-template-columns: auto 1fr; gap: 1px 10px; margin: 0; }
-.tmpo-tree-card dt { color: var(--descrip-text); }
-.tmpo-tree-card dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.tmpo-tree-empty { margin: auto; padding: 12px; color: var(--descrip-text); text-align: center; }
-`;
-
 let views = 0;
-
-function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
-  return made;
-}
-
-function picture(ref, alt) {
-  const made = element("img");
-  made.alt = alt;
-  made.draggable = false;
-  made.src = api.apiURL(`/view?${new URLSearchParams(ref)}`);
-  return made;
-}
-
-function put(target, left, top, width, height) {
-  Object.assign(target.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
-}
-
-function percent(q) {
-  return `${(100 * q).toFixed(1)} %`;
-}
 
 /** Whether ComfyUI's colours are dark, by the brightness of a menu. */
 function isDark(root) {
@@ -95,19 +25,24 @@ function isDark(root) {
   return 0.3 * r + 0.6 * g + 0.1 * b < 128;
 }
 
-/** One tree in one node. `select(index)` is called with a leaf's place in the batch, -1 for none. */
-class TreeView {
-  constructor(select) {
-    this.select = select;
+/** One tree in one node. `write(text)` is called with the choice, see tmpo_choice.js. */
+export class TreeView {
+  constructor(write) {
+    this.write = write;
     this.tree = null;
-    this.selected = -1;
+    this.text = "";
+    // The leaf from which Shift chooses.
+    this.anchor = null;
     this.active = null;
+    // The bar of a run that waits, see tmpo_pause.js.
+    this.pause = null;
     this.options = new Map();
     this.id = `tmpo-tree-${views++}`;
     this.root = element("div", "tmpo-tree");
     this.root.tabIndex = 0;
     this.root.setAttribute("role", "listbox");
     this.root.setAttribute("aria-label", "Leaves of the tree");
+    this.root.setAttribute("aria-multiselectable", "true");
     this.bar = element("div", "tmpo-tree-bar");
     this.scroll = element("div", "tmpo-tree-scroll");
     this.card = element("div", "tmpo-tree-card");
@@ -123,6 +58,7 @@ class TreeView {
         if (name === "Move" ? event.buttons & 4 : event.button === 1) app.canvas[`processMouse${name}`](event);
       });
     }
+    addLeafActions(this);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.root);
   }
@@ -135,22 +71,37 @@ class TreeView {
   show(tree) {
     this.tree = tree;
     this.active = null;
+    this.anchor = null;
     this.draw();
   }
 
-  /** Marks a leaf without calling `select`. */
-  mark(index) {
-    this.selected = index;
+  clear() {
+    this.tree = null;
+    this.active = null;
+    this.options = new Map();
+    this.root.replaceChildren(this.empty);
+  }
+
+  /** Marks the leaves of a choice without calling `write`. */
+  mark(text) {
+    this.text = text;
+    if (!this.tree) return;
     for (const [leaf, option] of this.options) {
-      const chosen = leaf.index === index;
+      const chosen = this.chosen.includes(leaf.index);
       option.classList.toggle("selected", chosen);
       option.setAttribute("aria-selected", String(chosen));
       option.querySelector(".tmpo-tree-mark").textContent = this.signs(leaf);
     }
+    this.choice?.update();
+  }
+
+  /** The chosen leaves of this tree, as places in the batch, in the order of the choice. */
+  get chosen() {
+    return chosenIn(this.tree, this.text);
   }
 
   signs(leaf) {
-    return (leaf.index === this.tree.best ? "\u2605" : "") + (leaf.index === this.selected ? " \u2713" : "");
+    return (this.tree.stars.includes(leaf.index) ? "\u2605" : "") + (this.chosen.includes(leaf.index) ? " \u2713" : "");
   }
 
   colour(node) {
@@ -164,9 +115,18 @@ class TreeView {
     this.theme = isDark(this.root) ? "dark" : "light";
     const scrolled = this.scroll.scrollTop;
     this.hover(null);
-    this.root.replaceChildren(this.bar, this.scroll, this.card);
+    // While it is sampled, it is not known which run its leaves will belong to.
+    this.choice = tree.growing ? null : choiceRow(this);
+    this.root.replaceChildren(...[this.bar, this.pause, this.choice?.row, this.scroll, this.card].filter(Boolean));
     this.drawBar();
     this.scroll.replaceChildren();
+    this.across = 1;
+    if (isGallery(this)) {
+      drawGallery(this);
+      this.scroll.scrollTop = scrolled;
+      this.mark(this.text);
+      return;
+    }
     const width = this.scroll.clientWidth;
     const height = this.scroll.clientHeight - HEAD - 2;
     const row = Math.min(Math.max(Math.floor(height / tree.rows), ROW.min), ROW.max);
@@ -202,7 +162,7 @@ class TreeView {
     }
     this.scroll.append(this.heads(boxes, leafLeft, side, scored, bars, Math.round(thumb * aspect)), canvas);
     this.scroll.scrollTop = scrolled;
-    this.mark(this.selected);
+    this.mark(this.text);
   }
 
   /**
@@ -230,10 +190,11 @@ class TreeView {
 
   drawBar() {
     const { tree } = this;
-    const many = tree.prompts > 1 ? `, ${tree.prompts} prompts` : "";
+    const many = tree.prompts > 1 ? `, ${tree.prompts} ${tree.group}s` : "";
     const leaves = tree.leaves.length === 1 ? "1 leaf" : `${tree.leaves.length} leaves`;
     this.bar.replaceChildren(
       element("span", "tmpo-tree-title", `${leaves}, ${tree.steps} steps, seed ${tree.seed}${many}`),
+      modeSwitch(this),
     );
     if (tree.score === null) return;
     const ramp = element("span", "tmpo-tree-ramp");
@@ -294,7 +255,7 @@ class TreeView {
   drawNode(canvas, node, box, trunk, row) {
     const { tree } = this;
     if (node.column === 0 && tree.prompts > 1) {
-      const prompt = element("div", "tmpo-tree-prompt", `prompt ${node.prompt + 1}`);
+      const prompt = element("div", "tmpo-tree-prompt", `${tree.group} ${node.prompt + 1}`);
       prompt.style.left = `${MARGIN}px`;
       prompt.style.top = `${(node.row - (node.leaves - 1) / 2 - 0.5) * row - 8}px`;
       canvas.append(prompt);
@@ -312,7 +273,8 @@ class TreeView {
       made.style.borderRadius = "50%";
       made.style.background = this.colour(node);
     }
-    if (node.image) made.append(picture(node.image, `Prediction at step ${node.step}`));
+    made.dataset.node = node.id;
+    if (node.column) made.append(picture(node.image, `Prediction at step ${node.step}`));
     made.addEventListener("pointerenter", () => this.hover(node, made));
     canvas.append(made);
   }
@@ -320,13 +282,7 @@ class TreeView {
   drawLeaf(canvas, leaf, box, thumb, scored, bars, heaviest) {
     const score = scored ? leaf.scores[this.tree.score] : null;
     const text = score === null ? "n/a" : score.toFixed(this.tree.decimals);
-    const option = element("div", "tmpo-tree-leaf");
-    option.id = `${this.id}-${leaf.index}`;
-    option.setAttribute("role", "option");
-    const parts = [`Leaf ${leaf.index}`];
-    if (scored) parts.push(`${this.tree.score} ${text}`, `weight ${percent(leaf.q)}`);
-    if (leaf.index === this.tree.best) parts.push("best");
-    option.setAttribute("aria-label", parts.join(", "));
+    const option = this.option(leaf, text);
     put(option, box.left, box.top, box.width, box.height);
     const shown = element("div", "tmpo-tree-picture");
     shown.style.width = `${thumb}px`;
@@ -347,17 +303,35 @@ class TreeView {
       option.append(track, element("div", "tmpo-tree-q", percent(leaf.q)));
     }
     option.append(element("div", "tmpo-tree-mark"));
-    option.addEventListener("pointerenter", () => this.hover(leaf, option));
-    option.addEventListener("click", () => this.choose(leaf));
-    this.options.set(leaf, option);
     canvas.append(option);
   }
 
-  /** A second click cancels the choice. */
-  choose(leaf) {
-    const index = leaf.index === this.selected ? -1 : leaf.index;
-    this.mark(index);
-    this.select(index);
+  /** The element of a leaf, whatever shows it. text: its score. */
+  option(leaf, text) {
+    const option = element("div", "tmpo-tree-leaf");
+    option.id = `${this.id}-${leaf.index}`;
+    option.dataset.node = leaf.id;
+    option.setAttribute("role", "option");
+    const parts = [`Leaf ${leaf.index}`];
+    if (this.tree.score !== null) parts.push(`${this.tree.score} ${text}`, `weight ${percent(leaf.q)}`);
+    if (this.tree.stars.includes(leaf.index)) parts.push("best");
+    option.setAttribute("aria-label", parts.join(", "));
+    option.addEventListener("pointerenter", () => this.hover(leaf, option));
+    option.addEventListener("click", (event) => this.choose(leaf, event));
+    this.options.set(leaf, option);
+    return option;
+  }
+
+  /** A click on a leaf, or its key, see `afterClick`. */
+  choose(leaf, keys) {
+    if (!this.tree.growing) this.take(afterClick(this, leaf, keys));
+  }
+
+  /** Chooses these leaves. */
+  take(leaves) {
+    const text = written(this.tree, leaves);
+    this.mark(text);
+    this.write(text);
   }
 
   /** Shows a node large, on the side where it does not hide it; null hides the card. */
@@ -370,6 +344,8 @@ class TreeView {
     if (this.active) {
       target.classList.add("active");
       this.root.setAttribute("aria-activedescendant", target.id);
+      // A card would cover the other pictures of the gallery, which are large already.
+      if (isGallery(this)) return;
     }
     this.card.replaceChildren();
     if (node.image) this.card.append(picture(node.image, ""));
@@ -403,7 +379,7 @@ class TreeView {
       facts.push(["leaves", String(node.leaves)]);
       if (tree.score !== null) facts.push([`mean ${tree.score}`, number(node.mean)]);
     }
-    if (tree.prompts > 1) facts.push(["prompt", String(node.prompt + 1)]);
+    if (tree.prompts > 1) facts.push([tree.group, String(node.prompt + 1)]);
     facts.push(["seed", tree.seed]);
     if (node.path.length) facts.push(["path", node.path.join(" \u2192 ")]);
     return facts;
@@ -412,12 +388,12 @@ class TreeView {
   key(event) {
     if (!this.tree || event.ctrlKey || event.metaKey || event.altKey) return;
     const last = this.leaves.length - 1;
-    const known = this.active ?? this.leaves.find((leaf) => leaf.index === this.selected);
+    const known = this.active ?? this.leaves.find((leaf) => leaf.index === this.chosen[0]);
     const at = known ? this.leaves.indexOf(known) : -1;
     const moves = {
-      ArrowDown: Math.min(at + 1, last),
+      ArrowDown: Math.min(at + this.across, last),
       ArrowRight: Math.min(at + 1, last),
-      ArrowUp: Math.max(at - 1, 0),
+      ArrowUp: Math.max(at - this.across, 0),
       ArrowLeft: Math.max(at - 1, 0),
       Home: 0,
       End: last,
@@ -431,8 +407,12 @@ class TreeView {
       const { scrollTop } = this.scroll;
       this.scroll.scrollTop = Math.min(Math.max(scrollTop, offsetTop + offsetHeight - seen), offsetTop);
       this.hover(leaf, option);
-    } else if ((event.key === "Enter" || event.key === " ") && known) {
-      this.choose(known);
+      this.anchor ??= known ?? leaf;
+      if (event.shiftKey) this.choose(leaf, event);
+    } else if (event.key === "Enter" && known) {
+      this.choose(known, event);
+    } else if (event.key === " " && known) {
+      this.choose(known, { ctrlKey: true });
     } else if (event.key === "Escape" && this.active) {
       this.hover(null);
     } else {
@@ -450,95 +430,3 @@ class TreeView {
     app.canvas.processMouseWheel(event);
   }
 }
-
-app.registerExtension({
-  name: "tmpo.tree",
-
-  setup() {
-    const style = element("style", "", CSS);
-    document.head.append(style);
-  },
-
-  /** A workflow that is opened again, from another tab or the history, has its last outputs but sends no event. */
-  onNodeOutputsUpdated(outputs) {
-    for (const [place, output] of Object.entries(outputs)) {
-      if (!output?.[OUTPUT]) continue;
-      // The key is `id` or `subgraph:id`.
-      const at = place.lastIndexOf(":");
-      const graph = at < 0 ? app.graph : app.graph.subgraphs?.get(place.slice(0, at));
-      graph?.getNodeById(place.slice(at + 1))?.tmpoTree?.show(output[OUTPUT][0]);
-    }
-  },
-
-  beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.name !== NODE) return;
-    const { onNodeCreated, onExecuted, onConfigure, onDrawForeground, onRemoved } = nodeType.prototype;
-
-    nodeType.prototype.onNodeCreated = function () {
-      onNodeCreated?.apply(this, arguments);
-      const widget = this.widgets.find((candidate) => candidate.name === "selected");
-      const view = new TreeView((index) => {
-        // With this the choice can be undone and is saved with the workflow.
-        app.canvas.emitBeforeChange();
-        widget.value = index;
-        widget.callback?.(index);
-        app.canvas.emitAfterChange();
-        this.graph?.setDirtyCanvas(true, true);
-      });
-      this.tmpoTree = view;
-      const changed = widget.callback;
-      // A typed number marks its leaf, too.
-      widget.callback = function (value) {
-        changed?.apply(this, arguments);
-        view.mark(value);
-      };
-      this.addDOMWidget("tree_view", "tmpo_tree", view.root, {
-        serialize: false,
-        // The tree is what a zoomed-out graph is looked at for.
-        hideOnZoom: false,
-        getMinHeight: () => 220,
-      });
-      this.setSize(SIZE);
-      this.tmpoNew = true;
-    };
-
-    nodeType.prototype.onConfigure = function () {
-      onConfigure?.apply(this, arguments);
-      this.tmpoNew = false;
-      // An undo creates all nodes again.
-      const place = this.graph === app.graph ? this.id : `${this.graph?.id}:${this.id}`;
-      const last = app.nodeOutputs[place]?.[OUTPUT]?.[0];
-      if (last) this.tmpoTree.show(last);
-      this.tmpoTree.mark(this.widgets.find((widget) => widget.name === "selected").value);
-    };
-
-    nodeType.prototype.onExecuted = function (output) {
-      onExecuted?.apply(this, arguments);
-      const tree = output[OUTPUT]?.[0];
-      if (!tree) return;
-      if (this.tmpoNew) {
-        // A size that the user chose, or that the workflow has, is kept.
-        const missing = tree.rows * ROW.min + 2 * HEAD + 16 - this.tmpoTree.root.offsetHeight;
-        const height = Math.min(this.size[1] + Math.max(missing, 0), GROWN[1]);
-        if (this.size[0] === SIZE[0] && this.size[1] === SIZE[1]) this.setSize([GROWN[0], height]);
-        this.tmpoNew = false;
-      }
-      this.tmpoTree.show(tree);
-    };
-
-    nodeType.prototype.onDrawForeground = function () {
-      onDrawForeground?.apply(this, arguments);
-      // A change of theme also redraws the canvas.
-      const look = document.body.className + document.documentElement.style.cssText;
-      if (look !== this.tmpoLook) {
-        this.tmpoLook = look;
-        this.tmpoTree.draw();
-      }
-    };
-
-    nodeType.prototype.onRemoved = function () {
-      onRemoved?.apply(this, arguments);
-      this.tmpoTree.observer.disconnect();
-    };
-  },
-});

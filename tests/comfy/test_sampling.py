@@ -102,7 +102,7 @@ def test_ab2_is_stock_ipndm_v_of_order_two(pack: Any) -> None:
     guider = pack.comfy.samplers.CFGGuider(pack.model)
     guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
     sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)[:-1]
-    noise = pack.sampling._Seeded(SEED)
+    noise = pack.sampling.Seeded(SEED)
     samplers = {"ab2": pack.comfy.samplers.ksampler("ipndm_v", {"max_order": 2})}
     samplers["euler"] = pack.comfy.samplers.sampler_object("euler")
 
@@ -232,7 +232,7 @@ def test_partial_sigmas(pack: Any) -> None:
     sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)[4:]
     guider = pack.comfy.samplers.CFGGuider(pack.model)
     guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
-    noise = pack.sampling._Seeded(SEED)
+    noise = pack.sampling.Seeded(SEED)
     tree_leaves = pack.sampling.TreeSamplerAdvanced.execute(
         noise, guider, sigmas, {"samples": given}, "2", 1, "cps", 0.0, 0
     ).result[0]["samples"]
@@ -319,9 +319,9 @@ def test_branch_schedule_is_the_trainers(pack: Any) -> None:
 def test_a_missing_package_is_named_with_the_fix(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
 
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="reward shapes needs cv2: pip install opencv-python-headless"):
-        scoring.ScoreImages.execute(torch.zeros(1, 64, 64, 3), "a red circle", "shapes", "(hub)")
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(ValueError, match=r"reward ocr needs rapidocr.*: pip install rapidocr"):
+        scoring.ScoreImages.execute(torch.zeros(1, 64, 64, 3), 'a sign with "TAXI"', "ocr", "(hub)")
 
 
 def test_the_node_offers_every_reward_but_remote(pack: Any) -> None:
@@ -378,15 +378,16 @@ def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Pat
 def test_previews_are_those_of_latent2rgb(pack: Any) -> None:
     """x0 of the branch points: in colour as ComfyUI's own previewer has them, and as the VAE takes them."""
     import latent_preview  # type: ignore[import-not-found]
+    from tmpo_pack.nodes import live  # type: ignore[import-not-found]
 
     _, found = sample(pack)
-    kind = pack.model.model.latent_format
     assert sorted(found.previews) == sorted(found.colours) == [4, 5]
-    assert len(found.previews[4]) == 3 and len(found.previews[5]) == 9
+    assert len(found.previews[4]) == len(found.colours[4]) == 3 and len(found.previews[5]) == len(found.colours[5]) == 9
+    kind = pack.comfy.latent_formats.SD3()
     previewer = latent_preview.Latent2RGBPreviewer(kind.latent_rgb_factors, kind.latent_rgb_factors_bias)
-    stock = previewer.decode_latent_to_preview((found.previews[5][2:3] - SHIFT) * SCALE)
-    mine = (found.colours[5][2] * 255).to(torch.uint8)
-    assert (torch.tensor(list(stock.getdata())).view(8, 8, 3) - mine.int()).abs().max() <= 1
+    x0 = kind.process_in(found.previews[5][2:3])
+    stock = torch.tensor(list(previewer.decode_latent_to_preview(x0).getdata())).view(8, 8, 3)
+    assert (stock - (live.in_colour(x0, kind)[0] * 255).to(torch.uint8).int()).abs().max() <= 1
     # They resemble the leaf pictures of the same branch, but blurred.
     last = pack.vae.decode(found.previews[5])
     assert last.shape == (9, 64, 64, 3) and last.std() > 0.05
@@ -500,7 +501,7 @@ def test_leaves_with_noise_left_are_not_compared(pack: Any) -> None:
     guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
     sigmas = pack.comfy.samplers.calculate_sigmas(pack.model.get_model_object("model_sampling"), "normal", STEPS)
     execute = pack.sampling.TreeSamplerAdvanced.execute
-    noise = pack.sampling._Seeded(SEED)
+    noise = pack.sampling.Seeded(SEED)
     assert len(execute(noise, guider, sigmas[:7], empty(), "1, 4", 3, "cps", 0.7, 0).result[1].first) == 0
     leaves, found = execute(noise, guider, sigmas, empty(), "1, 4", 3, "cps", 0.7, 0).result
     torch.testing.assert_close(found.first, leaves["samples"][:3])
@@ -558,7 +559,7 @@ def test_sigmas_that_stand_still_are_refused(pack: Any) -> None:
     sigmas = torch.tensor([1.0, 0.8, 0.8, 0.4, 0.0])
     with pytest.raises(ValueError, match="do not fall at every step"):
         pack.sampling.TreeSamplerAdvanced.execute(
-            pack.sampling._Seeded(0), guider, sigmas, empty(), "1, 2", 3, "cps", 0.7, 0
+            pack.sampling.Seeded(0), guider, sigmas, empty(), "1, 2", 3, "cps", 0.7, 0
         )
 
 

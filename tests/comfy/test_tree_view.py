@@ -7,23 +7,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from tmpo_trainer.tree import TreePlan
 
 SAMPLER = {"branch_steps": "1, 4, 5", "branching": 3, "kernel": "cps", "eta": 0.7, "max_batch": 0}
-VIEW = {"theme": "dark", "beta": 2.0, "selected": -1}
+VIEW = {"theme": "dark", "beta": 2.0, "selected": ""}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
-def graph(view: dict[str, Any], prompts: int = 1, **changes: Any) -> dict[str, dict[str, Any]]:
-    """7 is the view, 8 its picture, 9 the picture of the leaf, 10 its index, 11 all leaves."""
+def graph(
+    view: dict[str, Any], prompts: int = 1, text: str = "two red circles and a blue square", **changes: Any
+) -> dict[str, dict[str, Any]]:
+    """7 is the view, 8 its picture, 9 those of the chosen leaves, 10 the first index, 11 all leaves, 12 the choice."""
     return {
         "1": node("TMPO_DemoModelLoader"),
-        "2": node("CLIPTextEncode", clip=["1", 1], text="two red circles and a blue square"),
+        "2": node("CLIPTextEncode", clip=["1", 1], text=text),
         "3": node("EmptySD3LatentImage", width=64, height=64, batch_size=prompts),
         "4": node("TMPO_TreeSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0],
-                  seed=2**63 + 1, steps=10, cfg=1.0, scheduler="normal", **{**SAMPLER, **changes}),
+                  steps=10, cfg=1.0, scheduler="normal", **{"seed": 2**63 + 1, **SAMPLER, **changes}),
         "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
         "6": node("TMPO_ScoreImages", images=["5", 0], prompt="two red circles and a blue square", reward="shapes",
                   model="(hub)"),
@@ -32,6 +37,7 @@ def graph(view: dict[str, Any], prompts: int = 1, **changes: Any) -> dict[str, d
         "9": node("PreviewImage", images=["7", 2]),
         "10": node("PreviewAny", source=["7", 1]),
         "11": node("PreviewImage", images=["5", 0]),
+        "12": node("PreviewAny", source=["7", 3]),
     }  # fmt: skip
 
 
@@ -61,6 +67,7 @@ def test_the_report_of_a_scored_tree(comfy: Any) -> None:
     assert tree["low"] == scores.min() and tree["high"] == scores.max()
     best = min((leaf for leaf in leaves if leaf["scores"]["shapes"] == scores.max()), key=lambda leaf: leaf["index"])
     assert tree["best"] == best["index"] and found["10"]["text"] == [str(best["index"])]
+    assert tree["stars"] == sorted(leaf["index"] for leaf in leaves if leaf["scores"]["shapes"] == scores.max())
 
     # The files are the pictures of the same places in the batch; the chosen one comes out.
     for leaf in leaves:
@@ -75,20 +82,22 @@ def test_the_report_of_a_scored_tree(comfy: Any) -> None:
 
 
 def test_a_choice_and_no_scores(comfy: Any) -> None:
+    # Old workflows have a number here.
     found = comfy.run(graph({"selected": 5, "theme": "light"}))
     (tree,) = found["7"]["tmpo_tree"]
     assert tree["score"] is None and tree["best"] is None and found["10"]["text"] == ["5"]
     assert all(leaf["q"] is None and leaf["scores"] == {} for leaf in tree["leaves"])
     assert (comfy.image(found["9"]["images"][0]) == comfy.image(found["11"]["images"][5])).all()
     assert comfy.image(found["8"]["images"][0])[-3:].mean() > 200
-    # Without a VAE the previews come from the latents, in their size.
-    assert comfy.image(next(entry["image"] for entry in tree["nodes"] if entry["image"])).shape == (8, 8, 3)
-    assert comfy.run(graph({}))["10"]["text"] == ["0"]
+    # Without a VAE the previews are rough ones from the latents.
+    assert comfy.image(next(entry["image"] for entry in tree["nodes"] if entry["image"])).shape == (32, 32, 3)
+    assert comfy.run(graph({"selected": -1}))["10"]["text"] == ["0"]
 
 
 def test_prompts_stand_below_one_another(comfy: Any) -> None:
     (tree,) = comfy.run(graph({"scores": ["6", 0]}, prompts=2, branch_steps="3, 5"))["7"]["tmpo_tree"]
-    assert tree["prompts"] == 2 and tree["rows"] == 20
+    # Both latents have the same prompt.
+    assert tree["group"] == "latent" and tree["prompts"] == 2 and tree["rows"] == 20
     for prompt in range(2):
         own = [leaf for leaf in tree["leaves"] if leaf["prompt"] == prompt]
         assert len(own) == 9 and all(leaf["index"] % 2 == prompt and leaf["path"][0] == 0 for leaf in own)
@@ -97,6 +106,51 @@ def test_prompts_stand_below_one_another(comfy: Any) -> None:
     assert [entry["step"] for entry in start] == [None, None]
 
 
-def test_a_choice_beyond_the_tree(comfy: Any) -> None:
-    with pytest.raises(Exception, match="selected is 27, but this tree has 27 leaves"):
-        comfy.run(graph({"selected": 27}))
+def test_a_choice_remembers_its_tree(comfy: Any) -> None:
+    (tree,) = comfy.run(graph({"selected": "7, 3"}))["7"]["tmpo_tree"]
+    found = comfy.run(graph({"selected": f"7, 3 @ {tree['fingerprints'][0]}"}))
+    assert (
+        found["7"]["tmpo_tree"][0]["notice"] == "" and found["10"]["text"] == ["7"] and found["12"]["text"] == ["7, 3"]
+    )
+    for reference, leaf in zip(found["9"]["images"], (7, 3), strict=True):
+        assert (comfy.image(reference) == comfy.image(found["11"]["images"][leaf])).all()
+    # Another seed, other settings and another prompt make another tree: its best leaf counts, with a notice.
+    for changes in ({"seed": 5}, {"eta": 0.5}, {"text": "three green circles"}):
+        found = comfy.run(graph({"selected": f"7, 3 @ {tree['fingerprints'][0]}"}, **changes))
+        assert "chosen in another tree" in found["7"]["tmpo_tree"][0]["notice"] and found["12"]["text"] == ["0"]
+
+
+def test_a_choice_that_does_not_fit(comfy: Any) -> None:
+    found = comfy.run(graph({"selected": 27}))
+    assert "leaf 27 is beyond the 27 leaves" in found["7"]["tmpo_tree"][0]["notice"] and found["10"]["text"] == ["0"]
+    with pytest.raises(Exception, match="selected is 'twelve': write places of leaves"):
+        # ComfyUI still runs what does not depend on the node, so nothing else may be there to run.
+        comfy.run({key: each for key, each in graph({"selected": "twelve"}).items() if key != "11"})
+
+
+def test_a_fingerprint_stands_small_differences(nodes: Any) -> None:
+    """Another batch size or device changes the pixels a little."""
+    types = nodes.tree_view
+    torch.manual_seed(0)
+    plan = TreePlan.tmpo(4, (1, 2), 2)
+
+    def tree(first: torch.Tensor, seed: int = 1) -> Any:
+        return types.Tree(plan, "sde", 0.7, [1.0, 0.7, 0.4, 0.2, 0.0], torch.zeros(1), seed, 1, {}, {}, first)
+
+    first = torch.randn(3, 16, 8, 8)
+    own = tree(first)
+    assert own.looks_like(tree(first + 0.01 * torch.randn_like(first)).fingerprint)
+    assert not own.looks_like(tree(torch.randn_like(first)).fingerprint)
+    assert not own.looks_like(tree(first, seed=2).fingerprint) and not own.looks_like("4f2a91c0")
+
+
+def test_suggestions(nodes: Any) -> None:
+    values = torch.tensor([0.5, math.nan, 1.0, 1.0, 0.2, 0.9, 1.0])
+    images = torch.linspace(0, 1, 7)[:, None, None, None].expand(7, 8, 8, 3)
+    scores = nodes.tree_view.Scores({"s": values}, ["a"] * 7, torch.zeros(7, 3, 8, 8))
+    found = {each["name"]: each["leaves"] for each in nodes.tree_view.suggestions(images, scores)}
+    # Diverse are the best, then the farthest; 0.9 is the median.
+    assert found == {"top 4": [2, 3, 6, 5], "4 diverse": [2, 6, 5, 3], "all 3 best": [2, 3, 6]}
+    assert [len(each["leaves"]) for each in nodes.tree_view.suggestions(images, None)] == [4]
+    equal = nodes.tree_view.Scores({"s": torch.ones(7)}, ["a"] * 7, torch.zeros(7, 3, 8, 8))
+    assert [each["name"] for each in nodes.tree_view.suggestions(images, equal)] == ["top 4", "4 diverse"]

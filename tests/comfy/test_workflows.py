@@ -1,10 +1,11 @@
-"""The shipped workflows: the first three run as they are, the others ask for their models in ComfyUI's usual words. FLUX.2's
+"""The shipped workflows: 01 to 03 and 07 run as they are, the others ask for their models in ComfyUI's usual words. FLUX.2's
 also runs, on a tiny network of random weights.
 """
 
 from __future__ import annotations
 
 import json
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,12 @@ from diffusers import AutoencoderKLFlux2
 from safetensors.torch import save_file
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "workflows"
-OFFLINE = ["01 demo tree", "02 score and select", "03 base and LoRA"]
+from benchmarks.workflows import FOLDER, NOTES, as_prompt
+
+OFFLINE = ["01 demo tree", "02 score and select", "03 base and LoRA", "07 variations, choose, refine"]
 FLUX2 = "06 FLUX.2 klein tree"
 OTHERS = ["04 FLUX.1-dev tree", "05 SD3.5 tree", FLUX2]
 DEMO = Path(__file__).parents[2] / "tmpo_trainer" / "demo" / "model"
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-
-
-def as_prompt(workflow: dict[str, Any], info: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A workflow as the page would queue it: links by name, widgets' values by their order."""
-    links = {link[0]: link for link in workflow["links"]}
-    prompt = {}
-    for entry in workflow["nodes"]:
-        if entry["type"] == "MarkdownNote":
-            continue
-        declared = info[entry["type"]]["input"]
-        inputs: dict[str, Any] = {}
-        values = iter(entry["widgets_values"])
-        for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
-            if isinstance(spec[0], list) or spec[0] in WIDGETS:
-                inputs[name] = next(values)
-                # The page adds one of its own to seeds.
-                if name in ("seed", "noise_seed") or (len(spec) > 1 and spec[1].get("control_after_generate")):
-                    assert next(values) in ("fixed", "increment", "decrement", "randomize")
-        assert next(values, None) is None, f"{entry['type']} has more values than widgets"
-        for slot in entry["inputs"]:
-            if slot["link"] is not None:
-                _, source, output, target, _, kind = links[slot["link"]]
-                assert target == entry["id"] and kind == info_of(workflow, source, info)["output"][output]
-                inputs[slot["name"]] = [str(source), output]
-        prompt[str(entry["id"])] = {"class_type": entry["type"], "inputs": inputs}
-    return prompt
-
-
-def info_of(workflow: dict[str, Any], node: int, info: dict[str, Any]) -> dict[str, Any]:
-    return next(info[entry["type"]] for entry in workflow["nodes"] if entry["id"] == node)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -59,7 +30,7 @@ def load(name: str) -> dict[str, Any]:
 def load_known(name: str, info: dict[str, Any]) -> dict[str, Any]:
     """A workflow, or a skip if this ComfyUI is too old for its nodes."""
     workflow = load(name)
-    missing = {entry["type"] for entry in workflow["nodes"]} - info.keys() - {"MarkdownNote"}
+    missing = {entry["type"] for entry in workflow["nodes"]} - info.keys() - set(NOTES)
     if name == FLUX2 and missing:
         pytest.skip(f"this ComfyUI does not know FLUX.2: it has no node {', '.join(sorted(missing))}")
     return workflow
@@ -162,7 +133,108 @@ def test_the_workflow_of_flux2_runs(comfy: Any, info: dict[str, Any]) -> None:
 
 def test_every_shipped_workflow_is_tried() -> None:
     assert {path.stem for path in FOLDER.glob("*.json")} == {*OFFLINE, *OTHERS}
-    for path in FOLDER.glob("*.json"):
-        workflow = json.loads(path.read_text())
-        identities = [entry["id"] for entry in workflow["nodes"]]
-        assert len(set(identities)) == len(identities) and workflow["last_node_id"] == max(identities)
+
+
+@pytest.mark.parametrize("name", [*OFFLINE, *OTHERS])
+def test_a_workflow_reads_from_left_to_right(name: str) -> None:
+    """No cable runs backwards, no node lies on another, no title stands twice, and all of it is in view on a laptop."""
+    workflow = load(name)
+    nodes = {entry["id"]: entry for entry in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"]) and workflow["last_node_id"] == max(nodes)
+    for _, source, _, target, _, _ in workflow["links"]:
+        assert tuple(nodes[source]["pos"]) < tuple(nodes[target]["pos"]), (nodes[source], nodes[target])
+    titles = [entry.get("title", entry["type"]) for entry in nodes.values()]
+    assert len(set(titles)) == len(titles)
+    boxes = [(x, y - 30, x + w, y + h) for (x, y), (w, h) in ((n["pos"], n["size"]) for n in nodes.values())]
+    for i, (left, top, right, low) in enumerate(boxes):
+        assert not any(left < b[2] and b[0] < right and top < b[3] and b[1] < low for b in boxes[i + 1 :]), titles[i]
+        held = [g for g in workflow["groups"] if (b := g["bounding"])[0] <= left and right <= b[0] + b[2]]
+        assert held and held[0]["bounding"][1] <= top and low <= sum(held[0]["bounding"][1::2]), titles[i]
+    scale, (x, y) = (workflow["extra"]["ds"][key] for key in ("scale", "offset"))
+    groups = [group["bounding"] for group in workflow["groups"]]
+    assert groups == sorted(groups)
+    # The page's menu and tabs take 80 pixels, its side bar 60.
+    assert (min(b[0] for b in groups) + x) * scale >= 60 and (min(b[1] for b in groups) + y) * scale >= 80
+    assert (max(b[0] + b[2] for b in groups) + x) * scale <= 1366 and (
+        max(b[1] + b[3] for b in groups) + y
+    ) * scale <= 720
+
+
+@pytest.mark.parametrize("name", [*OFFLINE, *OTHERS])
+def test_one_prompt_feeds_encoder_and_scorer(comfy: Any, info: dict[str, Any], name: str) -> None:
+    prompt = as_prompt(load_known(name, info), info)
+    (source,) = (key for key, node in prompt.items() if node["class_type"] == "PrimitiveStringMultiline")
+    scorers = [node["inputs"]["prompt"] for node in prompt.values() if node["class_type"] == "TMPO_ScoreImages"]
+    encoders = [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"]
+    assert scorers and all(link == [source, 0] for link in scorers)
+    # What is left is the negative prompt.
+    assert encoders.count([source, 0]) == 1 and all(text in ("", [source, 0]) for text in encoders)
+
+
+@pytest.mark.parametrize("name", [*OFFLINE, *OTHERS])
+def test_the_form_for_scripts_is_that_of_the_workflow(comfy: Any, info: dict[str, Any], name: str) -> None:
+    """If it fails: python -m benchmarks workflows URL"""
+    written = json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    found = as_prompt(load_known(name, info), info)
+    assert found.keys() == written.keys()
+    for key, node in found.items():
+        assert node["class_type"] == written[key]["class_type"]
+        # Newer versions of ComfyUI add widgets to their own nodes.
+        inputs, others = node["inputs"], written[key]["inputs"]
+        assert {k: inputs[k] for k in inputs if k in others} == {k: others[k] for k in others if k in inputs}
+
+
+def test_loaders_say_where_their_files_come_from() -> None:
+    """The page offers to fetch what is missing."""
+    for name in OTHERS:
+        for entry in load(name)["nodes"]:
+            if entry["type"].endswith(("Loader", "LoaderSimple")):
+                files = [value for value in entry["widgets_values"] if value.endswith(".safetensors")]
+                models = entry["properties"]["models"]
+                assert [model["name"] for model in models] == files
+                assert all(model["url"].endswith("/" + model["name"]) and model["directory"] for model in models)
+
+
+def test_the_blueprint_runs_on_the_demo_model(comfy: Any, info: dict[str, Any]) -> None:
+    (path,) = (FOLDER.parent / "subgraphs").glob("*.json")
+    try:
+        listed = json.loads(comfy.get("/global_subgraphs"))
+    except urllib.error.HTTPError as error:
+        # ComfyUI 0.3.64 has no list of blueprints.
+        assert error.code == 404
+    else:
+        assert path.stem in {entry["name"] for entry in listed.values()}
+    (graph,) = json.loads(path.read_text(encoding="utf-8"))["definitions"]["subgraphs"]
+    outside = {link["id"]: link for link in graph["links"] if link["origin_id"] == -10}
+    given: dict[str, Any] = {
+        "model": ["demo", 0],
+        "vae": ["demo", 2],
+        "latent_image": ["size", 0],
+        "prompt": "three green circles",
+    }
+    given |= {"positive": ["text", 0], "negative": ["text", 0]}
+    filled = {
+        (str(link["target_id"]), entry["name"]): given[graph["inputs"][outside[entry["link"]]["origin_slot"]]["name"]]
+        for node in graph["nodes"] for entry in node["inputs"] if entry["link"] in outside
+        for link in [outside[entry["link"]]] if link["target_id"] == node["id"]
+    }  # fmt: skip
+    for node in graph["nodes"]:
+        node["inputs"] = [entry for entry in node["inputs"] if entry["link"] not in outside]
+    keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    inside = [[link[key] for key in keys] for link in graph["links"] if link["origin_id"] != -10]
+    prompt = as_prompt({"nodes": graph["nodes"], "links": inside}, info)
+    for (node, name), source in filled.items():
+        prompt[node]["inputs"][name] = source
+    (end,) = (link for link in inside if link[3] == -20 and link[5] == "IMAGE")
+    prompt |= {
+        "demo": {"class_type": "TMPO_DemoModelLoader", "inputs": {}},
+        "text": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": given["prompt"]}},
+        "size": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": [str(end[1]), end[2]], "filename_prefix": "chosen"}},
+    }
+    for node in prompt.values():
+        if node["class_type"] == "TMPO_TreeSampler":
+            node["inputs"] |= {"steps": 6, "branch_steps": "1, 2", "branching": 2}
+        elif node["class_type"] == "TMPO_ScoreImages":
+            node["inputs"]["reward"] = "shapes"
+    assert comfy.run(prompt)["save"]["images"]

@@ -147,8 +147,10 @@ def test_scores_of_nodes_best_and_limits_leave_out_what_was_not_scored() -> None
         below = [scores[leaf.index] for leaf in nodes if leaf.leaf and leaf.path[: len(node.path)] == node.path]
         finite = [score for score in below if math.isfinite(score)]
         assert math.isnan(mean) if not finite else mean == pytest.approx(sum(finite) / len(finite))
-    assert tree_picture.best_leaf([1.0, math.nan, 4.0, 4.0]) == 2
-    assert tree_picture.best_leaf([math.nan]) is None
+    some = [1.0, math.nan, 4.0, 4.0]
+    assert tree_picture.best_leaves(some) == tree_picture.starred_leaves(some) == [2, 3]
+    assert tree_picture.best_leaves([math.nan]) == []
+    assert tree_picture.best_leaves([4.0, 4.0]) == [0, 1] and tree_picture.starred_leaves([4.0, 4.0]) == []
     assert tree_picture.limits([math.nan, 2.0, -1.0]) == (-1.0, 2.0) and tree_picture.limits([]) == (0.0, 0.0)
 
 
@@ -158,7 +160,7 @@ def test_a_picture(plan: TreePlan, theme: str) -> None:
     scores = torch.linspace(0, 1, plan.leaves).tolist()
     previews = {step: [Image.new("RGB", (8, 8), (20, 20, 230))] * plan.widths[step - 1] for step in plan.fanout}
     drawn = picture(
-        plan, scores=scores, weights=scores, previews=previews, theme=theme, selected=0, name="a" * 80, note="seed 1"
+        plan, scores=scores, weights=scores, previews=previews, theme=theme, selected=[0], name="a" * 80, note="seed 1"
     )
     pixels = np.asarray(drawn)
     size = tree_picture.thumbnail_height(plan)
@@ -172,7 +174,7 @@ def test_a_picture(plan: TreePlan, theme: str) -> None:
     dark = pixels[-2:].mean() < 128
     assert dark == (theme == "dark")
     assert drawn.tobytes() == picture(
-        plan, scores=scores, weights=scores, previews=previews, theme=theme, selected=0, name="a" * 80, note="seed 1"
+        plan, scores=scores, weights=scores, previews=previews, theme=theme, selected=[0], name="a" * 80, note="seed 1"
     ).tobytes()  # fmt: skip
 
 

@@ -207,10 +207,21 @@ def test_other_arrays_are_refused(image: np.ndarray):
         detect(image)
 
 
-def test_without_opencv_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[train\]"'):
-        detect(paint())
+def test_without_opencv_the_same_objects_are_found(monkeypatch: pytest.MonkeyPatch):
+    """Renders, the same with noise, and pairs of them laid over each other, whose objects touch."""
+    images, _ = renders(12, seed=9)
+    noisy = np.clip(images + np.random.default_rng(10).normal(0, 25, images.shape), 0, 255).astype(np.uint8)
+    over = np.abs(images - images[:, :1, :1].astype(int)).sum(-1, keepdims=True) > 60
+    pictures = [*images, *noisy, *np.where(over, images, images[::-1])]
+    with_it = [detect(picture) for picture in pictures]
+    assert shapes.opencv().__name__ == "cv2" and any(len(found) > 3 for found in with_it)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cv2", None)
+        shapes.opencv.cache_clear()
+        assert shapes.opencv().__name__.endswith("without_opencv")
+        without = [detect(picture) for picture in pictures]
+    shapes.opencv.cache_clear()
+    assert [sorted(found, key=str) for found in without] == [sorted(found, key=str) for found in with_it]
 
 
 # judge

@@ -6,7 +6,7 @@ It needs no model: the caller gives pictures and scores. The interactive view us
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,10 +132,16 @@ def leaf_weights(scores: Tensor, beta: float, prompts: int) -> Tensor:
     return weights
 
 
-def best_leaf(scores: Sequence[float]) -> int | None:
-    """Index of the highest finite score, the first of equals; None if there is none."""
-    finite = [i for i, score in enumerate(scores) if math.isfinite(score)]
-    return max(finite, key=lambda i: scores[i]) if finite else None
+def best_leaves(scores: Sequence[float]) -> list[int]:
+    """Indices of the highest finite score: several if leaves share it, none if no score is finite."""
+    highest = max(filter(math.isfinite, scores), default=math.nan)
+    return [i for i, score in enumerate(scores) if score == highest]
+
+
+def starred_leaves(scores: Sequence[float]) -> list[int]:
+    """Indices of the leaves that are marked as the best. If all leaves are equal, none is marked."""
+    best = best_leaves(scores)
+    return [] if len(best) == len(scores) > 1 else best
 
 
 def node_scores(nodes: Sequence[Node], scores: Sequence[float]) -> list[float]:
@@ -207,7 +213,8 @@ def draw(
     previews: Mapping[int, Sequence[Image.Image]] | None = None,
     name: str = "score",
     note: str = "",
-    selected: int | None = None,
+    selected: Collection[int] = (),
+    group: str = "prompt",
     theme: str = "dark",
 ) -> Image.Image:
     """The tree as an RGB picture, one row per leaf.
@@ -217,7 +224,8 @@ def draw(
         scores: K, higher is better; colours run from the lowest to the highest. One that is not finite is missing.
         weights: K, in 0..1, shown as bars.
         previews: {branch step: pictures of the nodes that are evaluated there}; a step that is missing has none.
-        name: the score's. note: added to the title. selected: index of a leaf to mark. theme: `dark` or `light`.
+        name: the score's. note: added to the title. selected: indices of leaves to mark. group: what each of several trees
+            is of. theme: `dark` or `light`.
 
     Raises:
         ValueError: a count does not fit the plan.
@@ -239,7 +247,7 @@ def draw(
     values = node_scores(nodes, scores) if scores is not None else [math.nan] * len(nodes)
     low, high = limits(scores or [])
     colours = [colour(value, low, high, theme) or faint for value in values]
-    best = best_leaf(scores) if scores is not None else None
+    stars = starred_leaves(scores or [])
     right = max(box.right for box in boxes) + GAP
     if scores is not None:
         right += SWATCH + SCORE
@@ -275,16 +283,16 @@ def draw(
     for i, (node, box) in enumerate(zip(nodes, boxes, strict=True)):
         if node.column == 0 and plan.trees > 1:
             y = HEADER + (node.row - (node.leaves - 1) / 2 - 0.5) * (thumbnail_height(plan) + GAP)
-            pen.text((MARGIN, y), f"prompt {node.prompt + 1}", text, normal, anchor="lm")
+            pen.text((MARGIN, y), f"{group} {node.prompt + 1}", text, normal, anchor="lm")
         if node.step is not None:
             # Pillow's own font has no Greek.
             pen.text((box.right + GAP, box.middle - 3), f"sigma {sigmas[node.step - 1]:.3f}", faint, small, anchor="lb")
         if node.leaf:
             _paste(picture, images[node.index], box)
             _leaf(pen, node, box, colours[i], text, faint, small, scores, weights, decimals(low, high), heaviest)
-            if node.index == selected:
+            if node.index in selected:
                 pen.rectangle(_corners(box, grow=3), outline=mark, width=2)
-            if node.index == best:
+            if node.index in stars:
                 _star(pen, right + MARGIN, box.middle, mark)
         elif node.column:
             shown = (previews or {}).get(node.step or 0)

@@ -16,12 +16,15 @@ A class elsewhere is a reward as well, by the name `package.module:Class`. It is
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from types import ModuleType
@@ -91,10 +94,16 @@ class Parked:
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
         """Scores as the scorer itself does."""
+        with self.on_device() as scorer:
+            return scorer.score(images, prompts, metadata)
+
+    @contextmanager
+    def on_device(self) -> Iterator[Any]:
+        """The scorer, whose weights stay on the device until the block ends."""
         try:
             # The move is inside `try`: if the device runs out of memory halfway, the weights there must go back as well.
             self.scorer.to(self.device)
-            return self.scorer.score(images, prompts, metadata)
+            yield self.scorer
         finally:
             self.scorer.to(torch.device("cpu"))
 
@@ -152,9 +161,7 @@ def check_reward(name: str, path: str | None = None, settings: Mapping[str, Any]
         ConfigError: the reward is unknown, a package that it needs is not installed, or the path cannot be used.
     """
     found = find(name)
-    missing = {module: pip for module, pip in found.PACKAGES.items() if importlib.util.find_spec(module) is None}
-    if missing:
-        raise ConfigError(f"reward {name} needs {', '.join(missing)}: pip install {' '.join(missing.values())}")
+    check_packages(name, found.PACKAGES)
     if found.check_path is not None:
         found.check_path(path, **_options(name, found, settings or {}))
     elif path is not None and found.WEIGHTS == "file":
@@ -165,6 +172,24 @@ def check_reward(name: str, path: str | None = None, settings: Mapping[str, Any]
         package = next(iter(found.PACKAGES), "")
         why = "has no weights" if found.WEIGHTS == "none" else f"has its weights from the {package} package"
         raise ConfigError(f"--reward-models {name}={path}: {name} {why}, leave it out")
+
+
+def check_packages(name: str, packages: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError if a package that a reward needs is not installed.
+
+    Args:
+        packages: the reward's PACKAGES. By default they are read in its file, which is not imported: what the file imports
+            may take seconds.
+    """
+    if packages is None:
+        source = (Path(__file__).parent / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
+        declared = {
+            ast.unparse(line.targets[0]): line.value for line in ast.parse(source).body if isinstance(line, ast.Assign)
+        }
+        packages = ast.literal_eval(declared["PACKAGES"]) if "PACKAGES" in declared else {}
+    missing = {module: pip for module, pip in packages.items() if importlib.util.find_spec(module) is None}
+    if missing:
+        raise ConfigError(f"reward {name} needs {', '.join(missing)}: pip install {' '.join(missing.values())}")
 
 
 def check_prompts(names: Sequence[str], prompts: PromptList, paths: Mapping[str, str] | None = None) -> None:

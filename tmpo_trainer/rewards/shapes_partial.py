@@ -6,7 +6,7 @@ import torch
 
 from . import shapes
 
-WEIGHTS, PACKAGES = shapes.WEIGHTS, shapes.PACKAGES
+WEIGHTS = shapes.WEIGHTS
 check, default_prompts = shapes.check, shapes.default_prompts
 
 

@@ -1,0 +1,159 @@
+// The gallery, the lightbox, the menu of a leaf, and the tree that grows while it is sampled.
+
+import assert from "node:assert/strict";
+
+export async function check(page, { file, load, run, frame, shoot, selected, faults }) {
+  await load();
+
+  // ComfyUI samples nothing again that it has sampled since it was started.
+  const seed = Date.now() % 1e9;
+  await page.evaluate((value) => {
+    const sampler = window.app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler");
+    sampler.widgets.find((widget) => widget.name === "seed").value = value;
+  }, seed);
+
+  // While it is sampled, the view shows inner nodes before leaves, and takes no choice.
+  const grown = await page.evaluate(async () => {
+    const view = window.view().tmpoTree;
+    const seen = [];
+    window.app.api.addEventListener("tmpo.growing", () => {
+      const count = (nodes) => nodes.filter((node) => node.image).length;
+      view.choose(view.tree.leaves[3]);
+      seen.push([count(view.tree.nodes), count(view.tree.leaves), view.root.querySelectorAll("img[src^=data]").length]);
+    });
+    const done = new Promise((resolve, reject) => {
+      window.app.api.addEventListener("execution_success", resolve, { once: true });
+      window.app.api.addEventListener("execution_error", ({ detail }) => reject(new Error(detail.exception_message)));
+    });
+    window.app.queuePrompt(0, 1);
+    await done;
+    return seen;
+  });
+  assert.ok(grown.length >= 2 && grown[0][0] > 0 && grown[0][1] === 0, JSON.stringify(grown));
+  assert.deepEqual(grown.at(-1), [12, 27, 39]);
+  assert.ok(["", "-1", -1].includes(await selected()));
+  await page.waitForSelector(".tmpo-tree-leaf img[src*=view]");
+  assert.equal(await page.evaluate(() => Boolean(window.view().tmpoTree.tree.growing)), false);
+
+  // An interrupted run leaves the tree that was there.
+  await page.evaluate(async () => {
+    const { api } = window.app;
+    const widget = window.app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler").widgets.find((w) => w.name === "seed");
+    const own = widget.value;
+    widget.value = own + 1;
+    const over = new Promise((resolve) => {
+      for (const name of ["execution_interrupted", "execution_success"]) api.addEventListener(name, resolve, { once: true });
+    });
+    api.addEventListener("tmpo.growing", () => api.interrupt(), { once: true });
+    window.app.queuePrompt(0, 1);
+    await over;
+    widget.value = own;
+  });
+  assert.deepEqual(await page.evaluate(() => {
+    const { tree } = window.view().tmpoTree;
+    return [tree.seed, Boolean(tree.growing)];
+  }), [String(seed), false]);
+
+  // The gallery: all leaves at once where there is room, without overlaps, chosen by click and keys.
+  await frame([700, 640]);
+  await page.getByRole("button", { name: "Gallery" }).click();
+  await frame();
+  assert.deepEqual(await faults(), []);
+  const boxes = await page.evaluate(() => [...document.querySelectorAll(".tmpo-gallery-leaf")].map((leaf) => {
+    const { left, top, right } = leaf.getBoundingClientRect();
+    return { left, top, right };
+  }));
+  assert.equal(boxes.length, 27);
+  assert.ok(boxes[0].right - boxes[0].left > 64);
+  assert.equal(await page.evaluate(() => {
+    const { scrollHeight, clientHeight } = document.querySelector(".tmpo-tree-scroll");
+    return scrollHeight > clientHeight;
+  }), false);
+  await shoot("gallery");
+  const columns = boxes.filter((box) => box.top === boxes[0].top).length;
+  const leaf = page.locator(".tmpo-tree-leaf").nth(4);
+  const indexOf = async (option) => Number((await option.getAttribute("aria-label")).match(/\d+/)[0]);
+  await leaf.click();
+  assert.equal(parseInt(await selected()), await indexOf(leaf));
+  await page.keyboard.press("ArrowDown");
+  await page.keyboard.press("Enter");
+  assert.equal(parseInt(await selected()), await indexOf(page.locator(".tmpo-tree-leaf").nth(4 + columns)));
+  await page.keyboard.press("Enter");
+  // Small, and saved with the workflow.
+  await frame([360, 420]);
+  assert.deepEqual(await faults(), []);
+  await shoot("gallery-small");
+  await page.evaluate(() => window.app.loadGraphData(window.app.graph.serialize()));
+  await run();
+  assert.equal(await page.locator(".tmpo-gallery-leaf").count(), 27);
+  await frame([700, 640]);
+
+  // The lightbox: by double click, which leaves the choice as it was.
+  const before = await selected();
+  await page.locator(".tmpo-tree-leaf").nth(2).dblclick();
+  const dialog = page.locator(".tmpo-lightbox");
+  const caption = () => page.locator(".tmpo-lightbox-caption").textContent();
+  const position = async () => parseInt(await page.locator(".tmpo-lightbox-caption span").nth(1).textContent());
+  await page.waitForFunction(() => document.querySelector(".tmpo-lightbox img")?.naturalWidth === 64);
+  assert.equal(await selected(), before);
+  assert.match(await caption(), /leaf \d+.*shapes [\d.]+.*q [\d.]+ %.*seed \d+.*path 0 \u2192 0 \u2192 2/);
+  await page.screenshot({ path: file("lightbox") });
+  for (const [key, place] of [["ArrowRight", 4], ["ArrowLeft", 3], ["End", 27], ["ArrowDown", 27], ["Home", 1]]) {
+    await page.keyboard.press(key);
+    assert.equal(await position(), place);
+  }
+  await page.getByRole("button", { name: "Next leaf" }).click();
+  assert.equal(await position(), 2);
+  await page.keyboard.press("Escape");
+  assert.equal(await dialog.count(), 0);
+  assert.ok(await page.evaluate(() => document.activeElement === window.view().tmpoTree.root));
+  await page.keyboard.press("o");
+  assert.equal(await position(), 2);
+  await page.keyboard.press("Escape");
+
+  // The menu: seed and path, a picture as a file, and a node that samples the leaf alone.
+  await page.getByRole("button", { name: "Tree", exact: true }).click();
+  await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+  const menu = async (place, name) => {
+    await page.locator(".tmpo-tree-leaf").nth(place).click({ button: "right" });
+    await page.locator(".litecontextmenu").waitFor();
+    if (name === "Copy picture") await page.screenshot({ path: file("menu") });
+    await page.locator(".litecontextmenu .litemenu-entry", { hasText: name }).click();
+  };
+  await menu(5, "Copy seed and path");
+  await page.waitForFunction(async () => /^seed \d+, path 0, 1, 2$/.test(await navigator.clipboard.readText()));
+  await menu(5, "Copy picture");
+  await page.waitForFunction(async () => (await navigator.clipboard.read())[0].types.includes("image/png"));
+  const [download] = await Promise.all([page.waitForEvent("download"), menu(5, "Save picture")]);
+  assert.equal(download.suggestedFilename(), `seed_${seed}_path_0-1-2.png`);
+  await menu(5, "Re-sample only this leaf");
+  await page.waitForTimeout(300);
+  await page.screenshot({ path: file("resample") });
+  const same = await page.evaluate(async () => {
+    const found = window.app.graph.nodes.find((node) => node.type === "TMPO_Leaf");
+    const shown = window.app.graph.nodes.find((node) => node.type === "PreviewImage");
+    const values = Object.fromEntries(found.widgets.map((widget) => [widget.name, widget.value]));
+    const done = new Promise((resolve, reject) => {
+      window.app.api.addEventListener("execution_success", resolve, { once: true });
+      window.app.api.addEventListener("execution_error", ({ detail }) => reject(new Error(detail.exception_message)));
+    });
+    window.app.queuePrompt(0, 1);
+    await done;
+    const read = async (ref) => {
+      const image = new Image();
+      image.src = `/view?${new URLSearchParams(ref)}`;
+      await image.decode();
+      const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+      canvas.drawImage(image, 0, 0);
+      return canvas.getImageData(0, 0, image.width, image.height).data;
+    };
+    const view = window.view().tmpoTree;
+    const leaf = view.tree.leaves[5];
+    const [alone, own] = [await read(window.app.nodeOutputs[shown.id].images[0]), await read(leaf.full)];
+    const difference = Math.max(...alone.map((value, i) => Math.abs(value - own[i])));
+    return { values, difference, pixels: alone.length };
+  });
+  assert.equal(same.values.path, "0, 1, 2");
+  assert.equal(same.values.branch_steps, "1, 4, 5");
+  assert.ok(same.pixels === 4 * 64 * 64 && same.difference <= 1, JSON.stringify(same));
+}

@@ -1,0 +1,40 @@
+// Small helpers for the views of this pack.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+export function element(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+/** The address of a picture: a file that ComfyUI has saved, or the picture itself as a data URL. */
+export function address(ref) {
+  return typeof ref === "string" ? ref : api.apiURL(`/view?${new URLSearchParams(ref)}`);
+}
+
+/** An <img>, empty if there is no picture yet. */
+export function picture(ref, alt) {
+  const made = element("img");
+  made.draggable = false;
+  if (ref) Object.assign(made, { alt, src: address(ref) });
+  return made;
+}
+
+export function put(target, left, top, width, height) {
+  Object.assign(target.style, { left: `${left}px`, top: `${top}px`, width: `${width}px`, height: `${height}px` });
+}
+
+export function percent(q) {
+  return `${(100 * q).toFixed(1)} %`;
+}
+
+export function addStyle(css) {
+  document.head.append(element("style", "", css));
+}
+
+export function notify(severity, summary, detail = "") {
+  app.extensionManager.toast.add({ severity, summary, detail, life: severity === "error" ? 8000 : 3000 });
+}

@@ -1,0 +1,56 @@
+// A Tree View fills in while its tree is sampled: `nodes/live.py` sends the tree's shape once, then pictures of its nodes.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const EVENT = "tmpo.growing";
+const VIEW = "TMPO_TreeView";
+
+/** Views whose tree comes from a node. Its id has the ids of the subgraphs around it before it. */
+function viewsOf(id) {
+  const own = String(id).split(":").at(-1);
+  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
+  const views = graphs.flatMap((graph) => graph.nodes.filter((node) => (node.comfyClass ?? node.type) === VIEW));
+  return views.filter((node) => {
+    const slot = node.inputs?.findIndex((input) => input.name === "tree") ?? -1;
+    const sampler = slot < 0 ? null : node.getInputNode(slot);
+    return String(sampler?.id) === own && String(sampler.comfyClass ?? sampler.type).startsWith("TMPO_TreeSampler");
+  }).map((node) => node.tmpoTree);
+}
+
+function grow(view, { tree, pictures }) {
+  if (tree) {
+    if (!view.tree?.growing) view.finished = view.tree;
+    view.show(tree);
+  }
+  // A page that was opened in the middle of a run does not know the tree.
+  if (!view.tree?.growing) return;
+  for (const node of [...view.tree.nodes, ...view.tree.leaves]) {
+    const image = pictures[node.id];
+    if (!image) continue;
+    node.image = image;
+    const shown = view.root.querySelector(`[data-node="${node.id}"] img`);
+    if (shown) shown.src = image;
+  }
+}
+
+/** A run that failed or was interrupted leaves the tree that was there before. */
+function restore() {
+  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
+  for (const node of graphs.flatMap((graph) => graph.nodes)) {
+    const view = node.tmpoTree;
+    if (!view?.tree?.growing) continue;
+    if (view.finished) view.show(view.finished);
+    else view.clear();
+  }
+}
+
+app.registerExtension({
+  name: "tmpo.growing",
+  setup() {
+    api.addEventListener(EVENT, ({ detail }) => {
+      for (const view of viewsOf(detail.node)) grow(view, detail);
+    });
+    for (const event of ["execution_error", "execution_interrupted"]) api.addEventListener(event, restore);
+  },
+});

@@ -1,0 +1,71 @@
+// "Re-sample only this leaf": adds a Leaf node with the inputs of the tree's sampler, and nodes that show its picture.
+
+import { app } from "../../scripts/app.js";
+import { notify } from "./tmpo_dom.js";
+
+const LEAF_OF = { TMPO_TreeSampler: "TMPO_Leaf", TMPO_TreeSamplerAdvanced: "TMPO_LeafAdvanced" };
+// Pixels: Nodes 2.0 draws no node narrower than this, whatever its size says.
+const NARROWEST = 225;
+
+function inputNode(node, name) {
+  const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1;
+  return slot < 0 ? null : node.getInputNode(slot);
+}
+
+/** Connects an input of a node to the output that feeds the same input of another node, if any. */
+function sameLink(from, to, name, as = name) {
+  const source = from.inputs?.findIndex((input) => input.name === name) ?? -1;
+  const target = to.inputs?.findIndex((input) => input.name === as) ?? -1;
+  const link = source < 0 || target < 0 ? null : from.getInputLink(source);
+  if (link) from.graph.getNodeById(link.origin_id)?.connect(link.origin_slot, to, target);
+  return Boolean(link);
+}
+
+function set(node, name, value) {
+  const widget = node.widgets?.find((candidate) => candidate.name === name);
+  if (!widget) return;
+  widget.value = value;
+  widget.callback?.(value);
+}
+
+export function resample(view, leaf) {
+  const { node } = view;
+  const { graph } = node;
+  const sampler = inputNode(node, "tree");
+  const type = LEAF_OF[sampler?.comfyClass ?? sampler?.type];
+  if (!type) {
+    const fix = "Connect Tree View's input tree to Tree Sampler in the same graph, without nodes between them.";
+    notify("error", "The sampler of this tree was not found", fix);
+    return;
+  }
+  app.canvas.emitBeforeChange();
+  const add = (kind, left, top) => {
+    const made = window.LiteGraph.createNode(kind);
+    made.pos = [left, top];
+    graph.add(made);
+    return made;
+  };
+  const rightOf = (other) => other.pos[0] + Math.max(other.size[0], NARROWEST) + 60;
+  // Below everything, where nothing is covered.
+  const bottom = Math.max(...graph.nodes.map((other) => other.pos[1] + other.size[1])) + 90;
+  const made = add(type, node.pos[0], bottom);
+  for (const input of made.inputs ?? []) sameLink(sampler, made, input.name);
+  for (const widget of sampler.widgets ?? []) set(made, widget.name, widget.value);
+  // The seed field may have changed since the tree was sampled.
+  if (type === "TMPO_Leaf") set(made, "seed", Number(view.tree.seed));
+  set(made, "control_after_generate", "fixed");
+  set(made, "path", leaf.path.join(", "));
+  made.title = `Leaf ${leaf.path.join(", ")}`;
+  const decode = add("VAEDecode", rightOf(made), bottom);
+  made.connect(0, decode, decode.inputs.findIndex((input) => input.name === "samples"));
+  const pictures = inputNode(node, "images");
+  const decoded = sameLink(node, decode, "vae") || (pictures !== null && sameLink(pictures, decode, "vae"));
+  if (!decoded) notify("warn", "Connect a VAE to the new VAE Decode", "Tree View has none, and the node before its images has none.");
+  const shown = add("PreviewImage", rightOf(decode), bottom);
+  shown.setSize([300, 340]);
+  decode.connect(0, shown, 0);
+  app.canvas.emitAfterChange();
+  app.canvas.selectNode(made);
+  app.canvas.centerOnNode(decode);
+  graph.setDirtyCanvas(true, true);
+}
