@@ -83,7 +83,7 @@ export async function check(page, { file, load, frame, run, shoot, selected, fau
   await shoot("several");
   const starred = await page.locator(".tmpo-tree-mark", { hasText: "\u2605" }).count();
   assert.equal(starred, await page.evaluate(() => window.view().tmpoTree.tree.stars.length));
-  await page.getByRole("button", { name: "clear" }).click();
+  await page.getByRole("button", { name: "clear", exact: true }).click();
   assert.equal(await selected(), "");
   await page.locator(".tmpo-tree-leaf").nth(8).click();
   await page.locator(".tmpo-tree-leaf").nth(2).click({ modifiers: ["Control"] });
