@@ -28,7 +28,7 @@ def graph(
         "2": node("CLIPTextEncode", clip=["1", 1], text=text),
         "3": node("EmptySD3LatentImage", width=64, height=64, batch_size=prompts),
         "4": node("TMPO_TreeSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0],
-                  steps=10, cfg=1.0, scheduler="normal", **{"seed": 2**63 + 1, **SAMPLER, **changes}),
+                  cfg=1.0, scheduler="normal", **{"seed": 2**63 + 1, "steps": 10, **SAMPLER, **changes}),
         "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
         "6": node("TMPO_ScoreImages", images=["5", 0], prompt="two red circles and a blue square", reward="shapes",
                   model="(hub)"),
@@ -107,22 +107,24 @@ def test_prompts_stand_below_one_another(comfy: Any) -> None:
 
 
 def test_a_choice_remembers_its_tree(comfy: Any) -> None:
-    (tree,) = comfy.run(graph({"selected": "7, 3"}))["7"]["tmpo_tree"]
-    found = comfy.run(graph({"selected": f"7, 3 @ {tree['fingerprints'][0]}"}))
+    small = {"branch_steps": "4", "steps": 6}
+    (tree,) = comfy.run(graph({"selected": "2, 0"}, **small))["7"]["tmpo_tree"]
+    choice = f"2, 0 @ {tree['fingerprints'][0]}"
+    found = comfy.run(graph({"selected": choice}, **small))
     assert (
-        found["7"]["tmpo_tree"][0]["notice"] == "" and found["10"]["text"] == ["7"] and found["12"]["text"] == ["7, 3"]
+        found["7"]["tmpo_tree"][0]["notice"] == "" and found["10"]["text"] == ["2"] and found["12"]["text"] == ["2, 0"]
     )
-    for reference, leaf in zip(found["9"]["images"], (7, 3), strict=True):
+    for reference, leaf in zip(found["9"]["images"], (2, 0), strict=True):
         assert (comfy.image(reference) == comfy.image(found["11"]["images"][leaf])).all()
-    # Another seed, other settings and another prompt make another tree: its best leaf counts, with a notice.
-    for changes in ({"seed": 5}, {"eta": 0.5}, {"text": "three green circles"}):
-        found = comfy.run(graph({"selected": f"7, 3 @ {tree['fingerprints'][0]}"}, **changes))
+    # Another seed or prompt makes another tree: its best leaf counts, with a notice.
+    for changes in ({"seed": 5}, {"text": "three green circles"}):
+        found = comfy.run(graph({"selected": choice}, **small, **changes))
         assert "chosen in another tree" in found["7"]["tmpo_tree"][0]["notice"] and found["12"]["text"] == ["0"]
 
 
 def test_a_choice_that_does_not_fit(comfy: Any) -> None:
-    found = comfy.run(graph({"selected": 27}))
-    assert "leaf 27 is beyond the 27 leaves" in found["7"]["tmpo_tree"][0]["notice"] and found["10"]["text"] == ["0"]
+    found = comfy.run(graph({"selected": 3}, branch_steps="4", steps=6))
+    assert "leaf 3 is beyond the 3 leaves" in found["7"]["tmpo_tree"][0]["notice"] and found["10"]["text"] == ["0"]
     with pytest.raises(Exception, match="selected is 'twelve': write places of leaves"):
         # ComfyUI still runs what does not depend on the node, so nothing else may be there to run.
         comfy.run({key: each for key, each in graph({"selected": "twelve"}).items() if key != "11"})
@@ -134,14 +136,15 @@ def test_a_fingerprint_stands_small_differences(nodes: Any) -> None:
     torch.manual_seed(0)
     plan = TreePlan.tmpo(4, (1, 2), 2)
 
-    def tree(first: torch.Tensor, seed: int = 1) -> Any:
-        return types.Tree(plan, "sde", 0.7, [1.0, 0.7, 0.4, 0.2, 0.0], torch.zeros(1), seed, 1, {}, {}, first)
+    def tree(first: torch.Tensor, seed: int = 1, eta: float = 0.7) -> Any:
+        return types.Tree(plan, "sde", eta, [1.0, 0.7, 0.4, 0.2, 0.0], torch.zeros(1), seed, 1, {}, {}, first)
 
     first = torch.randn(3, 16, 8, 8)
     own = tree(first)
     assert own.looks_like(tree(first + 0.01 * torch.randn_like(first)).fingerprint)
     assert not own.looks_like(tree(torch.randn_like(first)).fingerprint)
-    assert not own.looks_like(tree(first, seed=2).fingerprint) and not own.looks_like("4f2a91c0")
+    assert not own.looks_like(tree(first, seed=2).fingerprint) and not own.looks_like(tree(first, eta=0.5).fingerprint)
+    assert not own.looks_like("4f2a91c0")
 
 
 def test_suggestions(nodes: Any) -> None:

@@ -49,7 +49,7 @@ export async function toolsOf(page, url, folder) {
 
   async function open() {
     // Or templates and the map would cover the page.
-    const settings = { "Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false };
+    const settings = { "Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false, "Comfy.VueNodes.Enabled": false };
     await page.request.post(`${url}/settings`, { data: settings });
     await page.goto(url, { waitUntil: "domcontentloaded" });
     await page.waitForFunction(

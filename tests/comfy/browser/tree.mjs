@@ -83,7 +83,7 @@ export async function check(page, { file, load, frame, run, shoot, selected, fau
   await shoot("several");
   const starred = await page.locator(".tmpo-tree-mark", { hasText: "\u2605" }).count();
   assert.equal(starred, await page.evaluate(() => window.view().tmpoTree.tree.stars.length));
-  await page.getByRole("button", { name: "clear" }).click();
+  await page.getByRole("button", { name: "clear", exact: true }).click();
   assert.equal(await selected(), "");
   await page.locator(".tmpo-tree-leaf").nth(8).click();
   await page.locator(".tmpo-tree-leaf").nth(2).click({ modifiers: ["Control"] });
@@ -139,9 +139,10 @@ export async function check(page, { file, load, frame, run, shoot, selected, fau
   assert.match(await page.locator(".tmpo-tree-choice span").textContent(), /another tree/);
   await shoot("another-tree");
 
-  // In Nodes 2.0 the tree scrolls in its node, which keeps its size and can be made small. Older versions of ComfyUI lack it.
+  // In Nodes 2.0 the tree scrolls in its node, which keeps its size and can be made small. ComfyUI 0.3.64 (frontend 1.27) has
+  // an early form of them, without widgets such as this.
   const setting = "Comfy.VueNodes.Enabled";
-  if (await page.evaluate((id) => window.app.extensionManager.setting.get(id) !== undefined, setting)) {
+  if (await page.evaluate(() => Number(window.__COMFYUI_FRONTEND_VERSION__.split(".")[1]) > 27)) {
     const vue = (on) => page.evaluate(([id, value]) => window.app.extensionManager.setting.set(id, value), [setting, on]);
     await vue(true);
     for (const height of [600, 440]) {
