@@ -23,7 +23,7 @@ function showInputsOf(node) {
     changed ||= Boolean(widget.hidden) !== hidden;
     // The classic renderer reads the first, Nodes 2.0 the second.
     widget.hidden = hidden;
-    widget.options = { ...widget.options, hidden };
+    widget.options.hidden = hidden;
     // A seed that is not used must not change, or the node and all behind it would run again.
     if (widget.name === "control_after_generate" && hidden) widget.value = "fixed";
   }
@@ -41,7 +41,7 @@ function showNotice(node, text) {
     element.style.cssText =
       "box-sizing: border-box; padding: 6px 10px; border-radius: 6px; overflow: auto; font: 12px/1.35 system-ui, sans-serif;" +
       "color: var(--fg-color); background: color-mix(in srgb, orange 22%, var(--comfy-input-bg));";
-    const lines = () => (element.textContent ? 16 + 17 * Math.ceil(element.textContent.length / 42) : 0);
+    const lines = () => (element.textContent ? 34 + 17 * Math.ceil(element.textContent.length / 38) : 0);
     widget = node.addDOMWidget(NOTICE, NOTICE, element, {
       serialize: false,
       hideOnZoom: false,
@@ -51,7 +51,7 @@ function showNotice(node, text) {
   }
   widget.element.textContent = text ?? "";
   widget.hidden = !text;
-  widget.options = { ...widget.options, hidden: !text };
+  widget.options.hidden = !text;
   node.setSize([node.size[0], node.computeSize()[1]]);
   node.setDirtyCanvas(true, true);
 }
