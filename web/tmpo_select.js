@@ -14,6 +14,17 @@ const INPUTS = {
   "by choice": [],
 };
 
+/** The classic renderer reads the first, Nodes 2.0 the second, in the object that it got with the widget. */
+function hide(widget, hidden) {
+  widget.hidden = hidden;
+  widget.options.hidden = hidden;
+}
+
+/** Nodes 2.0 looks at the widgets again only if an element of their list changes; a copy of the list does not do. */
+function refresh(node) {
+  node.widgets.push(node.widgets.pop());
+}
+
 function showInputsOf(node) {
   const mode = node.widgets.find((widget) => widget.name === "mode").value;
   const shown = ["mode", NOTICE, ...(INPUTS[mode] ?? [])];
@@ -21,14 +32,11 @@ function showInputsOf(node) {
   for (const widget of node.widgets) {
     const hidden = !shown.includes(widget.name);
     changed ||= Boolean(widget.hidden) !== hidden;
-    // The classic renderer reads the first, Nodes 2.0 the second.
-    widget.hidden = hidden;
-    widget.options.hidden = hidden;
+    hide(widget, hidden);
     // A seed that is not used must not change, or the node and all behind it would run again.
     if (widget.name === "control_after_generate" && hidden) widget.value = "fixed";
   }
-  // The list's identity tells Nodes 2.0 that its widgets have changed.
-  node.widgets = [...node.widgets];
+  refresh(node);
   if (changed) node.setSize([node.size[0], node.computeSize()[1]]);
   node.setDirtyCanvas(true, true);
 }
@@ -50,8 +58,8 @@ function showNotice(node, text) {
     });
   }
   widget.element.textContent = text ?? "";
-  widget.hidden = !text;
-  widget.options.hidden = !text;
+  hide(widget, !text);
+  refresh(node);
   node.setSize([node.size[0], node.computeSize()[1]]);
   node.setDirtyCanvas(true, true);
 }
