@@ -9,6 +9,7 @@ from .diversity import DiversityNode, SelectBranches
 from .lora import Compare, LoadTmpoLora
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
 from .scoring import BoltzmannWeights, CombineScores, ScoreImages
+from .share import SaveLeaves, TreeAnimation
 from .training import Train, TrainingMonitor
 from .tree_view import TreeView
 
@@ -27,6 +28,8 @@ class TmpoExtension(ComfyExtension):
             DiversityNode,
             SelectBranches,
             TreeView,
+            SaveLeaves,
+            TreeAnimation,
             LoadTmpoLora,
             Compare,
             Train,

@@ -35,10 +35,10 @@ def test_colours_follow_the_values() -> None:
 def test_cells_hold_numbers_only_if_they_can_be_read() -> None:
     """27 pictures were the case in which they could not. Text has 20 of about 700 pixels at any count."""
     for count, numbers in ((9, True), (27, False), (81, False), (300, False)):
-        colours = {len(np.unique(cell.reshape(-1, 3), axis=0)) for row in cells(matrix(count)) for cell in row}
-        assert (max(colours) > 1) is numbers
+        first = cells(matrix(count))[0]
+        assert any((cell != cell[:1, :1]).any() for cell in first) is numbers
         size = grids.heat_map(matrix(count)).size
-        assert 400 < min(size) and max(size) < 850
+        assert min(size) > 400 and max(size) < 850
 
 
 def test_the_scale_has_its_label_and_ends() -> None:
