@@ -130,4 +130,4 @@ class Compare {
 }
 
 addStyle(CSS);
-addViews("tmpo.compare", ["TMPO_Compare"], [460, 760], () => new Compare());
+addViews("tmpo.compare", ["TMPO_Compare"], [560, 760], () => new Compare());

@@ -1,4 +1,4 @@
-"""A tree of pictures as an animation: it grows from its start to its leaves, and ends with the picture that `tree.draw` gives."""
+"""A tree of pictures as an animation: it grows from its start to its leaves and ends as `tree.draw` draws it."""
 
 from __future__ import annotations
 
