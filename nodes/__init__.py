@@ -11,6 +11,7 @@ from .lora import Compare, LoadTmpoLora
 from .pause import add_routes
 from .sampling import BranchScheduleNode, TreeSamplerAdvanced, TreeSamplerNode, TreeSamplerObject
 from .scoring import BoltzmannWeights, CombineScores, ScoreImages
+from .share import SaveLeaves, TreeAnimation
 from .training import Train, TrainingMonitor
 from .tree_view import TreeView
 
@@ -31,6 +32,8 @@ class TmpoExtension(ComfyExtension):
             DiversityNode,
             SelectBranches,
             TreeView,
+            SaveLeaves,
+            TreeAnimation,
             LoadTmpoLora,
             Compare,
             Train,

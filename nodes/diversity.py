@@ -88,7 +88,7 @@ class DiversityNode(io.ComfyNode):
             lines.append(f"{listed(found)} ({len(images)} images)")
             values |= found
             matrix = diversity.cosine_distances(vectors).numpy()
-        picture = grids.heat_map(matrix, max(2, min(40, 1600 // len(matrix))))
+        picture = grids.heat_map(matrix, "1 - cosine")
         sockets = [values.get(name, float("nan")) for name in ("LGMD", "cosine diversity", "Vendi score")]
         return io.NodeOutput(*sockets, to_image(picture), "\n".join(lines))
 

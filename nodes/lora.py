@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import folder_paths
 import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
+from torch import Tensor
 
 from ..tmpo_trainer.diversity import measure
 from ..tmpo_trainer.evaluation import appearance, drift
@@ -23,7 +26,7 @@ from .diversity import feature_vectors
 from .images import pixels, to_image
 from .inputs import inside
 from .newer import aliases
-from .types import CATEGORY, ScoresSocket
+from .types import CATEGORY, Scores, ScoresSocket
 
 NONE = "(none)"
 #: The LoRA that comes with the demo model.
@@ -143,15 +146,15 @@ class Compare(io.ComfyNode):
             display_name="Compare",
             category=CATEGORY,
             **aliases("before and after", "LoRA test", "side by side"),
-            description="Compares base and LoRA on the same seeds, in a grid of pairs and tables of scores, diversity and "
-            "drift, which is what the LoRA does to all pictures.",
+            description="Compares base and LoRA on the same seeds, pair by pair under a slider, and in tables of scores, "
+            "diversity and drift, which is what the LoRA does to all pictures.",
             inputs=[
                 io.Image.Input("base", tooltip="Pictures of the model without the LoRA."),
                 io.Image.Input("lora", tooltip="Pictures with the LoRA, from the same seeds in the same order."),
                 ScoresSocket.Input("base_scores", optional=True, tooltip="Scores of the base's pictures."),
                 ScoresSocket.Input("lora_scores", optional=True, tooltip="Scores of the LoRA's pictures."),
                 io.Int.Input(
-                    "pairs", default=9, min=1, max=64, tooltip="Number of pairs in the grid, spread over the batch."
+                    "pairs", default=9, min=1, max=64, tooltip="Number of pairs to show, spread over the batch."
                 ),
                 io.Boolean.Input(
                     "diversity",
@@ -198,30 +201,77 @@ class Compare(io.ComfyNode):
                 )
         before, after = pixels(base), pixels(lora)
         chosen = np.unique(np.linspace(0, len(before) - 1, min(pairs, len(before))).round().astype(int))
-        # The grid is as near to a square as the pairs allow.
-        columns = max(1, round((len(chosen) / 2) ** 0.5))
+        columns = columns_of(len(chosen), 2 * before.shape[2] / before.shape[1])
         # The gap inside a pair is narrower than that between pairs.
         thin, wide = (np.full((before.shape[1], width, 3), 255, np.uint8) for width in (1, 8))
         tiles = [np.concatenate([before[i], thin, after[i], wide], 1) for i in chosen]
         rows = [np.stack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
-        picture: Image.Image = grids.grid(rows, (), grids.zoom(before))
+        zoom = grids.zoom(before)
+        picture: Image.Image = grids.grid(rows, (), zoom)
+        picture = picture.crop((0, 0, picture.width - zoom * wide.shape[1], picture.height))
         # Pictures without scores are taken to be of one prompt.
         prompts = [""] * len(before) if base_scores is None else base_scores.prompts
         moved = drift.drifts(statistics(before, base_latent), statistics(after, lora_latent), prompts)
         text = table(cls._lines(base, lora, diversity, base_scores, lora_scores)) + "\n\n" + drift.section(moved)
-        return io.NodeOutput(to_image(picture), text, ui=ui.PreviewText(text))
+        report = {
+            "aspect": before.shape[2] / before.shape[1],
+            "pairs": pairs_report(chosen.tolist(), base, lora, base_scores, lora_scores),
+        }
+        return io.NodeOutput(to_image(picture), text, ui={"text": (text,), "tmpo_compare": [report]})
 
     @staticmethod
     def _lines(base: Any, lora: Any, with_diversity: bool, first: Any, second: Any) -> list[tuple[str, float, float]]:
         lines = []
-        if first is not None and second is not None:
-            for name in first.values:
-                if name in second.values:
-                    lines.append((name, first.values[name].mean().item(), second.values[name].mean().item()))
+        for name, (before, after) in common_scores(first, second).items():
+            lines.append((name, before.mean().item(), after.mean().item()))
         if with_diversity and len(base) > 1 and find_spec("efficientnet_lite_pytorch") is not None:
             before, after = (measure(features=feature_vectors("efficientnet-lite0", images)) for images in (base, lora))
             lines += [(name, before[name], after[name]) for name in before]
         return lines
+
+
+def columns_of(count: int, aspect: float) -> int:
+    """Columns of a grid of `count` tiles of width / height `aspect`: near a square, and few places left empty."""
+
+    def cost(columns: int) -> float:
+        rows = -(-count // columns)
+        return abs(math.log(columns * aspect / rows)) + columns * rows - count
+
+    return min(range(1, count + 1), key=cost)
+
+
+def common_scores(first: Scores | None, second: Scores | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """The scores that both batches have."""
+    if first is None or second is None:
+        return {}
+    return {name: (values, second.values[name]) for name, values in first.values.items() if name in second.values}
+
+
+def pairs_report(
+    chosen: list[int], base: Tensor, lora: Tensor, first: Scores | None, second: Scores | None
+) -> list[dict[str, Any]]:
+    """What `web/tmpo_compare.js` shows of each chosen pair: its place, both files and both scores, null if not finite."""
+    # Browsers cache by name, so every call needs new names.
+    files = [
+        ui.ImageSaveHelper.save_images(
+            images[chosen][..., :3], f"tmpo_compare_{uuid.uuid4().hex[:8]}", io.FolderType.temp, None, compress_level=1
+        )
+        for images in (base, lora)
+    ]
+    scores = common_scores(first, second)
+    return [
+        {
+            "index": index,
+            "base": before,
+            "lora": after,
+            "scores": {name: [finite(v[index].item()) for v in both] for name, both in scores.items()},
+        }
+        for index, before, after in zip(chosen, *files, strict=True)
+    ]
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def statistics(images: np.ndarray, latent: Any) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tmpo_trainer import selection
-from tmpo_trainer.pictures import charts, grids
+from tmpo_trainer.pictures import charts
 
 
 def test_boltzmann_by_hand() -> None:
@@ -61,20 +61,6 @@ def test_sample_follows_the_weights() -> None:
     assert selection.sample(weights, 3, 5) == selection.sample(weights, 3, 5)
     assert all(sorted(selection.sample(weights, 3, seed)) == [0, 1, 2] for seed in range(20))
     assert sorted(selection.sample(weights, 4, 0)) == [0, 1, 2, 3]
-
-
-def test_heat_map() -> None:
-    """A cell is darker the nearer to 0, and stands where its row and column are."""
-    values = np.array([[0.0, 0.5, 1.0], [0.5, 0.0, 0.25], [1.0, 0.25, 0.0]])
-    picture = np.asarray(grids.heat_map(values, cell=20, digits=None)).astype(int)
-    assert picture.shape == (90, 90, 3)
-    middle = {(r, c): picture[30 + 20 * r + 10, 30 + 20 * c + 10] for r in range(3) for c in range(3)}
-    assert (middle[0, 0] == grids.RAMP[0]).all() and (middle[0, 2] == grids.RAMP[-1]).all()
-    light = [middle[0, 0].sum(), middle[1, 2].sum(), middle[0, 1].sum(), middle[0, 2].sum()]
-    assert light == sorted(light)
-    assert (np.asarray(grids.heat_map(values, 40)) != np.asarray(grids.heat_map(values, 40, None))).any()
-    # Copies of one another: no division by 0.
-    assert grids.heat_map(np.zeros((4, 4))).size == (30 + 96, 30 + 96)
 
 
 def test_charts_draw_every_series() -> None:

@@ -99,7 +99,7 @@ class Comfy:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Any]:
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The pack's nodes in a ComfyUI within this process, as ComfyUI imports them. Nodes run in inference mode."""
     if not COMFYUI:
         pytest.skip("COMFYUI_PATH names no checkout of ComfyUI")
@@ -109,7 +109,10 @@ def nodes() -> Iterator[Any]:
     args.cpu = True
     import comfy.sample  # type: ignore[import-not-found]
     import comfy.samplers  # type: ignore[import-not-found]
+    import folder_paths  # type: ignore[import-not-found]
 
+    # Pictures for the page would go into the checkout.
+    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
     with torch.inference_mode():
         if "tmpo_pack" not in sys.modules:
             spec = importlib.util.spec_from_file_location(
@@ -123,12 +126,13 @@ def nodes() -> Iterator[Any]:
             diversity,
             lora,
             sampling,
+            share,
             tree_sampler,
             tree_view,
         )
 
         yield SimpleNamespace(
-            comfy=comfy, demo_model=demo_model, diversity=diversity, lora=lora, sampling=sampling,
+            comfy=comfy, demo_model=demo_model, diversity=diversity, lora=lora, sampling=sampling, share=share,
             tree_sampler=tree_sampler, tree_view=tree_view,
         )  # fmt: skip
     sys.path.remove(COMFYUI)

@@ -6,6 +6,7 @@ It needs no model: the caller gives pictures and scores. The interactive view us
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,12 @@ SWATCH, SCORE, BAR, PERCENT = 8, 64, 80, 56
 
 #: Height of a thumbnail: about `TARGET` pixels for all rows together, within bounds.
 TARGET, SMALLEST, LARGEST = 1800, 28, 96
+
+#: What a picture comes out of if its parent shows none.
+NOISE = Image.frombytes("RGB", (32, 32), random.Random(0).randbytes(3 * 32 * 32))
+
+#: The lowest row in which there is room for text.
+LOWEST = 13
 
 
 @dataclass(frozen=True)
@@ -186,19 +193,28 @@ def thumbnail_height(plan: TreePlan) -> int:
     return min(max(TARGET // rows(plan) - GAP, SMALLEST), LARGEST)
 
 
-def place(plan: TreePlan, aspect: float = 1.0) -> list[Box]:
-    """The box of each node of `layout`, for pictures of width / height `aspect`."""
-    size = thumbnail_height(plan)
+def row_height(size: int) -> int:
+    """Height of a row of the layout whose thumbnails have `size` pixels. The gap shrinks with small thumbnails."""
+    return size + (GAP if size >= SMALLEST else max(1, size // 4))
+
+
+def place(plan: TreePlan, aspect: float = 1.0, size: int | None = None) -> list[Box]:
+    """The box of each node of `layout`, for pictures of width / height `aspect` and thumbnails of height `size`.
+
+    Without a size it is `thumbnail_height`.
+    """
+    size = thumbnail_height(plan) if size is None else size
+    pitch = row_height(size)
     shape = min(max(aspect, 0.5), 2.0)
     inner = round(1.5 * size)
     stride = TRUNK + FAN + round(inner * shape)
     boxes = []
     for node in layout(plan):
-        height = min(inner, node.leaves * (size + GAP) - GAP) if node.column else 2 * GAP
+        height = min(inner, node.leaves * pitch - (pitch - size)) if node.column else 2 * GAP
         if node.leaf:
             height = size
         width = round(height * shape) if node.column else height
-        middle = HEADER + (node.row + 0.5) * (size + GAP)
+        middle = HEADER + (node.row + 0.5) * pitch
         left = MARGIN + (2 * GAP + TRUNK + FAN + (node.column - 1) * stride if node.column else 0)
         boxes.append(Box(left, round(middle - height / 2), width, height))
     return boxes
@@ -216,6 +232,8 @@ def draw(
     selected: Collection[int] = (),
     group: str = "prompt",
     theme: str = "dark",
+    size: int | None = None,
+    progress: float = math.inf,
 ) -> Image.Image:
     """The tree as an RGB picture, one row per leaf.
 
@@ -226,6 +244,9 @@ def draw(
         previews: {branch step: pictures of the nodes that are evaluated there}; a step that is missing has none.
         name: the score's. note: added to the title. selected: indices of leaves to mark. group: what each of several trees
             is of. theme: `dark` or `light`.
+        size: height of a leaf's picture, by default `thumbnail_height`. Rows too low for text have none.
+        progress: how many columns beyond the start are there. With a fraction, the pictures of the next column are on their
+            way from their parents, and turn from their parent's picture into their own.
 
     Raises:
         ValueError: a count does not fit the plan.
@@ -243,7 +264,14 @@ def draw(
         if given is not None and len(given) != wanted:
             raise ValueError(f"{len(given)} {what}, but this tree has {wanted}")
     background, text, faint, mark = THEMES[theme]
-    nodes, boxes = layout(plan), place(plan, images[0].width / images[0].height)
+    nodes, boxes = layout(plan), place(plan, images[0].width / images[0].height, size)
+    pitch = row_height(thumbnail_height(plan) if size is None else size)
+    lefts = {node.column: box.left for node, box in zip(nodes, boxes, strict=True)}
+
+    def there(column: int) -> float:
+        """How far the nodes of a column are on their way from their parents, 0..1."""
+        return min(max(progress - column + 1, 0.0), 1.0) if column else 1.0
+
     values = node_scores(nodes, scores) if scores is not None else [math.nan] * len(nodes)
     low, high = limits(scores or [])
     colours = [colour(value, low, high, theme) or faint for value in values]
@@ -253,19 +281,24 @@ def draw(
         right += SWATCH + SCORE
     if weights is not None:
         right += BAR + PERCENT
-    size = (max(right + MARGIN + 3 * GAP, 560), max(box.top + box.height for box in boxes) + MARGIN)
+    width, height = max(right + MARGIN + 3 * GAP, 560), max(box.top + box.height for box in boxes) + MARGIN
 
     # Drawn at twice the size and reduced, which makes curves smooth.
-    lines = Image.new("RGB", (2 * size[0], 2 * size[1]), background)
+    lines = Image.new("RGB", (2 * width, 2 * height), background)
     pen = ImageDraw.Draw(lines)
+    thick = min(5, pitch)
     for node, box, shade in zip(nodes, boxes, colours, strict=True):
-        if node.parent is not None:
-            curve = [(2 * x, 2 * y) for x, y in _curve(boxes[node.parent], box)]
-            pen.line(curve, fill=shade, width=5, joint="curve")
+        if node.parent is not None and there(node.column):
+            parent = boxes[node.parent]
+            end = parent.right + there(node.column) * (box.left - parent.right)
+            curve = [(2 * x, 2 * y) for x, y in _curve(parent, box) if x <= end]
+            if len(curve) > 1:
+                pen.line(curve, fill=shade, width=thick, joint="curve")
     for node, box, shade in zip(nodes, boxes, colours, strict=True):
-        if not node.leaf:
+        if not node.leaf and there(node.column + 1):
             y = 2 * box.middle
-            pen.line([(2 * box.right, y), (2 * (box.right + TRUNK), y)], fill=shade, width=5)
+            end = box.right + min(there(node.column + 1) * (lefts[node.column + 1] - box.right), TRUNK)
+            pen.line([(2 * box.right, y), (2 * end, y)], fill=shade, width=thick)
         if node.column == 0:
             pen.ellipse(_corners(box, 2), fill=shade)
     picture = lines.reduce(2)
@@ -280,24 +313,38 @@ def draw(
     if scores is not None:
         _legend(picture, pen, low, high, theme, text, small)
     heaviest = max(weights or [0.0])
+    written = pitch >= LOWEST
     for i, (node, box) in enumerate(zip(nodes, boxes, strict=True)):
-        if node.column == 0 and plan.trees > 1:
-            y = HEADER + (node.row - (node.leaves - 1) / 2 - 0.5) * (thumbnail_height(plan) + GAP)
+        share = there(node.column)
+        if not share:
+            continue
+        if node.column == 0 and plan.trees > 1 and written:
+            y = HEADER + (node.row - (node.leaves - 1) / 2 - 0.5) * pitch
             pen.text((MARGIN, y), f"{group} {node.prompt + 1}", text, normal, anchor="lm")
-        if node.step is not None:
+        if share < 1:
+            before, after = (_shown(each, images, previews) for each in (nodes[node.parent or 0], node))
+            if after is not None:
+                # On the trunk it still is the parent's picture, from which the children part.
+                tip, part = _at_tip(boxes[node.parent or 0], box, share)
+                _paste(picture, after, tip, before or NOISE, part)
+            continue
+        if node.step is not None and written:
             # Pillow's own font has no Greek.
             pen.text((box.right + GAP, box.middle - 3), f"sigma {sigmas[node.step - 1]:.3f}", faint, small, anchor="lb")
         if node.leaf:
             _paste(picture, images[node.index], box)
-            _leaf(pen, node, box, colours[i], text, faint, small, scores, weights, decimals(low, high), heaviest)
+            _leaf(
+                pen, node, box, colours[i], text, faint, small if written else None, scores, weights,
+                decimals(low, high), heaviest,
+            )  # fmt: skip
             if node.index in selected:
                 pen.rectangle(_corners(box, grow=3), outline=mark, width=2)
             if node.index in stars:
                 _star(pen, right + MARGIN, box.middle, mark)
         elif node.column:
-            shown = (previews or {}).get(node.step or 0)
+            shown = _shown(node, images, previews)
             if shown is not None:
-                _paste(picture, shown[node.index], box)
+                _paste(picture, shown, box)
             pen.rectangle(_corners(box), outline=colours[i])
     return picture
 
@@ -322,12 +369,37 @@ def _corners(box: Box, times: int = 1, grow: int = 0) -> tuple[int, int, int, in
     )
 
 
-def _paste(picture: Image.Image, image: Image.Image, box: Box) -> None:
-    """Pastes the whole image, centred in the box."""
+def _paste(
+    picture: Image.Image, image: Image.Image, box: Box, before: Image.Image | None = None, share: float = 1
+) -> None:
+    """Pastes the whole image, centred in the box. With an image `before`, it is mixed with that: `share` is the image's."""
     ratio = min(box.width / image.width, box.height / image.height)
     width, height = max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
     fitted = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    if before is not None:
+        fitted = Image.blend(before.convert("RGB").resize((width, height), Image.Resampling.BICUBIC), fitted, share)
     picture.paste(fitted, (box.left + (box.width - width) // 2, box.top + (box.height - height) // 2))
+
+
+def _shown(
+    node: Node, images: Sequence[Image.Image], previews: Mapping[int, Sequence[Image.Image]] | None
+) -> Image.Image | None:
+    """The picture of a node; None for a start, and for a node without a preview."""
+    if node.leaf:
+        return images[node.index]
+    pictures = (previews or {}).get(node.step or 0) if node.column else None
+    return None if pictures is None else pictures[node.index]
+
+
+def _at_tip(parent: Box, child: Box, share: float) -> tuple[Box, float]:
+    """The box at the tip of an edge that is drawn to a share, and how far the tip is between the bend and the child, 0..1."""
+    end = parent.right + share * (child.left - parent.right)
+    part = max(end - parent.right - TRUNK, 0) / (child.left - parent.right - TRUNK)
+    middle = parent.middle + (child.middle - parent.middle) * part * part * (3 - 2 * part)
+    width, height = (
+        round(a + share * (b - a)) for a, b in ((parent.width, child.width), (parent.height, child.height))
+    )
+    return Box(round(end), round(middle - height / 2), width, height), part
 
 
 def _heads(
@@ -368,10 +440,10 @@ def _legend(
 
 def _leaf(
     pen: ImageDraw.ImageDraw, node: Node, box: Box, shade: str, text: str, faint: str,
-    font: Font, scores: Sequence[float] | None,
+    font: Font | None, scores: Sequence[float] | None,
     weights: Sequence[float] | None, digits: int, heaviest: float,
 ) -> None:  # fmt: skip
-    """Draws a leaf's colour, score and weight beside it."""
+    """Draws a leaf's colour, score and weight beside it, without a font only colour and bar."""
     x = box.right + GAP
     if scores is not None:
         score = scores[node.index]
@@ -379,13 +451,16 @@ def _leaf(
         pen.rectangle(_corners(Box(x, box.top, SWATCH, box.height)), fill=shade)
         x += SWATCH + SCORE
         word = f"{score:.{digits}f}" if finite else "n/a"
-        pen.text((x, box.middle), word, text if finite else faint, font, anchor="rm")
+        if font is not None:
+            pen.text((x, box.middle), word, text if finite else faint, font, anchor="rm")
     if weights is not None:
         weight = weights[node.index]
         length = round((BAR - 2 * GAP) * weight / heaviest) if heaviest else 0
         if length:
-            pen.rectangle(_corners(Box(x + 2 * GAP, round(box.middle) - 5, length, 10)), fill=shade)
-        pen.text((x + BAR + PERCENT, box.middle), f"{100 * weight:.1f} %", text, font, anchor="rm")
+            thick = min(10, box.height)
+            pen.rectangle(_corners(Box(x + 2 * GAP, round(box.middle) - thick // 2, length, thick)), fill=shade)
+        if font is not None:
+            pen.text((x + BAR + PERCENT, box.middle), f"{100 * weight:.1f} %", text, font, anchor="rm")
 
 
 def _star(pen: ImageDraw.ImageDraw, x: float, y: float, shade: str) -> None:
