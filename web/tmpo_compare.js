@@ -1,7 +1,8 @@
 // The view of the "Compare" node: base and LoRA on the two sides of a divider, and below them the tables.
 
 import { markdown } from "./tmpo_markdown.js";
-import { addStyle, addViews, element, panel, pictureURL } from "./tmpo_panel.js";
+import { addStyle, address, element } from "./tmpo_dom.js";
+import { addViews, panel } from "./tmpo_panel.js";
 
 const OUTPUT = "tmpo_compare";
 const MIN_HEIGHT = 260;
@@ -88,8 +89,8 @@ class Compare {
   turn(by) {
     this.at = Math.min(Math.max(this.at + by, 0), this.pairs.length - 1);
     const pair = this.pairs[this.at];
-    this.base.src = pictureURL(pair.base);
-    this.lora.src = pictureURL(pair.lora);
+    this.base.src = address(pair.base);
+    this.lora.src = address(pair.lora);
     this.base.alt = `Picture ${pair.index} of the base`;
     this.lora.alt = `Picture ${pair.index} with the LoRA`;
     this.place.textContent = `picture ${pair.index} (${this.at + 1} of ${this.pairs.length})`;
@@ -105,7 +106,7 @@ class Compare {
     this.bar.append(...scores);
     // Both are there when the next pair is asked for.
     const after = this.pairs[this.at + 1];
-    if (after) for (const ref of [after.base, after.lora]) new Image().src = pictureURL(ref);
+    if (after) for (const ref of [after.base, after.lora]) new Image().src = address(ref);
   }
 
   divide() {

@@ -1,7 +1,7 @@
 // The Markdown that this pack's nodes write, as elements: headings, tables, lists, paragraphs, `code` and **bold**.
 // Text from a node only ever becomes text. Pictures are named, not loaded.
 
-import { addStyle, element } from "./tmpo_panel.js";
+import { addStyle, element } from "./tmpo_dom.js";
 
 const CSS = `
 .tmpo-markdown { padding: 6px 10px; user-select: text; cursor: text; }

@@ -1,7 +1,7 @@
-// What the views of this pack share: elements, a frame that scrolls in itself, and the way outputs reach a view.
+// What the views of texts and pairs share: a frame that scrolls in itself, and the way outputs reach a view.
 
 import { app } from "../../scripts/app.js";
-import { api } from "../../scripts/api.js";
+import { addStyle, element } from "./tmpo_dom.js";
 
 // In Nodes 2.0 the height of a view's content would force the height of its node; size containment keeps it out.
 const CSS = `
@@ -12,22 +12,6 @@ const CSS = `
   scrollbar-color: var(--descrip-text) transparent; }
 .tmpo-empty { margin: auto; padding: 12px; color: var(--descrip-text); text-align: center; }
 `;
-
-export function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
-  return made;
-}
-
-export function addStyle(css) {
-  document.head.append(element("style", "", css));
-}
-
-/** The address of a picture that a node has saved. */
-export function pictureURL(ref) {
-  return api.apiURL(`/view?${new URLSearchParams(ref)}`);
-}
 
 /** A frame of at least this height. The wheel scrolls its `tmpo-scroll` parts; the canvas gets what the frame does not use. */
 export function panel(className, minHeight) {

@@ -1,7 +1,8 @@
 // Shows the text output of nodes that describe what they did, below their widgets.
 
 import { markdown } from "./tmpo_markdown.js";
-import { addStyle, addViews, element, panel } from "./tmpo_panel.js";
+import { addStyle, element } from "./tmpo_dom.js";
+import { addViews, panel } from "./tmpo_panel.js";
 
 const MIN_HEIGHT = 90;
 
