@@ -36,7 +36,7 @@ from importlib.machinery import PathFinder
 class Hiding(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        hidden = name.partition(".")[0] in ("diffusers", "peft", "accelerate", "matplotlib")
+        hidden = name.partition(".")[0] in ("diffusers", "peft", "accelerate", "matplotlib", "cv2")
         return None if hidden else super().find_spec(name, path, target)
 
 if "main.py" in sys.orig_argv:
