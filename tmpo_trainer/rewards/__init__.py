@@ -181,13 +181,14 @@ def check_packages(name: str, packages: Mapping[str, str] | None = None) -> None
         packages: the reward's PACKAGES. By default they are read in its file, which is not imported: what the file imports
             may take seconds.
     """
+    needed: Mapping[str, str] = packages or {}
     if packages is None:
         source = (Path(__file__).parent / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8")
         declared = {
             ast.unparse(line.targets[0]): line.value for line in ast.parse(source).body if isinstance(line, ast.Assign)
         }
-        packages = ast.literal_eval(declared["PACKAGES"]) if "PACKAGES" in declared else {}
-    missing = {module: pip for module, pip in packages.items() if importlib.util.find_spec(module) is None}
+        needed = ast.literal_eval(declared["PACKAGES"]) if "PACKAGES" in declared else {}
+    missing = {module: pip for module, pip in needed.items() if importlib.util.find_spec(module) is None}
     if missing:
         raise ConfigError(f"reward {name} needs {', '.join(missing)}: pip install {' '.join(missing.values())}")
 
