@@ -206,10 +206,10 @@ def test_qwen_images_pictures_in_the_nodes(nodes: Any, monkeypatch: pytest.Monke
     (images,) = stock.VAEDecode().decode(vae, out)
     assert images.shape == (4, 32, 16, 3)
     monkeypatch.setattr(nodes.tree_view, "save", lambda pictures: [{} for _ in pictures])
-    picture, chosen, image = nodes.tree_view.TreeView.execute(found, images, "dark", 1.0, 2, None, vae).result
-    assert chosen == 2 and torch.equal(image, images[2:3]) and picture.shape[-1] == 3
+    picture, chosen, image, choice = nodes.tree_view.TreeView.execute(found, images, "dark", 1.0, "2", None, vae).result
+    assert (chosen, choice) == (2, "2") and torch.equal(image, images[2:3]) and picture.shape[-1] == 3
     with pytest.raises(ValueError, match="not the leaves of this tree"):
-        nodes.tree_view.TreeView.execute(found, 1 - images.flip(0), "dark", 1.0, 2, None, vae)
+        nodes.tree_view.TreeView.execute(found, 1 - images.flip(0), "dark", 1.0, "2", None, vae)
     picked = nodes.diversity.SelectBranches.execute(images, "by index", 1, 0, 2.0, 0, 3, out).result
     assert torch.equal(picked[1]["samples"], out["samples"][3:])
     lgmd = nodes.diversity.DiversityNode.execute("efficientnet-lite0", None, out, family[1]).result[0]

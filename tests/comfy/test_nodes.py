@@ -374,7 +374,8 @@ def test_a_lora_of_other_sizes_is_refused_and_none_is_none(comfy: Any) -> None:
     [
         ({"reward": "os:system"}, "reward: os:system is not in the list"),
         ({"reward": "remote"}, "reward: remote is not in the list"),
-        ({"model": "../../../etc"}, "model: .* is not in the list"),
+        # Newer versions of ComfyUI find this themselves.
+        ({"model": "../../../etc"}, "model: .* (is not in the list|not in)"),
     ],
 )
 def test_a_workflow_cannot_have_other_scorers_or_files_loaded(comfy: Any, changes: dict[str, str], said: str) -> None:
@@ -438,7 +439,7 @@ def test_training_from_a_graph(comfy: Any) -> None:
         ({"output_dir": "run two", "settings": "output_dir: x"}, "settings: output_dir: x is not a line"),
         ({"output_dir": "run two", "settings": "branching: 1"}, "exit code 2: .*branching 1"),
         ({"output_dir": "run two", "reward": "remote"}, "reward: remote is not known"),
-        ({"output_dir": "run two", "model": "/etc"}, "model: /etc is not in the list"),
+        ({"output_dir": "run two", "model": "/etc"}, "model: '?/etc'? (is not in the list|not in)"),
     ):
         with pytest.raises(Exception, match=said):
             comfy.run({"2": node("TMPO_Train", **asked | change)})

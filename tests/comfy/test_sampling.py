@@ -407,12 +407,12 @@ def test_the_view_decodes_a_tree_once(pack: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tree_view, "save", lambda pictures: [{} for _ in pictures])
     leaves, found = sample(pack)
     images, vae, other = pack.vae.decode(leaves), Counting(), Counting()
-    shown = [tree_view.TreeView.execute(found, images, "dark", 1.0, chosen, None, vae).result for chosen in (0, 5)]
+    shown = [tree_view.TreeView.execute(found, images, "dark", 1.0, chosen, None, vae).result for chosen in ("0", "5")]
     # Steps 4 and 5, and the first leaves.
     assert vae.calls == 3 and shown[1][1] == 5
-    tree_view.TreeView.execute(found, images, "dark", 1.0, 0, None, other)
+    tree_view.TreeView.execute(found, images, "dark", 1.0, "0", None, other)
     assert other.calls == 3
-    tree_view.TreeView.execute(sample(pack)[1], images, "dark", 1.0, 0, None, vae)
+    tree_view.TreeView.execute(sample(pack)[1], images, "dark", 1.0, "0", None, vae)
     assert vae.calls == 6
     # The view keeps no tree alive.
     kept = weakref.ref(found)
