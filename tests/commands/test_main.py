@@ -459,7 +459,8 @@ def test_methods_on_noised_leaves_go_with_a_protocol(
     for flags in (["--preset", "geneval"], ["--preset", "pickscore", "recommended"], ["--preset", "demo-long"]):
         settings = printed(capsys, *flags, "--method", name)
         assert flags[1] == "demo-long" or {key: settings[key] for key in expected} == expected
-    assert settings["prompts_per_update"] == settings["prompts_per_batch"] == 8 and settings["solver"] == "euler"
+    assert settings["prompts_per_update"] == settings["prompts_per_batch"] == 8
+    assert (settings["rollout"], settings["solver"]) == (("tree", "ab2") if name == "nft" else ("chains", "euler"))
 
 
 @pytest.mark.parametrize("name", RIVALS)
