@@ -172,7 +172,9 @@ def test_prompts_of_a_graph_are_those_of_its_positive_encoders(nodes: Any) -> No
     }
     for name, of in (("5", "samples"), ("8", "images"), ("9", "images")):
         assert inputs.prompt_texts(found, name, of) == {"1": "long"}
-    assert inputs.prompt_texts({**found, "12": node("VAEDecode", samples=["11", 0], vae=["9", 0])}, "12", "samples") == {}
+    assert (
+        inputs.prompt_texts({**found, "12": node("VAEDecode", samples=["11", 0], vae=["9", 0])}, "12", "samples") == {}
+    )
 
 
 def test_fewer_pictures_than_asked_for_are_a_notice(nodes: Any) -> None:
