@@ -96,15 +96,19 @@ def prompt_texts(graph: Mapping[str, Any], node: str, name: str) -> dict[str, st
 
 def _links(graph: Mapping[str, Any], node: str, names: Sequence[str]) -> list[list[Any]]:
     given = [graph[node]["inputs"].get(name) for name in names]
-    return [link for link in given if isinstance(link, list) and len(link) == 2 and link[0] in graph]
+    return [link for link in given if _is_link(graph, link)]
+
+
+def _is_link(graph: Mapping[str, Any], value: Any) -> bool:
+    """Whether an input's value is a link to a node of the graph. The value of a widget may be a list as well."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and value[0] in graph
 
 
 def _text(graph: Mapping[str, Any], value: Any) -> str | None:
     """A text, or the only text of the node from which it comes; None if that node has none or several."""
     for _ in range(len(graph)):
-        if not isinstance(value, list):
+        if not _is_link(graph, value):
             break
-        inputs = graph[value[0]]["inputs"] if value[0] in graph else {}
-        given = [each for each in inputs.values() if isinstance(each, (str, list))]
+        given = [each for each in graph[value[0]]["inputs"].values() if isinstance(each, (str, list))]
         value = given[0] if len(given) == 1 else None
     return value if isinstance(value, str) else None

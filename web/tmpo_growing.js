@@ -2,16 +2,15 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { allNodes } from "./tmpo_dom.js";
 
 const EVENT = "tmpo.growing";
-const VIEW = "TMPO_TreeView";
 
 /** Views whose tree comes from a node. Its id has the ids of the subgraphs around it before it. */
 function viewsOf(id) {
   const own = String(id).split(":").at(-1);
-  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
-  const views = graphs.flatMap((graph) => graph.nodes.filter((node) => (node.comfyClass ?? node.type) === VIEW));
-  return views.filter((node) => {
+  return allNodes().filter((node) => {
+    if (!node.tmpoTree) return false;
     const slot = node.inputs?.findIndex((input) => input.name === "tree") ?? -1;
     const sampler = slot < 0 ? null : node.getInputNode(slot);
     return String(sampler?.id) === own && String(sampler.comfyClass ?? sampler.type).startsWith("TMPO_TreeSampler");
@@ -34,10 +33,9 @@ function grow(view, { tree, pictures }) {
   }
 }
 
-/** A run that failed or was interrupted leaves the tree that was there before. */
+/** A run that ends without the view, because it failed, was interrupted or ran other nodes alone, leaves the tree before it. */
 function restore() {
-  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
-  for (const node of graphs.flatMap((graph) => graph.nodes)) {
+  for (const node of allNodes()) {
     const view = node.tmpoTree;
     if (!view?.tree?.growing) continue;
     if (view.finished) view.show(view.finished);
@@ -51,6 +49,6 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => {
       for (const view of viewsOf(detail.node)) grow(view, detail);
     });
-    for (const event of ["execution_error", "execution_interrupted"]) api.addEventListener(event, restore);
+    for (const event of ["execution_error", "execution_interrupted", "execution_success"]) api.addEventListener(event, restore);
   },
 });

@@ -23,8 +23,7 @@ addStyle(`
 `);
 
 /** What is known of a leaf, as pairs of name and text. */
-function facts(view, leaf) {
-  const { tree } = view;
+function facts(tree, leaf) {
   const found = Object.entries(leaf.scores).map(([name, value]) => [
     name,
     value === null ? "n/a" : value.toFixed(name === tree.score ? tree.decimals : 3),
@@ -37,7 +36,8 @@ function facts(view, leaf) {
 
 /** Opens a leaf. It closes with Escape, its button, or a click beside the picture; focus returns to the view. */
 export function openLightbox(view, first) {
-  const { leaves } = view.tree;
+  const { tree } = view;
+  const { leaves } = tree;
   let at = leaves.indexOf(first);
   const dialog = element("dialog", "tmpo-lightbox");
   dialog.tabIndex = -1;
@@ -61,7 +61,7 @@ export function openLightbox(view, first) {
     shown.alt = `Leaf ${leaf.index}`;
     const title = element("span", "", `leaf ${leaf.index} ${view.signs(leaf)}`.trim());
     caption.replaceChildren(title, element("span", "", `${at + 1} of ${leaves.length}`));
-    for (const [name, text] of facts(view, leaf)) {
+    for (const [name, text] of facts(tree, leaf)) {
       const fact = element("span");
       fact.append(element("b", "", `${name} `), text);
       caption.append(fact);
@@ -87,7 +87,8 @@ export function openLightbox(view, first) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in moves) show(moves[event.key]);
     else if (event.key === "Enter" && event.target === dialog) {
-      view.choose(leaves[at]);
+      // A run may have ended meanwhile: the same place in its tree is another leaf.
+      if (view.tree === tree) view.choose(leaves[at]);
       show(at);
     } else return;
     event.preventDefault();

@@ -2,10 +2,9 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addStyle, element, notify } from "./tmpo_dom.js";
+import { addStyle, allNodes, element, notify } from "./tmpo_dom.js";
 
 const EVENT = "tmpo.waiting";
-const VIEW = "TMPO_TreeView";
 const CSS = `
 .tmpo-tree-pause { display: flex; gap: 8px; align-items: center; padding: 6px 12px;
   border-bottom: 1px solid var(--border-color); background: color-mix(in srgb, var(--fg-color) 12%, transparent); }
@@ -14,11 +13,6 @@ const CSS = `
   background: var(--fg-color); color: var(--comfy-menu-bg); }
 .tmpo-tree-pause button:disabled { cursor: default; opacity: 0.5; }
 `;
-
-function allViews() {
-  const graphs = [app.graph, ...(app.graph.subgraphs?.values() ?? [])];
-  return graphs.flatMap((graph) => graph.nodes.filter((node) => (node.comfyClass ?? node.type) === VIEW));
-}
 
 /** Whether a run is this page's: queued by it, or with the workflow that is open. */
 function isHere({ client, workflow }) {
@@ -56,8 +50,9 @@ function barOf(node, id) {
 
 function show(waiting) {
   const here = waiting.filter(isHere);
-  for (const node of allViews()) {
+  for (const node of allNodes()) {
     const view = node.tmpoTree;
+    if (!view) continue;
     // A node in a subgraph has the ids of the subgraphs before its own.
     const found = here.find((each) => String(each.node).split(":").at(-1) === String(node.id));
     const id = found?.id;

@@ -21,8 +21,12 @@ function sameLink(from, to, name, as = name) {
   return Boolean(link);
 }
 
+function fieldOf(node, name) {
+  return node?.widgets?.find((widget) => widget.name === name);
+}
+
 function set(node, name, value) {
-  const widget = node.widgets?.find((candidate) => candidate.name === name);
+  const widget = fieldOf(node, name);
   if (!widget) return;
   widget.value = value;
   widget.callback?.(value);
@@ -52,7 +56,15 @@ export function resample(view, leaf) {
   for (const input of made.inputs ?? []) sameLink(sampler, made, input.name);
   for (const widget of sampler.widgets ?? []) set(made, widget.name, widget.value);
   // The seed field may have changed since the tree was sampled.
-  if (type === "TMPO_Leaf") set(made, "seed", Number(view.tree.seed));
+  const seed = Number(view.tree.seed);
+  const field = fieldOf(inputNode(sampler, "noise"), "noise_seed");
+  if (type === "TMPO_Leaf") set(made, "seed", seed);
+  else if (field && field.value !== seed) {
+    const noise = add("RandomNoise", made.pos[0] - NARROWEST - 60, bottom);
+    set(noise, "noise_seed", seed);
+    set(noise, "control_after_generate", "fixed");
+    noise.connect(0, made, made.inputs.findIndex((input) => input.name === "noise"));
+  }
   set(made, "control_after_generate", "fixed");
   set(made, "path", leaf.path.join(", "));
   made.title = `Leaf ${leaf.path.join(", ")}`;

@@ -43,7 +43,7 @@ function showInputsOf(node) {
 
 function showNotice(node, text) {
   let widget = node.widgets.find((each) => each.name === NOTICE);
-  if (!widget && !text) return;
+  if ((widget?.element.textContent ?? "") === (text ?? "")) return;
   if (!widget) {
     const element = document.createElement("div");
     element.style.cssText =

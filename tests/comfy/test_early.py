@@ -165,9 +165,16 @@ def test_prompts_of_a_graph_are_those_of_its_positive_encoders(nodes: Any) -> No
         "6": node("CLIPTextEncode", clip=["9", 0], text="ugly"),
         "7": node("KSampler", positive=["1", 0], negative=["6", 0], latent_image=["4", 0]),
         "8": node("Other", images=["7", 0], text="no prompt"),
+        # Values of widgets, and no links.
+        "9": node("Painter", images=["5", 0], points=[[1, 2], [3, 4]], positive=[]),
+        "10": node("CLIPTextEncode", text=[]),
+        "11": node("KSampler", positive=["10", 0]),
     }
-    for name, of in (("5", "samples"), ("8", "images")):
+    for name, of in (("5", "samples"), ("8", "images"), ("9", "images")):
         assert inputs.prompt_texts(found, name, of) == {"1": "long"}
+    assert (
+        inputs.prompt_texts({**found, "12": node("VAEDecode", samples=["11", 0], vae=["9", 0])}, "12", "samples") == {}
+    )
 
 
 def test_fewer_pictures_than_asked_for_are_a_notice(nodes: Any) -> None:

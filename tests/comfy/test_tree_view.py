@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,22 @@ def test_a_choice_that_does_not_fit(comfy: Any) -> None:
     with pytest.raises(Exception, match="selected is 'twelve': write places of leaves"):
         # ComfyUI still runs what does not depend on the node, so nothing else may be there to run.
         comfy.run({key: each for key, each in graph({"selected": "twelve"}).items() if key != "11"})
+
+
+def test_a_text_is_read_as_a_choice_at_once(nodes: Any) -> None:
+    from tmpo_pack.nodes.choice import Choice  # type: ignore[import-not-found]
+
+    for text, leaves, tree in (
+        (" ", (), ""), ("-1", (), ""), ("12", (12,), ""), (" 12 ,3, 12 @ 4f2a91c0 ", (12, 3), "4f2a91c0"), ("@4f", (), "4f"),
+    ):  # fmt: skip
+        assert Choice.parse(text) == Choice(leaves, tree)
+    # The server answers nobody while it reads the text of a workflow.
+    long = " " * 2000
+    start = time.perf_counter()
+    for text in (f"{long}x", f"1{long}x", "1,", "1 2", "-2", "1 @", "1 @ x", "1 @ 4f @ 4f", "1234567890"):
+        with pytest.raises(ValueError, match="write places of leaves"):
+            Choice.parse(text)
+    assert time.perf_counter() - start < 1
 
 
 def test_a_fingerprint_stands_small_differences(nodes: Any) -> None:

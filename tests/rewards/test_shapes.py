@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 from tmpo_trainer.demo import domain
 from tmpo_trainer.demo.domain import Clause, Object, Scene
 from tmpo_trainer.rewards import shapes
+from tmpo_trainer.rewards.parts import without_opencv
 from tmpo_trainer.rewards.shapes import Found, ShapesScorer, detect, judge
 
 GREY = np.array([0.5, 0.52, 0.48])
@@ -222,6 +225,17 @@ def test_without_opencv_the_same_objects_are_found(monkeypatch: pytest.MonkeyPat
         without = [detect(picture) for picture in pictures]
     shapes.opencv.cache_clear()
     assert [sorted(found, key=str) for found in without] == [sorted(found, key=str) for found in with_it]
+
+
+def test_distances_without_opencv_need_little_memory():
+    mask = np.ones((250, 300), np.uint8)
+    mask[20:230, 30:280] = 0
+    expected = cv2.distanceTransform(mask, cv2.DIST_L2, 5)
+    tracemalloc.start()
+    found = without_opencv.distanceTransform(mask, without_opencv.DIST_L2, 5)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.abs(found - expected).max() < 1e-5 and most < 64 * 2**20
 
 
 # judge

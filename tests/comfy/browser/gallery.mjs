@@ -54,6 +54,29 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
     return [tree.seed, Boolean(tree.growing)];
   }), [String(seed), false]);
 
+  // So does a run of other nodes alone.
+  await page.evaluate(async () => {
+    const { app, view, LiteGraph } = window;
+    const find = (type) => app.graph.nodes.find((node) => node.type === type);
+    const shown = LiteGraph.createNode("PreviewImage");
+    app.graph.add(shown);
+    find("VAEDecode").connect(0, shown, 0);
+    const widget = find("TMPO_TreeSampler").widgets.find((w) => w.name === "seed");
+    view().mode = 2;
+    widget.value += 2;
+    const grows = new Promise((resolve) => app.api.addEventListener("tmpo.growing", resolve, { once: true }));
+    const done = new Promise((resolve) => app.api.addEventListener("execution_success", resolve, { once: true }));
+    app.queuePrompt(0, 1);
+    await Promise.all([grows, done]);
+    widget.value -= 2;
+    view().mode = 0;
+    app.graph.remove(shown);
+  });
+  assert.deepEqual(await page.evaluate(() => {
+    const { tree } = window.view().tmpoTree;
+    return [tree.seed, Boolean(tree.growing)];
+  }), [String(seed), false]);
+
   // The gallery: all leaves at once where there is room, without overlaps, chosen by click and keys.
   await frame([700, 640]);
   await page.getByRole("button", { name: "Gallery" }).click();
@@ -156,4 +179,23 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   assert.equal(same.values.path, "0, 1, 2");
   assert.equal(same.values.branch_steps, "1, 4, 5");
   assert.ok(same.pixels === 4 * 64 * 64 && same.difference <= 1, JSON.stringify(same));
+
+  // The leaf of a sampler whose noise has another seed by now gets the tree's seed.
+  await page.evaluate((other) => {
+    const { app, view, LiteGraph } = window;
+    const [noise, sampler] = ["RandomNoise", "TMPO_TreeSamplerAdvanced"].map((type) => {
+      const node = LiteGraph.createNode(type);
+      app.graph.add(node);
+      return node;
+    });
+    noise.widgets.find((widget) => widget.name === "noise_seed").value = other;
+    noise.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "noise"));
+    sampler.connect(1, view(), view().inputs.findIndex((input) => input.name === "tree"));
+  }, seed + 1);
+  await menu(5, "Re-sample only this leaf");
+  assert.equal(await page.evaluate(() => {
+    const leaf = window.app.graph.nodes.find((node) => node.type === "TMPO_LeafAdvanced");
+    const noise = leaf.getInputNode(leaf.inputs.findIndex((input) => input.name === "noise"));
+    return noise.widgets.find((widget) => widget.name === "noise_seed").value;
+  }), seed);
 }

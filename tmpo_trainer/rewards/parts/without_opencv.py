@@ -1,7 +1,7 @@
 """The functions of OpenCV that the shapes scorer calls, in numpy, for where OpenCV is not installed.
 
-They take what that scorer gives and return what it reads, under OpenCV's names. Masks and distances are the same to the bit,
-colours to 1/64 of a unit, areas to rounding.
+They take what that scorer gives and return what it reads, under OpenCV's names. Masks are the same to the bit, distances and
+areas to rounding, colours to 1/64 of a unit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ GRID = 33
 UNIT, STEPS = 1 << 14, 16
 #: The 5x5 chamfer distance: the lengths of a diagonal step and of a knight's move.
 DIAGONAL, KNIGHT = np.float32(1.4), np.float32(2.1969)
+#: Distances that are compared at once. Those of a large picture would take gigabytes.
+BLOCK = 1 << 20
 
 
 def medianBlur(image: np.ndarray, size: int) -> np.ndarray:
@@ -158,13 +160,19 @@ def erode(mask: np.ndarray, kernel: np.ndarray, iterations: int, **border: Any) 
 def distanceTransform(mask: np.ndarray, kind: int, size: int) -> np.ndarray:
     """The 5x5 chamfer distance of every pixel from the nearest one that is 0, float32 `[H, W]`."""
     height, width = mask.shape
-    rows, starts, ends = _runs(mask == 0)
-    # Of each run the nearest pixel counts.
-    columns = np.arange(width)[:, None]
-    across = np.maximum(np.maximum(starts - columns, columns - ends + 1), 0)
+    longest, columns, empty = max(height, width), np.arange(width), mask == 0
+    # Of each row only the nearest pixel counts.
+    before = np.maximum.accumulate(np.where(empty, columns, -longest), 1)
+    after = np.minimum.accumulate(np.where(empty, columns, 2 * longest)[:, ::-1], 1)[:, ::-1]
+    rows = np.flatnonzero(empty.any(1))
+    across = np.minimum(columns - before, after - columns)[rows]
     down = np.abs(np.arange(height)[:, None] - rows)
-    longest = max(height, width)
-    return _chamfer(longest).take(down[:, None] * longest + across).min(-1)
+    found = np.empty((height, width), np.float32)
+    block = max(1, BLOCK // across.size)
+    for first in range(0, height, block):
+        places = down[first : first + block, :, None] * longest + across
+        found[first : first + block] = _chamfer(longest).take(places).min(1)
+    return found
 
 
 @cache
