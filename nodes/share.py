@@ -20,6 +20,7 @@ from ..tmpo_trainer.pictures import tree as tree_picture
 from ..tmpo_trainer.settings.errors import one_line
 from .images import pixels
 from .inputs import one_of
+from .newer import aliases
 from .tree_view import decoded, to_pil
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
 
@@ -114,6 +115,7 @@ class SaveLeaves(io.ComfyNode):
             node_id="TMPO_SaveLeaves",
             display_name="Save Leaves",
             category=CATEGORY,
+            **aliases("save image", "metadata", "save with scores"),
             description="Saves pictures with leaf, path, seed and scores in the file, besides ComfyUI's own workflow.",
             is_output_node=True,
             inputs=[
@@ -166,6 +168,7 @@ class TreeAnimation(io.ComfyNode):
             node_id="TMPO_TreeAnimation",
             display_name="Tree Animation",
             category=CATEGORY,
+            **aliases("GIF", "WebP", "animation"),
             description="Saves a tree as an animation of its denoising: branches grow from noise to the leaves.",
             is_output_node=True,
             inputs=[
