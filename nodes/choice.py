@@ -86,7 +86,10 @@ def suggestions(images: Tensor, scores: Scores | None) -> list[dict[str, Any]]:
     if scores is not None and count > 1:
         add(f"top {count}", f"Choose the {count} leaves with the highest scores", selection.best(values, count))
     if count > 1:
-        least = values[finite].median().item()
+        median = values[finite].median()
+        # Where more than half share the lowest score, all leaves are at the median or above it.
+        better = values[values > median]
+        least = (better.min() if len(better) >= count else median).item()
         leaves = selection.most_diverse(selection.pixel_distances(images).cpu(), values, least, count)
         among = "" if scores is None else " among the better half"
         add(f"{len(leaves)} diverse", f"Choose {len(leaves)} leaves that look as different as possible{among}", leaves)

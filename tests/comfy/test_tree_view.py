@@ -172,5 +172,13 @@ def test_suggestions(nodes: Any) -> None:
     # Diverse are the best, then the farthest; 0.9 is the median.
     assert found == {"top 4": [2, 3, 6, 5], "4 diverse": [2, 6, 5, 3], "all 3 best": [2, 3, 6]}
     assert [len(each["leaves"]) for each in nodes.tree_view.suggestions(images, None)] == [4]
+    # More than half are wrong, and 0 is their median: a wrong one is the farthest, and is not offered.
+    few = nodes.tree_view.Scores(
+        {"s": torch.tensor([0.0, 0.0, 0.0] + [1.0] * 4 + [0.0, 0.0])}, ["a"] * 9, torch.zeros(9, 3, 8, 8)
+    )
+    images = torch.linspace(0, 1, 9)[:, None, None, None].expand(9, 8, 8, 3)
+    diverse = nodes.tree_view.suggestions(images, few)[1]["leaves"]
+    assert sorted(diverse) == [3, 4, 5, 6]
+    images = images[:7]
     equal = nodes.tree_view.Scores({"s": torch.ones(7)}, ["a"] * 7, torch.zeros(7, 3, 8, 8))
     assert [each["name"] for each in nodes.tree_view.suggestions(images, equal)] == ["top 4", "4 diverse"]
