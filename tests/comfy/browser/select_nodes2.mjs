@@ -1,6 +1,8 @@
 // Select Branches in Nodes 2.0: what the page draws is what its mode uses, and a notice appears and goes.
 
 export async function check(page, { file }) {
+  // ComfyUI 0.3.64 (frontend 1.27) draws no DOM widgets in its trial of Nodes 2.0.
+  if (!await page.evaluate(() => Number(window.__COMFYUI_FRONTEND_VERSION__.split(".")[1]) > 27)) return;
   const setting = (on) => page.evaluate(
     (value) => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", value), on,
   );
