@@ -40,3 +40,9 @@ def test_every_node_has_a_help_page_that_names_its_inputs(ours: dict[str, Any]) 
         page = (REPOSITORY / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
         missing = [name for name in sorted(inputs_of(declared)) if name not in page]
         assert not missing, f"{node}: {', '.join(missing)}"
+
+
+def test_every_node_is_found_under_other_words(ours: dict[str, Any]) -> None:
+    if not any("search_aliases" in node for node in ours.values()):
+        pytest.skip("this ComfyUI knows no search aliases")
+    assert not [name for name, node in ours.items() if not node["search_aliases"]]
