@@ -26,7 +26,7 @@ from .diversity import feature_vectors
 from .images import pixels, to_image
 from .inputs import inside
 from .newer import aliases
-from .types import CATEGORY, Scores, ScoresSocket
+from .types import CATEGORY, Scores, ScoresSocket, finite
 
 NONE = "(none)"
 #: The LoRA that comes with the demo model.
@@ -268,10 +268,6 @@ def pairs_report(
         }
         for index, before, after in zip(chosen, *files, strict=True)
     ]
-
-
-def finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def statistics(images: np.ndarray, latent: Any) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from ..tmpo_trainer import selection
 from ..tmpo_trainer.pictures import animation
 from ..tmpo_trainer.pictures import tree as tree_picture
-from ..tmpo_trainer.settings.errors import one_line
 from .images import pixels
 from .inputs import one_of
 from .newer import aliases
+from .tree_sampler import MOST_LEAVES
 from .tree_view import decoded, to_pil
-from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
+from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket, finite
 
 #: The entry of a PNG's text that says which leaf the picture is, as JSON.
 KEY = "tmpo"
@@ -33,18 +33,6 @@ MODEL, MAKE = 0x0110, 0x010F
 PREFIX_TIP = "Where the file goes in ComfyUI's output folder, as in Save Image."
 
 
-def parse_indices(text: str) -> list[int]:
-    """`12, 3` -> [12, 3].
-
-    Raises:
-        ValueError: something else than whole numbers from 0.
-    """
-    words = text.replace(",", " ").split()
-    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
-        raise ValueError(f"indices {one_line(text, 60)}: write whole numbers from 0, e.g. 12, 3")
-    return [int(word) for word in words]
-
-
 def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], list[int]]:
     """Which of `count` pictures are meant, and which leaves they are.
 
@@ -53,7 +41,7 @@ def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], lis
     Raises:
         ValueError: the numbers of pictures, indices and leaves do not fit.
     """
-    leaves = parse_indices(indices)
+    leaves = selection.indices(indices, MOST_LEAVES if tree is None else tree.leaves)
     if not leaves:
         if tree is not None and count != tree.leaves:
             raise ValueError(
@@ -61,10 +49,6 @@ def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], lis
                 "chose the images"
             )
         return list(range(count)), list(range(count))
-    if tree is not None and max(leaves) >= tree.leaves:
-        raise ValueError(
-            f"indices has {max(leaves)}, but the tree has {tree.leaves} leaves: connect those of this tree"
-        )
     if len(leaves) == count:
         return list(range(count)), leaves
     if max(leaves) < count and (tree is None or count == tree.leaves):
@@ -96,7 +80,7 @@ def facts(leaf: int, path: tuple[int, ...], tree: Tree | None, scores: Scores | 
     if scores is not None:
         found["prompt"] = scores.prompts[row]
         values = {name: value[row].item() for name, value in scores.values.items()}
-        found["scores"] = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        found["scores"] = {name: finite(value) for name, value in values.items()}
     return found
 
 

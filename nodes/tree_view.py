@@ -22,7 +22,7 @@ from .images import thumbs, to_image, unlike
 from .inputs import one_of
 from .newer import aliases
 from .pause import wait_for_choice
-from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
+from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket, finite
 
 #: Longest side of the pictures sent to the browser.
 THUMBNAIL = 256
@@ -104,7 +104,7 @@ def report(
             "colours": {theme: tree_picture.colour(mean, low, high, theme) for theme in tree_picture.RAMPS},
         }
         if node.leaf:
-            values = {} if scores is None else {name: _finite(v[node.index]) for name, v in scores.values.items()}
+            values = {} if scores is None else {name: finite(v[node.index]) for name, v in scores.values.items()}
             q = None if weights is None else weights[node.index]
             leaves.append({
                 **common,
@@ -121,7 +121,7 @@ def report(
                 "leaves": node.leaves,
                 "step": node.step,
                 "sigma": None if node.step is None else tree.sigmas[node.step - 1],
-                "mean": _finite(mean),
+                "mean": finite(mean),
                 "image": None if shown is None else shown[node.index],
             })  # fmt: skip
     return {
@@ -142,10 +142,6 @@ def report(
         "nodes": branches,
         "leaves": leaves,
     }
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 class TreeView(io.ComfyNode):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -13,6 +15,11 @@ from ..tmpo_trainer import tree
 from .images import thumbs, unlike
 
 CATEGORY = "TMPO"
+
+
+def finite(value: Any) -> float | None:
+    """A number for JSON, which has none that are not finite."""
+    return float(value) if math.isfinite(value) else None
 
 
 #: A fingerprint has so many bits of how a tree's pictures look. Two fingerprints of one tree may differ in `LOOSE` of them:

@@ -68,7 +68,7 @@ def indices(text: str, total: int) -> list[int]:
     try:
         found = [int(word) for word in text.replace(",", " ").split()]
     except ValueError:
-        raise ValueError(f"{text!r} are no places in a batch: write numbers, e.g. 12, 3") from None
+        raise ValueError(f"{text[:60]!r} are no places in a batch: write numbers, e.g. 12, 3") from None
     wrong = [index for index in found if not 0 <= index < total]
     if wrong:
         raise ValueError(f"{wrong[0]} is not in a batch of {total}: choose 0 to {total - 1}")

@@ -91,9 +91,9 @@ def test_saved_leaves_say_which_they_are(comfy: Any) -> None:
     ("inputs", "said"),
     [
         ({"images": ["7", 0]}, "images has 4 entries, but the tree has 18 leaves: connect indices"),
-        ({"images": ["5", 0], "indices": "18"}, "indices has 18, but the tree has 18 leaves"),
+        ({"images": ["5", 0], "indices": "18"}, "18 is not in a batch of 18"),
         ({"images": ["7", 0], "indices": "1, 2"}, "indices has 2 entries for 4 images"),
-        ({"images": ["5", 0], "indices": "1; 2"}, "indices 1; 2: write whole numbers"),
+        ({"images": ["5", 0], "indices": "1; 2"}, "'1; 2' are no places in a batch: write numbers"),
         ({"images": ["7", 0], "indices": "0, 1, 2, 3", "scores": ["6", 0]}, "scores belong to other images"),
     ],
 )
