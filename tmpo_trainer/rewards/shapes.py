@@ -243,7 +243,7 @@ class ShapesScorer:
 
 @cache
 def opencv() -> Any:
-    """OpenCV, or the same functions in numpy, with which a picture takes about a millisecond longer.
+    """OpenCV, or the same functions in numpy, which are slower.
 
     ComfyUI comes without OpenCV, and its users must not have to install it for the demo.
     """
