@@ -186,12 +186,14 @@ def layers(
         first = "pickscore" if named and "reward" not in known() else choose_preset(known())
         named = ({} if first == "defaults" else {first: preset(first)}) | named
     found = [(f"preset {name}", settings) for name, settings in named.items()]
+    found.append((str(actions.config), from_file))
     method = known().get("method", "tmpo")
     own = (f"settings of {method}", method_preset(str(method), known().get("model", "demo") == "demo"))
-    # A file written for another method holds that method's settings, so this method's override them.
-    below = from_file.get("method", method) == method
-    found += [own, (str(actions.config), from_file)] if below else [(str(actions.config), from_file), own]
-    return [*found, ("flags", dict(flags))]
+    # What is written for this method overrides the method's general settings; they override what is written for another one
+    # or for none. A file without a method fits any.
+    naming = [place for place, (_, settings) in enumerate(found) if "method" in settings] or [len(named) - 1]
+    place = naming[-1] if found[naming[-1]][1].get("method") == method else naming[-1] + 1
+    return [*found[:place], own, *found[place:], ("flags", dict(flags))]
 
 
 def hush() -> None:

@@ -27,10 +27,14 @@ def preset_names() -> list[str]:
 
 
 def method_preset(name: str, demo: bool) -> dict[str, Any]:
-    """What a method has over its protocol, or over that of the demo model; often nothing."""
-    own = {path.stem: path for path in (PRESETS / "methods").glob("*.yaml")}
-    path = own.get(f"demo-{name}" if demo else name)
-    return read_yaml(path) if path else {}
+    """What a method has over its protocol, or over that of the demo model; often nothing. A variant has its method's and its
+    own."""
+    kept = {path.stem: path for path in (PRESETS / "methods").glob("*.yaml")}
+    found: dict[str, Any] = {}
+    for known in dict.fromkeys((method_file(name), name)):
+        path = kept.get(f"demo-{known}" if demo else known)
+        found |= read_yaml(path) if path else {}
+    return found
 
 
 def preset(name: str) -> dict[str, Any]:
