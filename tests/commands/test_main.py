@@ -22,7 +22,6 @@ from tmpo_trainer.backbones import hub_files
 from tmpo_trainer.commands import main
 from tmpo_trainer.commands.flags import make_parser
 from tmpo_trainer.evaluation import appearance
-from tmpo_trainer.methods import tmpo
 from tmpo_trainer.rewards import Parked
 from tmpo_trainer.settings.presets import all_settings, make_config, preset_names
 
@@ -434,7 +433,8 @@ def test_print_config_round_trips(place: Path, capsys: pytest.CaptureFixture[str
     (place / "printed.yaml").write_text(text)
     assert main.main(["--config", "printed.yaml", "--print-config"]) == 0
     assert capsys.readouterr().out == text
-    assert set(yaml.safe_load(text)) == set(tmpo.Settings.model_fields)
+    settings = yaml.safe_load(text)
+    assert set(settings) == set(type(make_config([("printed", settings)])).model_fields)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -460,7 +460,8 @@ def test_methods_on_noised_leaves_go_with_a_protocol(
         settings = printed(capsys, *flags, "--method", name)
         assert flags[1] == "demo-long" or {key: settings[key] for key in expected} == expected
     assert settings["prompts_per_update"] == settings["prompts_per_batch"] == 8
-    assert (settings["rollout"], settings["solver"]) == (("tree", "ab2") if name == "nft" else ("chains", "euler"))
+    tuned = name in ("nft", "tmpo-leaf")
+    assert (settings["rollout"], settings["solver"]) == (("tree", "ab2") if tuned else ("chains", "euler"))
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -484,6 +485,21 @@ def test_a_rival_has_the_papers_settings_over_the_protocol(capsys: pytest.Captur
     demo = printed(capsys, "--method", name)
     assert demo["model"] == "demo" and demo["method"] == name and "baseline" not in demo
     assert (demo["prompts_per_update"], demo["learning_rate"], demo["kl_weight"]) == DEMO_RIVALS[name]
+
+
+def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """`demo-long` is written for tmpo, whose settings for the demo model are those of short runs."""
+    short, long = printed(capsys, "--method", "tmpo"), printed(capsys, "--preset", "demo-long")
+    assert (short["method"], short["kl_weight"]) == ("tmpo", 0.3) and (long["method"], long["kl_weight"]) == (
+        "tmpo",
+        0.15,
+    )
+    assert printed(capsys, "--preset", "demo-long", "--method", "tmpo") == long
+    # A preset without a method does not count, and a variant has what its method has.
+    assert printed(capsys, "--preset", "pickscore", "recommended", "--method", "nft")["kl_weight"] == 1e-4
+    variants = {name: printed(capsys, "--method", f"tmpo-{name}") for name in ("beta-1", "step-balance", "no-tree")}
+    assert {settings["kl_weight"] for settings in variants.values()} == {0.3}
+    assert [settings["baseline"] for settings in variants.values()] == ["siblings", "siblings", "group"]
 
 
 def test_a_method_beats_a_file_written_for_another(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ class NoisedLeaves:
         levels = torch.empty(draws, each, self.count, dtype=torch.float64)
         for p, slot in enumerate(self.slots):
             for d in range(draws):
-                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, families))(0, ())
+                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, each))(0, ())[:, :families]
                 own = (order.argsort() + torch.special.ndtr(place.double())) / families
                 levels[d, :, p] = own.repeat_interleave(siblings)
         self.t = (shift * levels / (1 + (shift - 1) * levels)).flatten().to(self.leaves)

@@ -33,7 +33,7 @@ def method_preset(name: str, demo: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for known in dict.fromkeys((method_file(name), name)):
         path = kept.get(f"demo-{known}" if demo else known)
-        found |= read_yaml(path) if path else {}
+        found |= read_yaml(path) | {"method": name} if path else {}
     return found
 
 
