@@ -158,11 +158,6 @@ class TreePlan:
         return self.roots * math.prod(self.fanout.values())
 
     @property
-    def siblings(self) -> int:
-        """How many leaves, next to each other, share the parent of their last stochastic step."""
-        return self.fanout[max(self.fanout)] if self.fanout else 1
-
-    @property
     def widths(self) -> tuple[int, ...]:
         """Nodes to evaluate at each step 1..N."""
         grown = [self.roots, *(self.fanout.get(step, 1) for step in range(1, self.num_steps))]

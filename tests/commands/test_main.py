@@ -460,8 +460,7 @@ def test_methods_on_noised_leaves_go_with_a_protocol(
         settings = printed(capsys, *flags, "--method", name)
         assert flags[1] == "demo-long" or {key: settings[key] for key in expected} == expected
     assert settings["prompts_per_update"] == settings["prompts_per_batch"] == 8
-    tuned = name in ("nft", "tmpo-leaf")
-    assert (settings["rollout"], settings["solver"]) == (("tree", "ab2") if tuned else ("chains", "euler"))
+    assert (settings["rollout"], settings["solver"]) == (("tree", "ab2") if name == "nft" else ("chains", "euler"))
 
 
 @pytest.mark.parametrize("name", RIVALS)

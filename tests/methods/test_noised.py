@@ -272,35 +272,6 @@ def test_draws() -> None:
     assert not torch.equal(all_rows(made).t, t)
 
 
-def test_siblings_share_noise_level_and_noise() -> None:
-    """Stratified over the families; which leaves are siblings is what the tree says."""
-    made = set_up("awm", rollout="tree")
-    _, _, t, v = all_rows(made)
-    families = LEAVES // BRANCHING
-    level = (t / (2 - t)).view(DRAWS, families, BRANCHING, COUNT)
-    eps = (made.batch.rollout.leaves.repeat(DRAWS, 1, 1, 1) + v).view(DRAWS, families, BRANCHING, COUNT, -1)
-    assert torch.equal(level, level[:, :, :1].expand_as(level))
-    torch.testing.assert_close(eps, eps[:, :, :1].expand_as(eps))
-    assert len({round(value, 9) for value in eps.flatten().tolist()}) == eps.numel() // BRANCHING
-    for d in range(DRAWS):
-        for p in range(COUNT):
-            assert sorted((level[d, :, 0, p] * families).long().tolist()) == list(range(families))
-    # On a tree of two stochastic steps, of which the last has two children.
-    plan = tree.TreePlan(4, 2, {2: 3, 3: 2})
-    run = tree.rollout(
-        lambda x, sigma: x,
-        lambda step, path: torch.full((1,), float(step == 2) * 10 ** path[1]) if step else torch.ones(1),
-        torch.linspace(1, 0, 5),
-        plan,
-        kernel="cps",
-        eta=0.5,
-    )
-    assert plan.siblings == 2 and plan.leaves == 12
-    # Leaves differ by their node at step 2 alone: siblings, which part at step 3, are equal.
-    assert torch.equal(run.leaves[::2], run.leaves[1::2]) and len(set(run.leaves.flatten().tolist())) == 3
-    assert tree.TreePlan(4, 5, {}).siblings == 1
-
-
 def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model() -> None:
     """Written out: its Euler steps, noise and loss; the same pictures at every optimiser step, others in the next update."""
     made = set_up("awm", data_weight=0.6, data_images=3, rollout_steps=6)

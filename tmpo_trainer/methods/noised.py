@@ -62,41 +62,29 @@ class Part(NamedTuple):
 class NoisedLeaves:
     """The noised leaves of some prompts, drawn part by part, always the same.
 
-    Siblings share noise level and noise. What a draw adds to all of their errors then cancels between their advantages, and
-    no leaf's own distribution of (t, eps) changes. Noise levels are stratified over the families of a prompt: before the shift,
-    in every draw, each of as many equal intervals of 0..1 has one family. All is a pure function of (key, place of the prompt,
-    draw, family), like the noise of a rollout.
+    Noise levels are stratified over the K leaves of a prompt: before the shift, in every draw, each of K equal intervals of
+    0..1 has one leaf. All is a pure function of (key, place of the prompt, draw, leaf), like the noise of a rollout.
 
     Args:
         leaves: `[K * P, ...latent]`, row l * P + p is leaf l of prompt p. slots: places of the P prompts.
-        key: such as (seed, update). draws: D. shift: see the settings. siblings: so many consecutive leaves are a family.
+        key: such as (seed, update). draws: D. shift: see the settings.
 
     Attributes:
         t: `[D * K * P]`, the noise level of every row.
     """
 
-    def __init__(
-        self,
-        leaves: Tensor,
-        slots: Sequence[int],
-        key: tuple[int | str, ...],
-        draws: int,
-        shift: float,
-        siblings: int = 1,
-    ):
+    def __init__(self, leaves: Tensor, slots: Sequence[int], key: tuple[int | str, ...], draws: int, shift: float):
         import torch
 
         from .. import tree
 
-        self.leaves, self.slots, self.count, self._key, self.siblings = leaves, slots, len(slots), key, siblings
+        self.leaves, self.slots, self.count, self._key = leaves, slots, len(slots), key
         each = len(leaves) // self.count
-        families = each // siblings
         levels = torch.empty(draws, each, self.count, dtype=torch.float64)
         for p, slot in enumerate(self.slots):
             for d in range(draws):
-                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, each))(0, ())[:, :families]
-                own = (order.argsort() + torch.special.ndtr(place.double())) / families
-                levels[d, :, p] = own.repeat_interleave(siblings)
+                order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, each))(0, ())
+                levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / each
         self.t = (shift * levels / (1 + (shift - 1) * levels)).flatten().to(self.leaves)
 
     def parts(self, max_batch: int | None) -> Iterator[Part]:
@@ -119,7 +107,7 @@ class NoisedLeaves:
 
         (d, place), p = divmod(row, len(self.leaves)), row % self.count
         key = *self._key, self.slots[p], "noised", d
-        return tree.keyed_noise(key, self.leaves.shape[1:])(0, (place // self.count // self.siblings,))
+        return tree.keyed_noise(key, self.leaves.shape[1:])(0, (place // self.count,))
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -185,9 +173,7 @@ class NoisedMethod(Method):
     def noised(self, batch: PromptBatch) -> NoisedLeaves:
         config = self.config
         key = config.seed, batch.update
-        return NoisedLeaves(
-            batch.rollout.leaves, batch.slots, key, config.draws, config.noise_shift, batch.plan.siblings
-        )
+        return NoisedLeaves(batch.rollout.leaves, batch.slots, key, config.draws, config.noise_shift)
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
