@@ -18,7 +18,8 @@ from tmpo_trainer.demo.split import FOLDER
 SEED = 100
 #: Where the sweep starts: what all variants share unless they say otherwise.
 START = {
-    "method": "tmpo", "updates": "60", "kernel": "cps", "eta": "0.7", "rollout-steps": "10", "kappa": "12", "learning-rate": "1e-3",
+    "method": "tmpo", "updates": "60", "kernel": "cps", "eta": "0.7", "rollout-steps": "10", "kappa": "12",
+    "learning-rate": "1e-3",
     "branch-early": "1 5 6", "branch-late": "1 5 6", "branching": "3", "prompts-per-update": "8",
     "prompts-per-batch": "8", "baseline": "siblings", "max-grad-norm": "1", "solver": "euler", "leaf-steps": "1000",
 }  # fmt: skip
