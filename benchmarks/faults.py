@@ -47,9 +47,9 @@ from tmpo_trainer.rewards import remote, sharpness  # noqa: F401
 from tmpo_trainer.training import checkpoint
 
 UPDATES, EVERY = 6, 2
-FLAGS = f"""--preset demo --reward sharpness --updates {UPDATES} --checkpoint-every {EVERY} --prompts-per-update 1
-    --prompts-per-batch 1 --rollout-steps 6 --branching 2 --branch-early 1 2 3 --branch-late 1 3 4 --resolution 32 32
-    --lora-rank 4 --lora-alpha 8 --ema-every 1 --sample-every 0 --no-report --threads 1""".split()
+FLAGS = f"""--preset demo --method tmpo --reward sharpness --updates {UPDATES} --checkpoint-every {EVERY}
+    --prompts-per-update 1 --prompts-per-batch 1 --rollout-steps 6 --branching 2 --branch-early 1 2 3 --branch-late 1 3 4
+    --resolution 32 32 --lora-rank 4 --lora-alpha 8 --ema-every 1 --sample-every 0 --no-report --threads 1""".split()
 REPORT = "--report --eval-images 2 --eval-steps 2 --eval-limit 2 --eval-every 3 --sample-every 3".split()  # noqa: SIM905
 #: Seconds after which a run counts as hung.
 PATIENCE = 120

@@ -394,13 +394,13 @@ def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
 def test_flags_over_config_over_preset_over_defaults(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     defaults: Any = make_config([])
     only_preset = printed(capsys, "--preset", "demo")
-    assert only_preset["updates"] not in (70, 80, defaults.updates)
-    assert only_preset["clip"] == defaults.clip
+    assert only_preset["updates"] not in (70, 90, defaults.updates)
+    assert only_preset["weight_decay"] == defaults.weight_decay
     with_file = printed(capsys, "--preset", "demo", "--config", "good.yaml")
     # PyYAML reads 5e-5 as a string.
     assert with_file == {**only_preset, "learning_rate": 5e-5, "updates": 70, "guidance": 2}
-    flags = printed(capsys, "--updates", "80", "--config", "good.yaml", "--preset", "demo")
-    assert flags == {**with_file, "updates": 80}
+    flags = printed(capsys, "--updates", "90", "--config", "good.yaml", "--preset", "demo")
+    assert flags == {**with_file, "updates": 90}
 
 
 def test_the_preset_follows_the_reward(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,7 +420,8 @@ def test_values_of_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     )  # fmt: skip
     assert settings["resolution"] == [64, 96] and settings["report"] is False and settings["max_batch"] == 32
     assert settings["learning_rate"] == 2e-4 and settings["threads"] is None
-    words = printed(capsys, "--baseline", "none", "--anchor", "none", "--reward-norm", "none", "--max-batch", "None")
+    given = ["--baseline", "none", "--anchor", "none", "--reward-norm", "none", "--max-batch", "None"]
+    words = printed(capsys, "--method", "tmpo", *given)
     assert (words["baseline"], words["anchor"], words["reward_norm"], words["max_batch"]) == (
         "none", "none", "none", None
     )  # fmt: skip

@@ -163,7 +163,7 @@ def test_its_setting_is_a_flag_with_a_help_text(
     assert main.main([*flags, "--noise-levels", "0"]) == 2
     assert "flags: noise_levels '0': input should be greater than or equal to 1" in capsys.readouterr().err
     assert main.main(["--frozen-rollout", "--dry-run"]) == 2
-    assert "frozen_rollout True belongs to method noised-leaves, not to tmpo" in capsys.readouterr().err
+    assert "frozen_rollout True belongs to method noised-leaves, not to nft" in capsys.readouterr().err
     assert main.main(["--method", "noised-leaf"]) == 2
     assert "did you mean noised-leaves?" in capsys.readouterr().err
 

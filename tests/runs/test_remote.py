@@ -21,8 +21,8 @@ from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.rewards import remote
 
 REPOSITORY = Path(__file__).parents[2]
-FLAGS = """--reward shapes remote --updates 4 --prompts-per-update 2 --prompts-per-batch 2 --rollout-steps 6 --branching 2
-    --branch-early 1 2 3 --branch-late 1 3 4 --sample-every 0 --checkpoint-every 2 --no-report --threads 1"""
+FLAGS = """--method tmpo --reward shapes remote --updates 4 --prompts-per-update 2 --prompts-per-batch 2 --rollout-steps 6
+    --branching 2 --branch-early 1 2 3 --branch-late 1 3 4 --sample-every 0 --checkpoint-every 2 --no-report --threads 1"""
 
 
 @pytest.fixture
