@@ -157,12 +157,10 @@ def test_a_url_with_a_path_and_without_metadata(fake):
 def count_rewards(fake: Callable[..., Fake]) -> Fake:
     """A server whose replies have as many rewards as it was asked for: 0, 1, 2, ..., counted over all requests."""
     server = fake(b"")
-    given = [0]
 
     def reply(connection: socket.socket) -> None:
-        asked = len(server.asked[-1][2]["images"])
-        connection.sendall(http({"rewards": list(range(given[0], given[0] + asked))}))
-        given[0] += asked
+        *before, asked = (len(body["images"]) for _, _, body in server.asked)
+        connection.sendall(http({"rewards": list(range(sum(before), sum(before) + asked))}))
 
     server.replies = [reply]
     return server
