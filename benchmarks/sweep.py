@@ -22,6 +22,7 @@ START = {
     "learning-rate": "1e-3",
     "branch-early": "1 5 6", "branch-late": "1 5 6", "branching": "3", "prompts-per-update": "8",
     "prompts-per-batch": "8", "baseline": "siblings", "max-grad-norm": "1", "solver": "euler", "leaf-steps": "1000",
+    "kl-weight": "0", "lora-targets": "paper",
 }  # fmt: skip
 SPREAD = {"kernel": "flow_sde", "branch-early": "1 4 6", "branch-late": "1 4 6", "kappa": "2"}
 #: Gradients of late branch steps are several times longer: a low clip gives every update the same weight.

@@ -490,10 +490,8 @@ def test_a_rival_has_the_papers_settings_over_the_protocol(capsys: pytest.Captur
 def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(capsys: pytest.CaptureFixture[str]) -> None:
     """`demo-long` is written for tmpo, whose settings for the demo model are those of short runs."""
     short, long = printed(capsys, "--method", "tmpo"), printed(capsys, "--preset", "demo-long")
-    assert (short["method"], short["kl_weight"]) == ("tmpo", 0.3) and (long["method"], long["kl_weight"]) == (
-        "tmpo",
-        0.15,
-    )
+    assert short["method"] == long["method"] == "tmpo"
+    assert (short["kl_weight"], long["kl_weight"]) == (0.3, 0.15)
     assert printed(capsys, "--preset", "demo-long", "--method", "tmpo") == long
     # A preset without a method does not count, and a variant has what its method has.
     assert printed(capsys, "--preset", "pickscore", "recommended", "--method", "nft")["kl_weight"] == 1e-4
@@ -508,6 +506,9 @@ def test_a_method_beats_a_file_written_for_another(place: Path, capsys: pytest.C
         Path("all.yaml").write_text(yaml.safe_dump(printed(capsys, "--method", first)))
         assert printed(capsys, "--config", "all.yaml")["method"] == first
         assert printed(capsys, "--config", "all.yaml", "--method", second) == printed(capsys, "--method", second)
+    # A file without a method is above the settings of any.
+    Path("any.yaml").write_text("kl_weight: 0.5\n")
+    assert printed(capsys, "--config", "any.yaml") == printed(capsys, "--kl-weight", "0.5")
     # With the file's own method its values stand.
     Path("own.yaml").write_text("method: flow-grpo\nkl_weight: 0.5\n")
     assert printed(capsys, "--config", "own.yaml")["kl_weight"] == 0.5

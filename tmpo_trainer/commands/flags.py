@@ -191,8 +191,10 @@ def layers(
     own = (f"settings of {method}", method_preset(str(method), known().get("model", "demo") == "demo"))
     # What is written for this method overrides the method's general settings; they override what is written for another one
     # or for none. A file without a method fits any.
-    naming = [place for place, (_, settings) in enumerate(found) if "method" in settings] or [len(named) - 1]
-    place = naming[-1] if found[naming[-1]][1].get("method") == method else naming[-1] + 1
+    place = len(named)
+    for index, (_, settings) in enumerate(found):
+        if "method" in settings:
+            place = index if settings["method"] == method else index + 1
     return [*found[:place], own, *found[place:], ("flags", dict(flags))]
 
 
