@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 from tmpo_trainer import tree
 from tmpo_trainer.commands import loading
 from tmpo_trainer.commands.flags import configure, parse
-from tmpo_trainer.rewards import load_scorer
 from tmpo_trainer.training.loop import Trainer
 
 #: For the gradient of the latents' standard deviation: Euler steps, batches, prompts and pictures each.
@@ -74,10 +73,13 @@ def main(arguments: list[str]) -> int:
     config, preset = configure(actions, flags, None)
     if config.threads:
         torch.set_num_threads(config.threads)
-    backbone = loading.load_model(config, loading.choose_device(config.device))
-    prompts = loading.train_prompts(config).texts
+    device = loading.choose_device(config.device)
+    backbone = loading.load_model(config, device)
+    scorers = loading.scorers(config, device)
+    features = loading.features(config, device) if config.needs_features else None
+    prompts = loading.train_prompts(config)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder), backbone, [load_scorer(name) for name in config.reward], prompts)
+        trainer = Trainer(config, Path(folder), backbone, scorers, prompts, features=features)
         parameters = [value for name, value in trainer.weights.lora.items() if ".lora_B." in name]
         rows, rewards, seconds = [], [], []
         for _ in range(config.updates):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import random_model
+from benchmarks import gradient_signal, random_model
 from benchmarks.__main__ import COMMANDS, main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,3 +52,14 @@ def test_a_written_model_is_measured(
     assert main(f"speed {flags} --rounds 1 --arms floor --no-memory".split()) == 0
     out = capsys.readouterr().out
     assert "FluxPipeline" in out and "FluxBackbone" in out and "96 F + 12 G" in out
+
+
+def test_the_gradient_of_the_demo_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its neutral advantage needs features of pictures."""
+    for name, value in {"STEPS": 2, "BATCHES": 1, "PROMPTS": 1, "IMAGES": 1}.items():
+        monkeypatch.setattr(gradient_signal, name, value)
+    flags = "--preset demo --updates 2 --prompts-per-update 1 --prompts-per-batch 1"
+    assert main(f"gradient-signal {flags}".split()) == 0
+    assert "signal to noise per update" in capsys.readouterr().out

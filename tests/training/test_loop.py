@@ -375,6 +375,11 @@ def test_gradient_is_clipped(make_trainer: MakeTrainer, gradient: Gradient) -> N
     assert gradient(trainer).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_features_that_are_needed_must_be_given(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(ValueError, match="give Trainer the argument features"):
+        make_trainer(neutral=("feature_distance",))
+
+
 def test_a_latent_that_is_no_number_stops_the_update(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(branching=2)
     trainer.update()

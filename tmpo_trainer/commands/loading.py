@@ -189,7 +189,9 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
 def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
     """The scorers of the rewards `names`, by default the run's. Raises ConfigError if weights cannot be loaded."""
     paths = reward_paths(config)
-    found = [load_scorer(name, device, paths.get(name), dict(config)) for name in names or config.reward]
+    found = [
+        load_scorer(name, device, paths.get(name), dict(config)) for name in (config.reward if names is None else names)
+    ]
     if config.offload_scorers:
         return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
     return found

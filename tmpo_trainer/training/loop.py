@@ -61,6 +61,7 @@ class Trainer:
 
     Raises:
         ConfigError: settings that do not fit the model.
+        ValueError: the settings need features of pictures, and there are none.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Trainer:
         features: Features | None = None,
         examples: tuple[torch.Tensor, Sequence[str]] | None = None,
     ):
+        if config.needs_features and features is None:
+            raise ValueError("method or neutral compare pictures by their features: give Trainer the argument features")
         self.config, self.run, self.backbone = config, run, backbone
         self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
         self.processes = Processes(self.accelerator)
