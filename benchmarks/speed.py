@@ -81,7 +81,7 @@ def build(args: argparse.Namespace, model: models.Model, make: Any, folder: Path
 
     for place in POSITIONS:
         steps = positions(model, make(), place)
-        arm = trainer(f"tmpo {place}", **steps)
+        arm = trainer(f"tmpo {place}", method="tmpo", **steps)
         arms.append(arm)
         if "floor" in args.arms:
             floor = FloorArm(f"floor {place}", arm)
@@ -90,12 +90,12 @@ def build(args: argparse.Namespace, model: models.Model, make: Any, folder: Path
         else:
             arm.run()
         if "per-leaf" in args.arms:
-            single = PerLeafArm(f"per-leaf {place}", trainer("", **steps))
+            single = PerLeafArm(f"per-leaf {place}", trainer("", method="tmpo", **steps))
             single.run(arm.rewards)
             differences[place] = relative_error(single.gradient(), arm.gradient())
             arms.append(single)
         for name, presets, given in args.variants:
-            changed = make(presets, **given, **steps)
+            changed = make(presets, **({"method": "tmpo"} | given), **steps)
             if changed.quantize != make().quantize:
                 raise ConfigError(
                     f"--variant {name}: all arms share the frozen weights: give --quantize to all of them"

@@ -1,4 +1,4 @@
-"""Runs the sweep that chose the settings of the `demo` presets.
+"""Runs the sweep that chose TMPO's settings on the demo model.
 
 Trains on the training prompts with one seed that no reported run uses, judges on the validation prompts (60 prompts x 8
 images, 28 steps, averaged weights), and prints a row of results per variant.
@@ -16,7 +16,7 @@ from pathlib import Path
 from tmpo_trainer.demo.split import FOLDER
 
 SEED = 100
-#: Where the sweep starts: what all variants share unless they say otherwise.
+#: Where the sweep starts: what all variants share unless they say otherwise. Preset demo, below it, has other values by now.
 START = {
     "method": "tmpo", "updates": "60", "kernel": "cps", "eta": "0.7", "rollout-steps": "10", "kappa": "12",
     "learning-rate": "1e-3",

@@ -71,8 +71,8 @@ class Train(io.ComfyNode):
                 io.String.Input("output_dir", default="tmpo_run", tooltip=RUN_TIP),
                 io.Combo.Input(
                     "preset", options=lists["preset"], default="demo",
-                    tooltip="Where all settings start from. demo trains the bundled model in minutes; the others are the "
-                    "paper's protocols for FLUX.1-dev.",
+                    tooltip="Where all settings start from. demo and demo-long train the bundled model on a CPU; the others "
+                    "are the paper's protocols for FLUX.1-dev.",
                 ),
                 io.Combo.Input(
                     "layer", options=lists["layer"], default=NO_LAYER,

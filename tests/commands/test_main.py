@@ -487,14 +487,30 @@ def test_a_rival_has_the_papers_settings_over_the_protocol(capsys: pytest.Captur
     assert (demo["prompts_per_update"], demo["learning_rate"], demo["kl_weight"]) == DEMO_RIVALS[name]
 
 
-def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """`demo-long` is written for tmpo, whose settings for the demo model are those of short runs."""
-    short, long = printed(capsys, "--method", "tmpo"), printed(capsys, "--preset", "demo-long")
-    assert short["method"] == long["method"] == "tmpo"
-    assert (short["kl_weight"], long["kl_weight"]) == (0.3, 0.15)
-    assert printed(capsys, "--preset", "demo-long", "--method", "tmpo") == long
-    # A preset without a method does not count, and a variant has what its method has.
+def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`demo-long` is written for nft, whose settings for the demo model are those of short runs."""
+    short, long = printed(capsys, "--method", "nft"), printed(capsys, "--preset", "demo-long")
+    assert short["method"] == long["method"] == "nft"
+    assert (short["kl_weight"], long["kl_weight"]) == (0.1, 0.3)
+    assert printed(capsys, "--preset", "demo-long", "--method", "nft") == long
+    # A file for the same method changes nothing of that.
+    Path("own.yaml").write_text("method: nft\n")
+    assert printed(capsys, "--preset", "demo-long", "--config", "own.yaml") == long
+    # For another method, that method's own are stronger, also than a preset laid over the first.
+    for more in ((), ("recommended",)):
+        other = printed(capsys, "--preset", "demo-long", *more, "--method", "awm")
+        assert (other["kl_weight"], other["draws"], other["lora_targets"]) == (0.1, 1, "attention")
+        assert (other["rollout"], other["neutral"]) == ("chains", [])
     assert printed(capsys, "--preset", "pickscore", "recommended", "--method", "nft")["kl_weight"] == 1e-4
+    assert printed(capsys, "--preset", "pickscore", "flux-24gb", "--method", "nft")["kl_weight"] == 1e-4
+    # recommended is written for tmpo, on any model, and so are the protocols.
+    for flags in (("--preset", "demo", "recommended"), ("--preset", "pickscore", "recommended", "--model", "demo")):
+        settings = printed(capsys, *flags)
+        assert (settings["method"], settings["baseline"], settings["kl_weight"]) == ("tmpo", "siblings", 0.1)
+        assert settings["neutral"] == ["feature_distance", "latent_norm"]
+    # A variant has what its method has.
     variants = {name: printed(capsys, "--method", f"tmpo-{name}") for name in ("beta-1", "step-balance", "no-tree")}
     assert {settings["kl_weight"] for settings in variants.values()} == {0.3}
     assert [settings["baseline"] for settings in variants.values()] == ["siblings", "siblings", "group"]

@@ -194,7 +194,9 @@ def test_a_bad_value_is_blamed_on_its_own_layer_a_combination_on_the_last() -> N
 )
 def test_exclusive_settings_are_refused_elsewhere(method: str, key: str, value: Any, owner: str) -> None:
     words = " ".join(value) if isinstance(value, list) else value
-    told = f"{key} {words} belongs to method {owner}, not to {method}: leave it at its default"
+    told = (
+        f"{key} {words} belongs to method {owner}, not to {method}: leave it at its default, or give --method {owner}"
+    )
     assert complaint(("file", {"method": method, key: value})) == f"file: {told}"
     # In the end it is the merged settings that count.
     default = presets.all_settings()[key].default

@@ -376,7 +376,7 @@ def test_gradient_is_clipped(make_trainer: MakeTrainer, gradient: Gradient) -> N
 
 
 def test_features_that_are_needed_must_be_given(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(ValueError, match="give Trainer the argument features"):
+    with pytest.raises(ValueError, match="pass `features` to Trainer"):
         make_trainer(neutral=("feature_distance",))
 
 

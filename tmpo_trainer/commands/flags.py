@@ -57,9 +57,11 @@ def make_parser() -> argparse.ArgumentParser:
     """A parser with one flag per setting, by the config's names and help texts. The config validates the values."""
     parser = Parser(
         prog="python -m tmpo_trainer",
-        description="Trains a LoRA on rewards with TMPO. Without flags, it trains the bundled demo model on a CPU in minutes.",
+        description="Trains a LoRA on rewards, with TMPO or one of its rivals. Without flags, it trains the bundled demo model "
+        "on a CPU in minutes, with nft.",
         allow_abbrev=False,
-        epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. "
+        epilog=f"Presets: {', '.join(preset_names())}. Precedence: flags > --config > --preset > defaults. The settings "
+        "that come with --method override presets and files that were written for another method. "
         "Other commands, each with --help: evaluate, compare, score, serve, fetch, prompts, inspect, toy, launch.",
     )
     parser.add_argument(
@@ -67,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         help="named sets of settings; later ones override earlier ones. By default, the reward's preset, or demo. A preset "
-        "for a GPU's memory (flux-24gb, ...) overrides the reward's (pickscore by default); --method's settings override both",
+        "for a GPU's memory (flux-24gb, ...) overrides the reward's (pickscore by default)",
     )
     parser.add_argument("--config", type=path_flag, metavar="FILE", help="a YAML file of settings")
     parser.add_argument(
@@ -189,12 +191,13 @@ def layers(
     found.append((str(actions.config), from_file))
     method = known().get("method", "tmpo")
     own = (f"settings of {method}", method_preset(str(method), known().get("model", "demo") == "demo"))
-    # What is written for this method overrides the method's general settings; they override what is written for another one
-    # or for none. A file without a method fits any.
-    place = len(named)
+    # The method's general settings lie above the last layer that was written for another method, and below those written for
+    # this one. A preset without a method is for that of the preset below it, the lowest for tmpo. A file without one fits any.
+    place, written_for = 0, "tmpo"
     for index, (_, settings) in enumerate(found):
-        if "method" in settings:
-            place = index if settings["method"] == method else index + 1
+        written_for = settings.get("method", written_for if index < len(named) else method)
+        if written_for != method:
+            place = index + 1
     return [*found[:place], own, *found[place:], ("flags", dict(flags))]
 
 

@@ -77,7 +77,7 @@ class Trainer:
         examples: tuple[torch.Tensor, Sequence[str]] | None = None,
     ):
         if config.needs_features and features is None:
-            raise ValueError("method or neutral compare pictures by their features: give Trainer the argument features")
+            raise ValueError("these settings need features of pictures: pass `features` to Trainer")
         self.config, self.run, self.backbone = config, run, backbone
         self.accelerator = accelerator or Accelerator(cpu=backbone.device.type == "cpu")
         self.processes = Processes(self.accelerator)

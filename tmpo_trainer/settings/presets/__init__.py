@@ -1,6 +1,7 @@
 """Presets and layers of settings: from YAML files and flags to one validated configuration.
 
-Precedence: flags > `--config run.yaml` > `--preset NAME` > defaults. Flags, YAML and presets go through the same validation;
+Precedence: flags > `--config run.yaml` > `--preset NAME` > defaults. The settings that come with a method (`methods/*.yaml`)
+override presets and files that were written for another method. Flags, YAML and presets go through the same validation;
 an unknown key or a value of the wrong kind is an error that names it.
 """
 
@@ -27,8 +28,8 @@ def preset_names() -> list[str]:
 
 
 def method_preset(name: str, demo: bool) -> dict[str, Any]:
-    """What a method has over its protocol, or over that of the demo model; often nothing. A variant has its method's and its
-    own."""
+    """What a method has over its protocol, or over that of the demo model; often nothing. A variant gets its method's, then
+    its own."""
     kept = {path.stem: path for path in (PRESETS / "methods").glob("*.yaml")}
     found: dict[str, Any] = {}
     for known in dict.fromkeys((method_file(name), name)):
@@ -169,7 +170,9 @@ def _check_foreign(key: str, field: FieldInfo, value: Any, where: str, method: s
     for file in discovery.names("methods"):
         if key in _settings(file).exclusive and given != field.default:
             words = one_line(" ".join(map(str, given)) if isinstance(given, tuple) else given, 80)
-            raise _OtherMethods(f"{key} {words} belongs to method {file}, not to {method}: leave it at its default")
+            raise _OtherMethods(
+                f"{key} {words} belongs to method {file}, not to {method}: leave it at its default, or give --method {file}"
+            )
 
 
 def _one_line(error: ValidationError, where: str, key: str = "") -> str:
