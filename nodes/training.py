@@ -47,13 +47,17 @@ def missing_packages(python: str) -> str | None:
     Raises:
         ValueError: the interpreter cannot be run.
     """
-    code = "import accelerate, diffusers, peft, matplotlib, pydantic, yaml, cv2, rapidocr"
+    # The error goes to stdout: libraries may write warnings to stderr after it, while the interpreter ends.
+    code = (
+        "try: import accelerate, diffusers, peft, matplotlib, pydantic, yaml, cv2, rapidocr\n"
+        "except Exception as error: print(f'{type(error).__name__}: {error}'); raise"
+    )
     try:
         # -P keeps modules of the same name in the current folder out.
         tried = subprocess.run([python, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"python {python} cannot be run ({error}): give the path of an interpreter") from None
-    return None if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it failed"])[-1]
+    return None if tried.returncode == 0 else ((tried.stdout or tried.stderr).strip().splitlines() or ["it failed"])[-1]
 
 
 class Train(io.ComfyNode):

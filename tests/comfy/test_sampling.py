@@ -365,6 +365,9 @@ def test_an_interpreter_without_the_trainer_is_an_error(pack: Any, tmp_path: Pat
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "bare")], check=True)
     inputs = {each.id: each.default for each in training.Train.define_schema().inputs if each.id != "output_dir"}
     python = str(tmp_path / "bare" / "bin" / "python")
+    # Some libraries warn while the interpreter ends.
+    (packages,) = (tmp_path / "bare" / "lib").glob("python*/site-packages")
+    (packages / "sitecustomize.py").write_text("import atexit, sys\natexit.register(sys.stderr.write, 'a warning')\n")
     assert "No module named 'accelerate'" in training.missing_packages(python)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPO_PYTHON", python)
