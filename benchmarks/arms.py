@@ -81,7 +81,7 @@ class TrainerArm:
         device = backbone.device
         backbone.split_guidance = config.split_guidance
         self.scorers = loading.scorers(config, device)
-        extra = loading.scorers(config, device, config.extra_rewards) if config.extra_rewards else []
+        extra = loading.scorers(config, device, config.extra_rewards)
         self.trainer = Trainer(config, folder, backbone, self.scorers, model.prompts, extra=extra, features=Thumbnail())
         self.phases = phases = Phases(device)
         phases.watch(self.trainer.roller, "roll_out", "rollout")

@@ -180,6 +180,16 @@ def test_sd35_branches_where_it_may_and_rivals_can_be_left_out(tmp_path: Path) -
     assert set(result["arms"]) == {"tmpo early", "floor early", "tmpo late", "floor late"}
 
 
+def test_arms_are_of_tmpo_over_a_preset_of_another_method(tmp_path: Path) -> None:
+    """TMPO replays 12 transitions of a tree; nft, for which preset demo is written, would replay the 27 leaves."""
+    flags = "--size tiny --rounds 1 --no-memory --arms floor --backbone sd35m --preset demo --prompts-per-update 1"
+    variants = ["--variant", "nine: --max-batch 9", "--variant", "nft: --method nft"]
+    assert main(["speed", *flags.split(), *variants, "--json", str(tmp_path / "c.json")]) == 0
+    arms = json.loads((tmp_path / "c.json").read_text())["arms"]
+    counts = {name: arms[f"{name} early"]["forwards and backwards"] for name in ("tmpo", "nine", "nft")}
+    assert counts == {"tmpo": 12, "nine": 12, "nft": 27}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -503,6 +503,9 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
         other = printed(capsys, "--preset", "demo-long", *more, "--method", "awm")
         assert (other["kl_weight"], other["draws"], other["lora_targets"]) == (0.1, 1, "attention")
         assert (other["rollout"], other["neutral"]) == ("chains", [])
+    for name in ("tmpo", *RIVALS, *NOISED):
+        targets = "paper" if name == "nft" else "attention"
+        assert printed(capsys, "--preset", "demo-long", "--method", name)["lora_targets"] == targets
     assert printed(capsys, "--preset", "pickscore", "recommended", "--method", "nft")["kl_weight"] == 1e-4
     assert printed(capsys, "--preset", "pickscore", "flux-24gb", "--method", "nft")["kl_weight"] == 1e-4
     # recommended is written for tmpo, on any model, and so are the protocols.
