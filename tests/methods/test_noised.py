@@ -171,10 +171,13 @@ def test_gradient_is_that_of_the_loss_of_errors(
         move(made, 0.1)
 
 
+@pytest.mark.parametrize("rise", [0, 0.001])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool) -> None:
+def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool, rise: float) -> None:
     """With an old policy that is not the current one; clipped advantages are wholly good or bad."""
-    own = {"strength": 0.4, "reward_range": 1.2, "adaptive_weight": adaptive, "kl_weight": 0.3}
+    own = {
+        "strength": 0.4, "reward_range": 1.2, "adaptive_weight": adaptive, "kl_weight": 0.3, "old_decay_rise": rise,
+    }  # fmt: skip
     made = set_up("nft", inner_updates=2, **own)
     x, t, v = all_rows(made)[1:]
     with torch.no_grad():
@@ -202,6 +205,8 @@ def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool) -> None
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
         assert sum(figures["loss"]) / 2 == pytest.approx(torch.stack(losses).mean().item())
         move(made, 0.1)
+    # A policy that is always the current one is not evaluated beside it.
+    assert made.network.evaluated["reference"] == len(x) * (2 if rise else 1)
 
 
 # -- exact facts ---------------------------------------------------------------------------------------------------

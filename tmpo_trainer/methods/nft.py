@@ -37,7 +37,8 @@ class Settings(NoisedSettings):
     """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
     worse than its group then pushes with a bounded gradient."""
     old_decay_rise: float = Field(0.001, ge=0, le=1)
-    """By how much the old policy's decay rises per update. At a decay of 0 it becomes the current policy after every update."""
+    """By how much the old policy's decay rises per update. At a decay of 0 it becomes the current policy after every update; at
+    a rise of 0 it always does, and costs no evaluations of its own."""
     old_decay_max: float = Field(0.5, ge=0, lt=1)
     """The largest decay of the old policy."""
 
@@ -52,9 +53,16 @@ class Method(NoisedMethod):
         self.old: dict[str, Tensor] = {}
         self.done = 0
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether the old policy is the current one at the first optimiser step of every update."""
+        return not (self.config.old_decay_rise and self.config.old_decay_max)
+
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
         """`reference` has the old policy's evaluations too."""
         counts = super().evaluations(plan)
+        if self.on_policy:
+            return counts
         return counts | {"reference": counts["reference"] + plan.leaves * self.config.draws}
 
     def keeps(self, plan: TreePlan) -> int:
@@ -73,17 +81,25 @@ class Method(NoisedMethod):
 
         own, draws = batch.own, self.config.draws
         if "old" not in own:
-            with network.phase("reference"), self.weights.using(self.old):
-                old, _ = evaluated(noised, network)
+            if self.on_policy:
+                # The replay's own velocities at the first optimiser step.
+                old = noised.leaves.new_empty(len(noised.t), *noised.leaves.shape[1:])
+            else:
+                with network.phase("reference"), self.weights.using(self.old):
+                    old, _ = evaluated(noised, network)
             share = torch.stack([advantage(rewards) for rewards in batch.rewards], 1) / self.config.reward_range
             own["optimality"] = (0.5 + share.clamp(-1, 1) / 2).repeat(draws, 1).flatten().to(noised.t)
             # Last: an attempt that fails before is made again.
             own["old"] = old
+        own["old_is_current"] = self.on_policy and inner == 0
         spread = own["optimality"].view(draws, -1, batch.count)[0].std(0, correction=0)
         return {"optimality_std": spread.tolist()}
 
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
-        config, old, good = self.config, batch.own["old"][part.rows], batch.own["optimality"][part.rows]
+        config, good = self.config, batch.own["optimality"][part.rows]
+        if batch.own["old_is_current"]:
+            batch.own["old"][part.rows] = velocity.detach()
+        old = batch.own["old"][part.rows]
         step = config.strength * (velocity - old)
         positive, negative = (trained_error(part, old + sign * step, config.adaptive_weight) for sign in (1, -1))
         return (good * positive + (1 - good) * negative) * config.reward_range / config.strength
