@@ -116,6 +116,9 @@ def test_a_warning_beyond_the_thresholds_names_what_holds_it(change: float, scal
     assert text.startswith(f"drift: contrast {says}") and "size" not in text and "`kl_weight`" in text
     assert ("latent_distance" in text) == (scale != 1) and ("a statistic that moved" in text) == (change != 0)
     assert drift.section(found).endswith(text)
+    # What the run already has is not advised again.
+    text = drift.warning(found, ["contrast", "feature_distance"])
+    assert text.endswith(". It is held by a larger `kl_weight`.") and drift.section(found, ["contrast"]) != text
 
 
 def test_a_warning_needs_the_whole_interval() -> None:

@@ -25,7 +25,7 @@ def test_drift_of_a_grid_is_written_and_warned_of_once(tmp_path: Path, capsys: p
 
     def reporter(done: int) -> Reporter:
         unasked: Any = None
-        return Reporter(tmp_path, 9, done, ["red"], draw, unasked, Accelerator(cpu=True))
+        return Reporter(tmp_path, 9, done, ["red"], draw, unasked, Accelerator(cpu=True), ["contrast"])
 
     first = reporter(0)
     said = []
@@ -34,7 +34,10 @@ def test_drift_of_a_grid_is_written_and_warned_of_once(tmp_path: Path, capsys: p
         said.append([line for line in capsys.readouterr().err.splitlines() if "drift: " in line])
     first.close()
     assert [len(lines) for lines in said] == [0, 1, 0]
-    assert said[1][0].startswith("update 4, samples: drift: contrast moved by +2.96 of") and "`kl_weight`" in said[1][0]
+    assert (
+        said[1][0].startswith("update 4, samples: drift: contrast moved by +2.96 of")
+        and "held by a larger" in said[1][0]
+    )
     second = reporter(4)
     second.samples(6)
     second.close()

@@ -12,7 +12,7 @@ each statistic show that:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,8 +144,12 @@ def table(found: Mapping[str, Drift]) -> str:
     return text
 
 
-def warning(found: Mapping[str, Drift]) -> str:
-    """Which statistics are beyond the thresholds, and the settings that hold them, on one line; "" if there are none."""
+def warning(found: Mapping[str, Drift], neutral: Collection[str] = ()) -> str:
+    """Which statistics are beyond the thresholds, and the settings that hold them, on one line; "" if there are none.
+
+    Args:
+        neutral: the run's `neutral` statistics, which are not advised again.
+    """
     parts, settings = [], []
     for name, one in found.items():
         if one.moved:
@@ -155,16 +159,18 @@ def warning(found: Mapping[str, Drift]) -> str:
             parts.append(f"{name} {verb} (spread {one.spread.mean:.2f}, slope {one.slope.mean:.2f})")
     if not parts:
         return ""
-    if any(one.moved for one in found.values()):
+    if any(one.moved and name not in neutral for name, one in found.items()):
         settings.append(HOLDS_SHIFT)
-    if any(one.contracted or one.spread_out for one in found.values()):
+    spread = any(one.contracted or one.spread_out for one in found.values())
+    if spread and not {"latent_distance", "feature_distance"} & set(neutral):
         settings.append(HOLDS_SPREAD)
-    return f"drift: {', '.join(parts)}. It is held by {', '.join(settings)} or a larger `kl_weight`."
+    settings.append("a larger `kl_weight`")
+    return f"drift: {', '.join(parts)}. It is held by {' or '.join(settings)}."
 
 
-def section(found: Mapping[str, Drift]) -> str:
-    """The table, and the warning below it if there is one."""
-    return "\n\n".join(part for part in (table(found), warning(found)) if part)
+def section(found: Mapping[str, Drift], neutral: Collection[str] = ()) -> str:
+    """The table, and the warning below it if there is one, see `warning`."""
+    return "\n\n".join(part for part in (table(found), warning(found, neutral)) if part)
 
 
 def content(found: Mapping[str, Drift]) -> dict[str, Any]:

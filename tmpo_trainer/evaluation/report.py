@@ -150,12 +150,14 @@ def write_report(
     rewards: Sequence[str],
     about: Sequence[str],
     target: str,
+    neutral: Sequence[str] = (),
 ) -> dict[str, bool]:
     """Writes report.md, report.json, curves.png, pareto.png and samples.png. Returns the verdict.
 
     Args:
         metrics: lines of metrics.jsonl. evaluations: lines of evaluations.jsonl. rewards: names of the run's rewards.
         about: lines on how the figures were made. target: the score that should have risen.
+        neutral: the run's `neutral` statistics.
     """
     figures = summary(base, trained)
     after_last = {"update": metrics[-1]["update"], **figures}
@@ -164,7 +166,7 @@ def write_report(
     checks = verdict(base, trained, target)
     moved = drift.drifts(base.statistics, trained.statistics, base.prompts)
     content = {"prompts": len(base.prompts), **figures, "drift": drift.content(moved), "verdict": checks}
-    sections = [_markdown(figures, checks, about, drift.section(moved))]
+    sections = [_markdown(figures, checks, about, drift.section(moved, neutral))]
     curve = limit.front(base)
     if curve is not None:
         text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})

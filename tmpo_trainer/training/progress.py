@@ -44,6 +44,7 @@ class Reporter:
         compare: measures (base, model as it stands) on the held-out prompts.
         accelerator: of several processes one shows and writes, and feeds the trackers; the others only take part in
             drawing and measuring.
+        neutral: the run's `neutral` statistics.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Reporter:
         draw_samples: Callable[[], tuple[np.ndarray, list[str], dict[str, drift.Drift]]],
         compare: Callable[[], tuple[Evaluation, Evaluation]],
         accelerator: Accelerator,
+        neutral: Sequence[str] = (),
     ):
         self.run, self.rewards, self.draw_samples, self.compare = run, list(rewards), draw_samples, compare
         self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.neutral = tuple(neutral)
         #: Statistics whose drift has been warned of.
         self.warned: set[str] = set()
         self.bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, disable=not self.main)
@@ -122,7 +125,7 @@ class Reporter:
         """A line about drift beyond the thresholds, if it is so in a statistic that has not been warned of."""
         beyond = {name for name, one in moved.items() if one.beyond}
         if beyond - self.warned:
-            self.bar.write(f"update {update}, {what}: {drift.warning(moved)}", file=sys.stderr)
+            self.bar.write(f"update {update}, {what}: {drift.warning(moved, self.neutral)}", file=sys.stderr)
             self.warned |= beyond
 
     def close(self) -> None:
