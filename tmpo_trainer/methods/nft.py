@@ -52,6 +52,8 @@ class Method(NoisedMethod):
         #: The adapter of the old policy; made at the first update.
         self.old: dict[str, Tensor] = {}
         self.done = 0
+        #: Whether this is the first optimiser step of an update.
+        self.first = True
 
     @property
     def on_policy(self) -> bool:
@@ -91,13 +93,13 @@ class Method(NoisedMethod):
             own["optimality"] = (0.5 + share.clamp(-1, 1) / 2).repeat(draws, 1).flatten().to(noised.t)
             # Last: an attempt that fails before is made again.
             own["old"] = old
-        own["old_is_current"] = self.on_policy and inner == 0
+        self.first = inner == 0
         spread = own["optimality"].view(draws, -1, batch.count)[0].std(0, correction=0)
         return {"optimality_std": spread.tolist()}
 
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
         config, good = self.config, batch.own["optimality"][part.rows]
-        if batch.own["old_is_current"]:
+        if self.on_policy and self.first:
             batch.own["old"][part.rows] = velocity.detach()
         old = batch.own["old"][part.rows]
         step = config.strength * (velocity - old)
