@@ -144,8 +144,8 @@ def test_gradient_is_that_of_the_loss_of_errors(
     """At the rollout's weights, and at others where ratios are clipped; with a KL; in several calls of the network."""
     clip = 0.01
     own = {} if name == "crd" else {"clip": clip}
-    made = set_up(name, kl_weight=0.3, inner_updates=2, **own, **settings)
-    x, t, v = all_rows(made)[1:]
+    made = set_up(name, kl_weight=0.3, inner_updates=2, noise_weight=0.5, **own, **settings)
+    _, x, t, v, weight = all_rows(made)
     with torch.no_grad(), made.weights.pretrained():
         reference = made.transformer(x, t)
     e_old = None
@@ -153,20 +153,20 @@ def test_gradient_is_that_of_the_loss_of_errors(
         velocity = made.transformer(x, t)
 
         def errors(u: Tensor) -> Tensor:
-            return (u - v).square().mean((1, 2, 3)).view(DRAWS, LEAVES, COUNT).mean(0)
+            return (weight * (u - v).square().mean((1, 2, 3))).view(DRAWS, LEAVES, COUNT).mean(0)
 
         e, e_ref = errors(velocity), errors(reference)
         e_old = e.detach() if e_old is None else e_old
         losses = [loss(made.batch.rewards[p], e[:, p], e_old[:, p], e_ref[:, p], clip) for p in range(COUNT)]
-        kl = (velocity - reference).square().mean()
+        kl, mse = ((velocity - other).square().mean((1, 2, 3)) for other in (reference, v))
         # Two of the four prompts of an update.
-        total = (sum(losses) / COUNT + 0.3 * kl) * COUNT / 4
+        total = (sum(losses) / COUNT + 0.3 * (weight * kl).mean()) * COUNT / 4
         (expected,) = torch.autograd.grad(total, made.transformer.adapter)
         got, figures = found(made, inner)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
         assert figures["loss"] == pytest.approx([value.item() for value in losses], rel=1e-9)
-        assert sum(figures["kl_reference"]) / 2 == pytest.approx(kl.item())
-        assert sum(figures["velocity_mse"]) / 2 == pytest.approx(e.mean().item())
+        assert sum(figures["kl_reference"]) / 2 == pytest.approx(kl.mean().item())
+        assert sum(figures["velocity_mse"]) / 2 == pytest.approx(mse.mean().item())
         assert "clip_fraction" not in figures or (max(figures["clip_fraction"]) > 0) == (inner == 1)
         move(made, 0.1)
 
@@ -177,9 +177,10 @@ def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool, rise: f
     """With an old policy that is not the current one; clipped advantages are wholly good or bad."""
     own = {
         "strength": 0.4, "reward_range": 1.2, "adaptive_weight": adaptive, "kl_weight": 0.3, "old_decay_rise": rise,
+        "noise_weight": 1,
     }  # fmt: skip
     made = set_up("nft", inner_updates=2, **own)
-    x, t, v = all_rows(made)[1:]
+    _, x, t, v, weight = all_rows(made)
     with torch.no_grad():
         v_old = made.transformer(x, t)
         with made.weights.pretrained():
@@ -198,8 +199,9 @@ def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool, rise: f
                     parts.append(((data - x0) ** 2 / (data - x0).abs().mean().detach()).mean())
                 else:
                     parts.append(((u - v[i]) ** 2).mean())
-            losses.append((r * parts[0] + (1 - r) * parts[1]) * 1.2 / 0.4)
-        total = (torch.stack(losses).mean() + 0.3 * (velocity - reference).square().mean()) * COUNT / 4
+            losses.append(weight[i] * (r * parts[0] + (1 - r) * parts[1]) * 1.2 / 0.4)
+        kl = (velocity - reference).square().mean((1, 2, 3))
+        total = (torch.stack(losses).mean() + 0.3 * (weight * kl).mean()) * COUNT / 4
         (expected,) = torch.autograd.grad(total, made.transformer.adapter)
         got, figures = found(made, inner)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
@@ -257,7 +259,7 @@ def test_the_optimum_of_crd_is_the_tilt() -> None:
 def test_draws() -> None:
     """x_t and v fit together; levels are one in each of K intervals, then shifted; a prompt's do not depend on its batch."""
     made = set_up("awm")
-    rows, x, t, v = all_rows(made)
+    rows, x, t, v, weight = all_rows(made)
     x0 = made.batch.rollout.leaves.repeat(DRAWS, 1, 1, 1)
     torch.testing.assert_close(x - t.view(-1, 1, 1, 1) * v, x0)
     eps = x0 + v
@@ -273,6 +275,10 @@ def test_draws() -> None:
     assert not torch.equal(level[0], level[1]) and not torch.equal(level[..., 0], level[..., 1])
     part = all_parts(NoisedLeaves(made.batch.rollout.leaves[1::2], SLOTS[1:], (0, 5), DRAWS, 2.0))
     assert torch.equal(part.x, x[1::2]) and torch.equal(part.t, t[1::2])
+    assert set(weight.tolist()) == {1.0}
+    heavy = all_rows(set_up("awm", noise_weight=2, noise_shift=1))
+    torch.testing.assert_close(heavy.weight, 3 * (1 - heavy.t) ** 2)
+    assert heavy.weight.mean() == pytest.approx(1, abs=0.1)
     made.batch.update = 6
     assert not torch.equal(all_rows(made).t, t)
 

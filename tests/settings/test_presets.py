@@ -82,6 +82,7 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "diversity",
         "draws",
         "noise_shift",
+        "noise_weight",
         "rollout",
         "strength",
         "reward_range",

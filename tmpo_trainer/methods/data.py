@@ -69,7 +69,7 @@ def backward(method: Method, batch: PromptBatch, network: Network, examples: Exa
     else:
         chosen = examples.chosen(batch.update, batch.slots, config.data_images, config.seed)
         pictures, captions = examples.latents[chosen].to(batch.rollout.leaves), [examples.captions[i] for i in chosen]
-    noised = NoisedLeaves(pictures, batch.slots, (config.seed, batch.update, "data"), 1, 1.0)
+    noised = NoisedLeaves(pictures, batch.slots, (config.seed, batch.update, "data"))
     errors = torch.zeros_like(noised.t)
     with network.phase("replay"):
         for part in noised.parts(network.max_batch):

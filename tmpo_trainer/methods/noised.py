@@ -1,7 +1,7 @@
 """What the methods share that train on noised leaves: the forward process in place of the rollout's transitions.
 
 A leaf x0, a noise level t in 0..1 and noise eps give x_t = (1 - t) x0 + t eps, whose velocity is v = eps - x0. The error of a
-leaf is the mean over latent dimensions, and over its draws of (t, eps), of (v_theta(x_t, t) - v)^2. Less error is more
+leaf is the mean over latent dimensions, and over its draws of (t, eps), of w(t) (v_theta(x_t, t) - v)^2. Less error is more
 likelihood: minus the error stands for log p_theta(x0) (the evidence lower bound), and e_ref - e_theta for
 log p_theta(x0) / p_ref(x0), of a picture and not of a path. So no log-probabilities are needed, and any solver will do.
 
@@ -39,6 +39,9 @@ class NoisedSettings(StochasticSettings):
     noise_shift: float = Field(1.0, ge=0.01, le=100)
     """Noise levels are uniform in 0..1 and then shifted, as the schedules of SD3 and FLUX are: a level t becomes
     shift t / (1 + (shift - 1) t). More than 1 trains at more noise."""
+    noise_weight: float = Field(0.0, ge=0, le=10)
+    """The weight of a noised leaf is (1 + p) (1 - t)^p at noise level t, where p is this. 0 weighs all levels alike, as the
+    papers do; with 1 those count less at which a leaf's own noise outweighs what its reward says."""
     adaptive_weight: bool = False
     """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
     worse than its group then pushes with a bounded gradient."""
@@ -50,13 +53,14 @@ class NoisedSettings(StochasticSettings):
 class Part(NamedTuple):
     """Some rows of a batch's noised leaves. Row (d * K + l) * P + p is draw d of leaf l of prompt p.
 
-    rows: which. x: `[n, ...latent]`, noised. t: `[n]`. v: `[n, ...latent]`, the true velocity.
+    rows: which. x: `[n, ...latent]`, noised. t: `[n]`. v: `[n, ...latent]`, the true velocity. weight: `[n]`.
     """
 
     rows: slice
     x: Tensor
     t: Tensor
     v: Tensor
+    weight: Tensor
 
 
 class NoisedLeaves:
@@ -67,13 +71,21 @@ class NoisedLeaves:
 
     Args:
         leaves: `[K * P, ...latent]`, row l * P + p is leaf l of prompt p. slots: places of the P prompts.
-        key: such as (seed, update). draws: D. shift: see the settings.
+        key: such as (seed, update). draws: D. shift, power: `noise_shift` and `noise_weight` of the settings.
 
     Attributes:
-        t: `[D * K * P]`, the noise level of every row.
+        t, weight: `[D * K * P]`, the noise level and the weight of every row.
     """
 
-    def __init__(self, leaves: Tensor, slots: Sequence[int], key: tuple[int | str, ...], draws: int, shift: float):
+    def __init__(
+        self,
+        leaves: Tensor,
+        slots: Sequence[int],
+        key: tuple[int | str, ...],
+        draws: int = 1,
+        shift: float = 1.0,
+        power: float = 0.0,
+    ):
         import torch
 
         from .. import tree
@@ -85,7 +97,9 @@ class NoisedLeaves:
             for d in range(draws):
                 order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, each))(0, ())
                 levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / each
-        self.t = (shift * levels / (1 + (shift - 1) * levels)).flatten().to(self.leaves)
+        levels = shift * levels / (1 + (shift - 1) * levels)
+        self.t = levels.flatten().to(self.leaves)
+        self.weight = ((1 + power) * (1 - levels) ** power).flatten().to(self.leaves)
 
     def parts(self, max_batch: int | None) -> Iterator[Part]:
         """All rows, at most `max_batch` at a time, in whole multiples of the prompts."""
@@ -100,7 +114,8 @@ class NoisedLeaves:
             eps = torch.stack([self._noise(row) for row in rows]).to(x0)
             t = self.t[first : rows.stop]
             level = flow.per_row(t, x0)
-            yield Part(slice(first, rows.stop), (1 - level) * x0 + level * eps, t, eps - x0)
+            chosen = slice(first, rows.stop)
+            yield Part(chosen, (1 - level) * x0 + level * eps, t, eps - x0, self.weight[chosen])
 
     def _noise(self, row: int) -> Tensor:
         from .. import tree
@@ -173,7 +188,8 @@ class NoisedMethod(Method):
     def noised(self, batch: PromptBatch) -> NoisedLeaves:
         config = self.config
         key = config.seed, batch.update
-        return NoisedLeaves(batch.rollout.leaves, batch.slots, key, config.draws, config.noise_shift)
+        leaves = batch.rollout.leaves
+        return NoisedLeaves(leaves, batch.slots, key, config.draws, config.noise_shift, config.noise_weight)
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
@@ -181,7 +197,8 @@ class NoisedMethod(Method):
 
     @abstractmethod
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
-        """`[n]`, from the network's velocity at a part's rows, `[n, ...latent]`. A prompt's loss is the mean over its rows."""
+        """`[n]`, from the network's velocity at a part's rows, `[n, ...latent]`. A prompt's loss is the mean over its rows,
+        times their weights."""
 
     def backward(self, batch: PromptBatch, network: Network, inner: int) -> Figures:
         import torch
@@ -198,15 +215,15 @@ class NoisedMethod(Method):
             for part in noised.parts(network.max_batch):
                 velocity = network(part.x, part.t).to(part.x)
                 loss = self.row_loss(batch, part, velocity)
-                losses[part.rows] = loss.detach()
+                losses[part.rows] = part.weight * loss.detach()
                 errors[part.rows] = mean_square(velocity.detach() - part.v)
                 if config.kl_weight:
                     off = mean_square(velocity - batch.own["reference"][part.rows])
                     kl[part.rows] = off.detach()
                     loss = loss + config.kl_weight * off
-                network.backward(loss.sum() * scale)
+                network.backward((part.weight * loss).sum() * scale)
         if inner == 0:
-            batch.own["errors"] = leaf_means(errors, batch)
+            batch.own["errors"] = leaf_means(noised.weight * errors, batch)
         found = {"loss": losses, "velocity_mse": errors}
         if config.kl_weight:
             found["kl_reference"] = kl
@@ -220,14 +237,15 @@ def leaf_means(rows: Tensor, batch: PromptBatch) -> Tensor:
 
 
 def evaluated(noised: NoisedLeaves, network: Network) -> tuple[Tensor, Tensor]:
-    """The network's velocities at all rows without gradient, `[D * K * P, ...latent]`, and their errors, `[D * K * P]`."""
+    """The network's velocities at all rows without gradient, `[D * K * P, ...latent]`, and their errors times the rows'
+    weights, `[D * K * P]`."""
     import torch
 
     velocities, errors = [], []
     with torch.no_grad():
         for part in noised.parts(network.max_batch):
             velocities.append(network(part.x, part.t).to(part.x))
-            errors.append(mean_square(velocities[-1] - part.v))
+            errors.append(part.weight * mean_square(velocities[-1] - part.v))
     return torch.cat(velocities), torch.cat(errors)
 
 
