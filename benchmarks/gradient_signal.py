@@ -7,7 +7,8 @@ model (the weights never move; `--prompts-per-update` is the batch) and prints, 
 - signal to noise: |E g|^2 over the trace of Cov g, unbiased, from pairs of updates; and the same after dividing each
   coordinate by its root mean square, which is what Adam sees;
 - contrast: the cosine between the signal and the gradient of the latents' standard deviation in deterministic sampling.
-  Near 1, training mostly makes pictures harsher.
+  Near 1, training mostly makes pictures harsher;
+- for methods on noised leaves, how both are distributed over the noise levels (`--noise-weight` weighs the levels).
 
 docs/demo-settings.md has figures and what follows from them.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +27,65 @@ from torch.utils.checkpoint import checkpoint
 from tmpo_trainer import tree
 from tmpo_trainer.commands import loading
 from tmpo_trainer.commands.flags import configure, parse
+from tmpo_trainer.methods.noised import NoisedMethod
 from tmpo_trainer.training.loop import Trainer
 
 #: For the gradient of the latents' standard deviation: Euler steps, batches, prompts and pictures each.
 STEPS, BATCHES, PROMPTS, IMAGES = 20, 6, 7, 8
+
+
+#: Equal intervals of noise levels.
+LEVELS = 5
+
+
+class ByLevel:
+    """The gradients of a method on noised leaves by noise level: it replays once for each interval of levels.
+
+    Attributes:
+        gradients: `[U, LEVELS, D]` as a list over the updates so far; their sum over the levels is the whole gradient.
+    """
+
+    def __init__(self, method: NoisedMethod, parameters: list[Tensor]):
+        self.gradients: list[Tensor] = []
+        self.level, self.parameters = 0, parameters
+        row_loss, backward = method.row_loss, method.backward
+
+        def masked(batch: Any, part: Any, velocity: Tensor) -> Tensor:
+            inside = (part.t * LEVELS).long().clamp_max(LEVELS - 1) == self.level
+            return row_loss(batch, part, velocity) * inside
+
+        def by_level(batch: Any, network: Any, inner: int) -> Any:
+            found = {}
+            for self.level in range(LEVELS):
+                before = self.whole()
+                found = backward(batch, network, inner)
+                self.gradients[-1][self.level] += self.whole() - before
+            return found
+
+        method.row_loss, method.backward = masked, by_level
+
+    def begin(self) -> None:
+        """Called before every update."""
+        self.gradients.append(torch.zeros(LEVELS, sum(p.numel() for p in self.parameters)))
+
+    def whole(self) -> Tensor:
+        """`[D]`"""
+        return torch.cat(
+            [(p.new_zeros(p.shape) if p.grad is None else p.grad).flatten() for p in self.parameters]
+        ).cpu()
+
+    def rows(self) -> list[str]:
+        """Lines of text: of the signal and of the noise, the share of each interval; their ratio."""
+        g = torch.stack(self.gradients).double()
+        products = torch.einsum("ubd,ucd->bc", g, g)
+        signal = (g.sum(0) @ g.sum(0).T - products) / (len(g) * (len(g) - 1))
+        noise = products / len(g) - signal
+        lines = []
+        for level in range(LEVELS):
+            share, loud = signal[level].sum() / signal.sum(), noise[level].sum() / noise.sum()
+            where, own = f"{level / LEVELS:.1f} to {(level + 1) / LEVELS:.1f}", signal[level, level] / noise[level, level]
+            lines.append(f"noise levels {where}: {share:.0%} of the signal, {loud:.0%} of the noise, their ratio {own:+.4f}")
+        return lines
 
 
 def signal_to_noise(gradients: Tensor) -> tuple[float, float]:
@@ -82,7 +139,10 @@ def main(arguments: list[str]) -> int:
         trainer = Trainer(config, Path(folder), backbone, scorers, prompts, features=features)
         parameters = [value for name, value in trainer.weights.lora.items() if ".lora_B." in name]
         rows, rewards, seconds = [], [], []
+        by_level = ByLevel(trainer.method, parameters) if isinstance(trainer.method, NoisedMethod) else None
         for _ in range(config.updates):
+            if by_level:
+                by_level.begin()
             line = trainer.update()
             rows.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).cpu())
             rewards.append(line[f"reward/{config.reward[0]}"])
@@ -96,5 +156,7 @@ def main(arguments: list[str]) -> int:
     print(f"preset {preset}, {config.updates} updates, seed {config.seed}, {sum(seconds) / len(seconds):.2f} s each")
     print(f"reward in the rollouts {sum(rewards) / len(rewards):.3f}")
     print(f"signal to noise per update {ratio:+.4f}, as Adam sees it {as_adam:+.4f}")
+    if by_level:
+        print(*by_level.rows(), sep="\n")
     print(f"contrast: cosine of the signal with the gradient of the latents' standard deviation {cosine:+.2f}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,9 +58,19 @@ def test_a_written_model_is_measured(
 def test_the_gradient_of_the_demo_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its neutral advantage needs features of pictures."""
+    """Its neutral advantage needs features of pictures. The parts of all noise levels are the whole gradient."""
     for name, value in {"STEPS": 2, "BATCHES": 1, "PROMPTS": 1, "IMAGES": 1}.items():
         monkeypatch.setattr(gradient_signal, name, value)
+    given, parts = [], []
+    signal_to_noise, rows = gradient_signal.signal_to_noise, gradient_signal.ByLevel.rows
+    monkeypatch.setattr(gradient_signal, "signal_to_noise", lambda g: (given.append(g), signal_to_noise(g))[1])
+    monkeypatch.setattr(gradient_signal.ByLevel, "rows", lambda self: (parts.append(self.gradients), rows(self))[1])
     flags = "--preset demo --updates 2 --prompts-per-update 1 --prompts-per-batch 1"
     assert main(f"gradient-signal {flags}".split()) == 0
-    assert "signal to noise per update" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("signal to noise per update") for line in lines)
+    by_level = [[int(share) for share in re.findall(r"(-?\d+)%", line)] for line in lines if "noise levels" in line]
+    assert len(by_level) == 5 and all(
+        sum(column) == pytest.approx(100, abs=3) for column in zip(*by_level, strict=True)
+    )
+    torch.testing.assert_close(torch.stack(parts[0]).sum(1), given[0], rtol=1e-3, atol=1e-7)
