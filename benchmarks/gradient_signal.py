@@ -83,8 +83,13 @@ class ByLevel:
         lines = []
         for level in range(LEVELS):
             share, loud = signal[level].sum() / signal.sum(), noise[level].sum() / noise.sum()
-            where, own = f"{level / LEVELS:.1f} to {(level + 1) / LEVELS:.1f}", signal[level, level] / noise[level, level]
-            lines.append(f"noise levels {where}: {share:.0%} of the signal, {loud:.0%} of the noise, their ratio {own:+.4f}")
+            where, own = (
+                f"{level / LEVELS:.1f} to {(level + 1) / LEVELS:.1f}",
+                signal[level, level] / noise[level, level],
+            )
+            lines.append(
+                f"noise levels {where}: {share:.0%} of the signal, {loud:.0%} of the noise, their ratio {own:+.4f}"
+            )
         return lines
 
 
