@@ -394,13 +394,13 @@ def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
 def test_flags_over_config_over_preset_over_defaults(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     defaults: Any = make_config([])
     only_preset = printed(capsys, "--preset", "demo")
-    assert only_preset["updates"] not in (70, 90, defaults.updates)
+    assert only_preset["updates"] not in (70, 95, defaults.updates)
     assert only_preset["weight_decay"] == defaults.weight_decay
     with_file = printed(capsys, "--preset", "demo", "--config", "good.yaml")
     # PyYAML reads 5e-5 as a string.
     assert with_file == {**only_preset, "learning_rate": 5e-5, "updates": 70, "guidance": 2}
-    flags = printed(capsys, "--updates", "90", "--config", "good.yaml", "--preset", "demo")
-    assert flags == {**with_file, "updates": 90}
+    flags = printed(capsys, "--updates", "95", "--config", "good.yaml", "--preset", "demo")
+    assert flags == {**with_file, "updates": 95}
 
 
 def test_the_preset_follows_the_reward(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,7 +493,7 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
     """`demo-long` is written for nft, whose settings for the demo model are those of short runs."""
     short, long = printed(capsys, "--method", "nft"), printed(capsys, "--preset", "demo-long")
     assert short["method"] == long["method"] == "nft"
-    assert (short["kl_weight"], long["kl_weight"]) == (0.1, 0.3)
+    assert (short["draws"], long["draws"], short["noise_weight"], long["noise_weight"]) == (1, 3, 1, 0)
     assert printed(capsys, "--preset", "demo-long", "--method", "nft") == long
     # A file for the same method changes nothing of that.
     Path("own.yaml").write_text("method: nft\n")
