@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ class ByLevel:
     """The gradients of a method on noised leaves by noise level: it replays once for each interval of levels.
 
     Attributes:
-        gradients: `[U, LEVELS, D]` as a list over the updates so far; their sum over the levels is the whole gradient.
+        gradients: `[LEVELS, D]` for each update so far; without an anchor on data their sum over the levels is its gradient.
+        seconds: what all replays but one took so far.
     """
 
     def __init__(self, method: NoisedMethod, parameters: list[Tensor]):
         self.gradients: list[Tensor] = []
+        self.seconds = 0.0
         self.level, self.parameters = 0, parameters
         row_loss, backward = method.row_loss, method.backward
 
@@ -57,8 +60,9 @@ class ByLevel:
         def by_level(batch: Any, network: Any, inner: int) -> Any:
             found = {}
             for self.level in range(LEVELS):
-                before = self.whole()
+                before, start = self.whole(), time.perf_counter()
                 found = backward(batch, network, inner)
+                self.seconds += (self.level > 0) * (time.perf_counter() - start)
                 self.gradients[-1][self.level] += self.whole() - before
             return found
 
@@ -75,7 +79,8 @@ class ByLevel:
         ).cpu()
 
     def rows(self) -> list[str]:
-        """Lines of text: of the signal and of the noise, the share of each interval; their ratio."""
+        """Lines of text: each interval's share of the signal (with what it shares with others) and of the noise, and its own
+        signal to noise."""
         g = torch.stack(self.gradients).double()
         products = torch.einsum("ubd,ucd->bc", g, g)
         signal = (g.sum(0) @ g.sum(0).T - products) / (len(g) * (len(g) - 1))
@@ -87,9 +92,7 @@ class ByLevel:
                 f"{level / LEVELS:.1f} to {(level + 1) / LEVELS:.1f}",
                 signal[level, level] / noise[level, level],
             )
-            lines.append(
-                f"noise levels {where}: {share:.0%} of the signal, {loud:.0%} of the noise, their ratio {own:+.4f}"
-            )
+            lines.append(f"noise levels {where}: {share:.0%} of the signal, {loud:.0%} of the noise, alone {own:+.4f}")
         return lines
 
 
@@ -152,13 +155,15 @@ def main(arguments: list[str]) -> int:
             rows.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).cpu())
             rewards.append(line[f"reward/{config.reward[0]}"])
             seconds.append(line["seconds"]["total"])
+        if by_level:
+            seconds.append(-by_level.seconds)
     gradients = torch.stack(rows)
     signal, ratio = signal_to_noise(gradients)
     _, as_adam = signal_to_noise(gradients / gradients.square().mean(0).sqrt().clamp_min(1e-12))
     contrast = contrast_gradient(trainer, parameters)
     # The loss falls along -g.
     cosine = -(gradients.mean(0) @ contrast).item() / (max(signal, 1e-30) ** 0.5 * contrast.norm().item())
-    print(f"preset {preset}, {config.updates} updates, seed {config.seed}, {sum(seconds) / len(seconds):.2f} s each")
+    print(f"preset {preset}, {config.updates} updates, seed {config.seed}, {sum(seconds) / config.updates:.2f} s each")
     print(f"reward in the rollouts {sum(rewards) / len(rewards):.3f}")
     print(f"signal to noise per update {ratio:+.4f}, as Adam sees it {as_adam:+.4f}")
     if by_level:

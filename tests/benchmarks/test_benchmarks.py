@@ -65,7 +65,7 @@ def test_the_gradient_of_the_demo_is_measured(
     signal_to_noise, rows = gradient_signal.signal_to_noise, gradient_signal.ByLevel.rows
     monkeypatch.setattr(gradient_signal, "signal_to_noise", lambda g: (given.append(g), signal_to_noise(g))[1])
     monkeypatch.setattr(gradient_signal.ByLevel, "rows", lambda self: (parts.append(self.gradients), rows(self))[1])
-    flags = "--preset demo --updates 2 --prompts-per-update 1 --prompts-per-batch 1"
+    flags = "--preset demo --updates 2 --prompts-per-update 1 --prompts-per-batch 1 --noise-weight 10"
     assert main(f"gradient-signal {flags}".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("signal to noise per update") for line in lines)
@@ -74,3 +74,6 @@ def test_the_gradient_of_the_demo_is_measured(
         sum(column) == pytest.approx(100, abs=3) for column in zip(*by_level, strict=True)
     )
     torch.testing.assert_close(torch.stack(parts[0]).sum(1), given[0], rtol=1e-3, atol=1e-7)
+    # Near t = 1 the weight is next to nothing.
+    low, *_, high = torch.stack(parts[0]).norm(dim=(0, 2))
+    assert high < 1e-4 * low

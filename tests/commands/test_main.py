@@ -503,6 +503,13 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
         other = printed(capsys, "--preset", "demo-long", *more, "--method", "awm")
         assert (other["kl_weight"], other["draws"], other["lora_targets"]) == (0.1, 1, "attention")
         assert (other["rollout"], other["neutral"]) == ("chains", [])
+    # So are they than the file of a run.
+    Path("run.yaml").write_text(yaml.safe_dump(short))
+    for name in ("awm", "crd", "tmpo-leaf"):
+        other = printed(capsys, "--config", "run.yaml", "--method", name)
+        assert [other[key] for key in ("rollout", "noise_weight", "adaptive_weight")] == ["chains", 0, False]
+    settings = printed(capsys, "--preset", "demo", "--method", "tmpo")
+    assert [settings[key] for key in ("solver", "leaf_steps", "lora_targets")] == ["ab2", 3, "attention"]
     for name in ("tmpo", *RIVALS, *NOISED):
         targets = "paper" if name == "nft" else "attention"
         assert printed(capsys, "--preset", "demo-long", "--method", name)["lora_targets"] == targets

@@ -84,7 +84,9 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     by_name = dict(zip(config.reward, scorers, strict=True))
     evaluate(config, parts, by_name, features, backbone, lora is not None, folder, accelerator)
     if accelerator.is_main_process:
-        write(config, parts, features.name, folder)
+        # The settings of a run's folder are the run's.
+        taken_out = config.taken_out if lora and (lora / "config.yaml").is_file() else ()
+        write(config, parts, features.name, folder, taken_out)
     return 0
 
 
@@ -131,8 +133,14 @@ def evaluate(
                 part.evaluations["LoRA"] = held_out.measure(bar.update)
 
 
-def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Path) -> None:
-    """Writes table.md, table.json and the pictures, and prints the table."""
+def write(
+    config: TrainConfig, parts: Sequence[Part], features: str, folder: Path, taken_out: Sequence[str] = ()
+) -> None:
+    """Writes table.md, table.json and the pictures, and prints the table.
+
+    Args:
+        taken_out: the statistics that the LoRA's run took out of its reward wholly.
+    """
     models = {label: [part.evaluations[label] for part in parts] for label in parts[0].evaluations}
     intervals = report.Intervals.of(models)
     pictures = [folder / "samples.png", folder / "samples-preference.png"][: len(parts)]
@@ -146,7 +154,12 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
     base, lora = last["base"], last.get("LoRA")
     trained = {} if lora is None else {"LoRA": lora}
     moved = {} if lora is None else drift.drifts(base.statistics, lora.statistics, base.prompts)
-    sections = [f"# {model}", about(config, parts, features), text, *([drift.section(moved)] if moved else [])]
+    sections = [
+        f"# {model}",
+        about(config, parts, features),
+        text,
+        *([drift.section(moved, taken_out)] if moved else []),
+    ]
     curve, table, costs = limit.front(base), "", {}
     if curve is not None:
         about_limit, table, costs = report.limit_section(curve, base, {name: [own] for name, own in trained.items()})
@@ -172,8 +185,9 @@ def write(config: TrainConfig, parts: Sequence[Part], features: str, folder: Pat
         content["drift"] = drift.content(moved)
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     print(f"{text}\n\n{table}" if table else text)
-    if drift.warning(moved):
-        print(drift.warning(moved), file=sys.stderr)
+    warning = drift.warning(moved, taken_out)
+    if warning:
+        print(warning, file=sys.stderr)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
 
 

@@ -179,7 +179,7 @@ def _run(trainer: Trainer, held_out: HeldOut | None, shown: list[str]) -> int:
     accelerator = trainer.accelerator
     with writing(folder):
         reporter = progress.Reporter(
-            folder, config.updates, trainer.done, names, draw_samples, compare, accelerator, config.neutral
+            folder, config.updates, trainer.done, names, draw_samples, compare, accelerator, config.taken_out
         )
     try:
         trainer.train(reporter)
@@ -277,13 +277,13 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
         raise ValueError(f"{trainer.run / 'metrics.jsonl'} has no line for the curves of the report")
     target = next(iter(base.scores))
     checks = report.write_report(
-        trainer.run, base, trained, metrics, evaluations, rewards, about, target, config.neutral
+        trainer.run, base, trained, metrics, evaluations, rewards, about, target, config.taken_out
     )
     for name, values in base.measures.items():
         print(f"{name}: {values.mean():.3f} -> {trained.measures[name].mean():.3f}", file=sys.stderr)
     for statement, holds in checks.items():
         print(f"{'yes' if holds else 'NO '} {statement}", file=sys.stderr)
-    warning = drift.warning(drift.drifts(base.statistics, trained.statistics, base.prompts), config.neutral)
+    warning = drift.warning(drift.drifts(base.statistics, trained.statistics, base.prompts), config.taken_out)
     if warning:
         print(warning, file=sys.stderr)
     print(f"report: {trainer.run / 'report.md'}", file=sys.stderr)

@@ -28,7 +28,7 @@ SPREAD = 0.9
 DRAWS = 2000
 
 #: The settings that hold a drift, for the texts below.
-HOLDS_SHIFT = "`neutral` with the name of a statistic that moved"
+HOLDS_SHIFT = "`neutral` with the name of a statistic that moved (at a `neutral_share` of 1)"
 HOLDS_SPREAD = "`neutral` with `latent_distance` or `feature_distance`"
 
 #: A figure that does not exist, because no prompt has two pictures that differ.
@@ -148,7 +148,7 @@ def warning(found: Mapping[str, Drift], neutral: Collection[str] = ()) -> str:
     """Which statistics are beyond the thresholds, and the settings that hold them, on one line; "" if there are none.
 
     Args:
-        neutral: the run's `neutral` statistics, which are not advised again.
+        neutral: what the run takes out of its reward wholly, which is not advised again.
     """
     parts, settings = [], []
     for name, one in found.items():

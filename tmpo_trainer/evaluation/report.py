@@ -157,7 +157,7 @@ def write_report(
     Args:
         metrics: lines of metrics.jsonl. evaluations: lines of evaluations.jsonl. rewards: names of the run's rewards.
         about: lines on how the figures were made. target: the score that should have risen.
-        neutral: the run's `neutral` statistics.
+        neutral: the statistics that the run takes out of its reward wholly.
     """
     figures = summary(base, trained)
     after_last = {"update": metrics[-1]["update"], **figures}

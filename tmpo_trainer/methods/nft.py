@@ -37,10 +37,10 @@ class Settings(NoisedSettings):
     """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
     worse than its group then pushes with a bounded gradient."""
     old_decay_rise: float = Field(0.001, ge=0, le=1)
-    """By how much the old policy's decay rises per update. At a decay of 0 it becomes the current policy after every update; at
+    """By how much the old policy's decay rises per update. At a decay of 0 it becomes the current policy after every update. At
     a rise of 0 it always does, and costs no evaluations of its own."""
     old_decay_max: float = Field(0.5, ge=0, lt=1)
-    """The largest decay of the old policy."""
+    """The largest decay of the old policy. 0 is the same as a rise of 0."""
 
 
 class Method(NoisedMethod):
@@ -61,7 +61,7 @@ class Method(NoisedMethod):
         return not (self.config.old_decay_rise and self.config.old_decay_max)
 
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
-        """`reference` has the old policy's evaluations too."""
+        """`reference` has the old policy's evaluations too, if it is not always the current one."""
         counts = super().evaluations(plan)
         if self.on_policy:
             return counts
@@ -75,7 +75,8 @@ class Method(NoisedMethod):
 
     def begin(self, update: int, weights: AdapterWeights) -> None:
         super().begin(update, weights)
-        if not self.old:
+        # On policy also after a checkpoint of a run that was not.
+        if not self.old or self.on_policy:
             self.old = weights.copy()
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:

@@ -40,8 +40,9 @@ class NoisedSettings(StochasticSettings):
     """Noise levels are uniform in 0..1 and then shifted, as the schedules of SD3 and FLUX are: a level t becomes
     shift t / (1 + (shift - 1) t). More than 1 trains at more noise."""
     noise_weight: float = Field(0.0, ge=0, le=10)
-    """The weight of a noised leaf is (1 + p) (1 - t)^p at noise level t, where p is this. 0 weighs all levels alike, as the
-    papers do; with 1 those count less at which a leaf's own noise outweighs what its reward says."""
+    """The weight of a noised leaf is (1 + p) (1 - t)^p at noise level t, where p is this, in the loss and in its KL penalty. 0
+    weighs all levels alike, as the papers do; with 1 those count less at which a leaf's own noise outweighs what its reward
+    says. The mean weight is 1 at a shift of 1, and less at a larger one."""
     adaptive_weight: bool = False
     """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
     worse than its group then pushes with a bounded gradient."""

@@ -284,6 +284,12 @@ class TrainConfig(BaseModel):
         return ()
 
     @property
+    def taken_out(self) -> tuple[str, ...]:
+        """The `neutral` statistics that are taken out of the reward wholly."""
+        shares = self.neutral_share * (len(self.neutral) if len(self.neutral_share) == 1 else 1)
+        return tuple(name for name, share in zip(self.neutral, shares, strict=True) if share == 1)
+
+    @property
     def needs_features(self) -> bool:
         """Whether the method, or the reward's neutral statistics, look at the image features of every rollout."""
         return "feature_distance" in self.neutral

@@ -44,7 +44,7 @@ class Reporter:
         compare: measures (base, model as it stands) on the held-out prompts.
         accelerator: of several processes one shows and writes, and feeds the trackers; the others only take part in
             drawing and measuring.
-        neutral: the run's `neutral` statistics.
+        neutral: the statistics that the run takes out of its reward wholly.
     """
 
     def __init__(
