@@ -127,7 +127,8 @@ def test_seeds_and_chunks(nodes: Any, family: tuple[str, Any]) -> None:
     assert whole.shape == (16, *SHAPES[name]) and found.leaves == 16 and found.prompts == 2
     assert torch.cdist(whole.flatten(1), whole.flatten(1)).add(torch.eye(16) * 9).min() > 1
     chunks = sample(nodes, family, empty(name, 2), max_batch=4)[0]["samples"]
-    torch.testing.assert_close(chunks, whole, atol=1e-5, rtol=0)
+    # Batches of other sizes round differently; other noise would differ by 1 and more.
+    torch.testing.assert_close(chunks, whole, atol=1e-4, rtol=0)
     # The first prompt of both batches is the same.
     taken = sample(nodes, family, {**empty(name), "batch_index": [0]})[0]["samples"]
     torch.testing.assert_close(taken, whole[::2], atol=1e-4, rtol=0)
