@@ -165,3 +165,13 @@ def test_windows_paths_survive() -> None:
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         make_config([]).updates = 3
+
+
+@pytest.mark.parametrize(
+    ("share", "taken_out"),
+    [(1, ("latent_norm", "contrast")), ((1, 0.5), ("latent_norm",)), ((0.5, 1), ("contrast",)), (0.5, ())],
+)
+def test_statistics_that_are_taken_out_wholly(share: float | tuple[float, ...], taken_out: tuple[str, ...]) -> None:
+    given = {"neutral": ["latent_norm", "contrast"], "neutral_share": share}
+    assert TrainConfig.model_validate(given).taken_out == taken_out
+    assert TrainConfig().taken_out == ()
