@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tmpo_trainer.commands import loading, main, resuming
+from tmpo_trainer.evaluation import drift
 from tmpo_trainer.lora.file import FILE_NAME
 from tmpo_trainer.prompts.lists import PromptList, read_prompts
 from tmpo_trainer.settings.errors import ConfigError
@@ -63,6 +64,27 @@ def test_a_run_that_was_moved_is_resumed_and_evaluated_from_elsewhere(
     # Neither the LoRA nor what may be published says where they lay.
     for file in (f"moved/{FILE_NAME}", "moved/env.json", "table/table.json", "table/table.md"):
         assert str(tmp_path).encode() not in Path(file).read_bytes()
+
+
+def test_drift_advice_knows_what_a_run_takes_out(a: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the log and report of the run and in `evaluate RUN`; of a LoRA file alone nothing is known."""
+    seen, section, warning = [], drift.section, drift.warning
+    monkeypatch.setattr(drift, "section", lambda found, own=(): (seen.append(("section", own)), section(found, own))[1])
+    monkeypatch.setattr(drift, "warning", lambda found, own=(): (seen.append(("warning", own)), warning(found, own))[1])
+    flags = "--neutral contrast --branching 3 --report --eval-images 2 --eval-steps 2"
+    assert start(RUN.replace("--no-report", "").replace("--branching 2", flags)) == 0
+    # section() asks for the warning, too.
+    assert len(seen) == 3 and {own for _, own in seen} == {("contrast",)}
+    for lora, taken_out in (("run", ("contrast",)), (f"run/{FILE_NAME}", ())):
+        seen.clear()
+        given = ["evaluate", lora, "--images", "2", "--steps", "2", "--output-dir", "table", "--device", "cpu"]
+        more = (
+            []
+            if lora == "run"
+            else ["--model", "model", "--prompts", "p.txt", "--reward", "shapes", "--resolution", "32", "32"]
+        )
+        assert main.main(given + more) == 0
+        assert len(seen) == 3 and {own for _, own in seen} == {taken_out}
 
 
 def test_changed_settings_and_prompts_are_named(a: Path, capsys: pytest.CaptureFixture[str]) -> None:

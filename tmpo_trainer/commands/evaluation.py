@@ -25,7 +25,8 @@ from ..pictures.grids import grid, zoom
 from ..processes import together
 from ..prompts.lists import PromptList, read_prompts
 from ..rewards import Scorer
-from ..settings.config import TrainConfig
+from ..settings.config import TrainConfig, taken_out_wholly
+from ..settings.yaml_file import read_yaml
 from ..training.run_folder import agreed_folder
 from . import loading
 
@@ -55,6 +56,7 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     Raises:
         ConfigError: the settings cannot be evaluated. It is raised before any picture is drawn.
     """
+    taken_out = _taken_out(lora)
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
     loading.check_rewards(config)
@@ -84,8 +86,6 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
     by_name = dict(zip(config.reward, scorers, strict=True))
     evaluate(config, parts, by_name, features, backbone, lora is not None, folder, accelerator)
     if accelerator.is_main_process:
-        # The settings of a run's folder are the run's.
-        taken_out = config.taken_out if lora and (lora / "config.yaml").is_file() else ()
         write(config, parts, features.name, folder, taken_out)
     return 0
 
@@ -131,6 +131,15 @@ def evaluate(
             if with_lora:
                 backbone.transformer.enable_adapters()
                 part.evaluations["LoRA"] = held_out.measure(bar.update)
+
+
+def _taken_out(lora: Path | None) -> tuple[str, ...]:
+    """What the run of a LoRA took out of its reward wholly; nothing is known of a LoRA without its run's folder."""
+    saved = lora / "config.yaml" if lora else None
+    if saved is None or not saved.is_file():
+        return ()
+    settings = read_yaml(saved)
+    return taken_out_wholly(settings.get("neutral", ()), settings.get("neutral_share", (1.0,)))
 
 
 def write(

@@ -6,6 +6,7 @@ is an instance of the chosen method's class. `presets.make_config` makes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,6 +31,11 @@ Nuisance = Literal[
 COUNT = 10**9
 #: The largest K. The rollout of one update keeps K latents and scores K pictures per prompt.
 MOST_LEAVES = 10_000
+
+
+def taken_out_wholly(neutral: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
+    """The statistics with a share of 1. shares: `neutral_share`, one for all statistics or one each."""
+    return tuple(name for place, name in enumerate(neutral) if shares[place % len(shares)] == 1)
 
 
 class TrainConfig(BaseModel):
@@ -286,8 +292,7 @@ class TrainConfig(BaseModel):
     @property
     def taken_out(self) -> tuple[str, ...]:
         """The `neutral` statistics that are taken out of the reward wholly."""
-        shares = self.neutral_share * (len(self.neutral) if len(self.neutral_share) == 1 else 1)
-        return tuple(name for name, share in zip(self.neutral, shares, strict=True) if share == 1)
+        return taken_out_wholly(self.neutral, self.neutral_share)
 
     @property
     def needs_features(self) -> bool:
