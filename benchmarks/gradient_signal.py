@@ -34,7 +34,6 @@ from tmpo_trainer.training.loop import Trainer
 #: For the gradient of the latents' standard deviation: Euler steps, batches, prompts and pictures each.
 STEPS, BATCHES, PROMPTS, IMAGES = 20, 6, 7, 8
 
-
 #: Equal intervals of noise levels.
 LEVELS = 5
 
@@ -81,10 +80,7 @@ class ByLevel:
     def rows(self) -> list[str]:
         """Lines of text: each interval's share of the signal (with what it shares with others) and of the noise, and its own
         signal to noise."""
-        g = torch.stack(self.gradients).double()
-        products = torch.einsum("ubd,ucd->bc", g, g)
-        signal = (g.sum(0) @ g.sum(0).T - products) / (len(g) * (len(g) - 1))
-        noise = products / len(g) - signal
+        signal, noise = moments(torch.stack(self.gradients))
         lines = []
         for level in range(LEVELS):
             share, loud = signal[level].sum() / signal.sum(), noise[level].sum() / noise.sum()
@@ -96,13 +92,21 @@ class ByLevel:
         return lines
 
 
+def moments(gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of the mean gradients of every two parts, unbiased, and the covariances of one update, summed over D.
+
+    `[U, parts, D]` -> `[parts, parts]` each, in float64.
+    """
+    g, count = gradients.double(), len(gradients)
+    products = torch.einsum("ubd,ucd->bc", g, g)
+    signal = (g.sum(0) @ g.sum(0).T - products) / (count * (count - 1))
+    return signal, products / count - signal
+
+
 def signal_to_noise(gradients: Tensor) -> tuple[float, float]:
     """Squared norm of the mean gradient, unbiased, and its ratio to the noise of one update. `[U, D]`."""
-    count = len(gradients)
-    squares = gradients.double().square().sum().item()
-    of_sum = gradients.double().sum(0).square().sum().item()
-    signal = (of_sum - squares) / (count * (count - 1))
-    return signal, signal / (squares / count - signal)
+    signal, noise = moments(gradients[:, None])
+    return signal.item(), (signal / noise).item()
 
 
 def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:

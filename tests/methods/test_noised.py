@@ -393,6 +393,27 @@ def test_batches_change_nothing(check_batches: Callable[..., None], method: str,
     check_batches(**settings_of(method), noise_weight=1, **more)
 
 
+def test_nft_on_policy_after_an_attempt_that_ran_out_of_memory(make: Make) -> None:
+    """Half of the velocities of the old policy were kept by then: the update is that of a run that had the memory."""
+    settings = settings_of("nft") | {"old_decay_rise": 0, "inner_updates": 2}
+    small, full = make(**settings, replay_batch=4), make(**settings, replay_batch=8)
+    calls, failed = [], []
+
+    def fail(module: nn.Module, args: tuple) -> None:
+        if torch.is_grad_enabled():
+            calls.append(None)
+            if len(calls) == 2:
+                failed.append(None)
+                raise torch.OutOfMemoryError("made up")
+
+    full.backbone.transformer.register_forward_pre_hook(fail)
+    for trainer in (small, full):
+        trainer.update()
+    assert failed and full.replay_batch == 4
+    for name, value in small.weights.lora.items():
+        assert torch.equal(value, full.weights.lora[name])
+
+
 @pytest.mark.parametrize("method", ["nft", "tmpo-leaf"])
 def test_it_resumes_to_the_bit(make: Make, method: str) -> None:
     settings = settings_of(method) | ({"old_decay_rise": 0.2} if method == "nft" else {})
