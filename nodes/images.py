@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,14 +18,25 @@ SIDE = 8
 SAME = 0.4
 
 
-def pixels(images: Tensor) -> np.ndarray:
-    """Images as uint8 `[N, H, W, 3]`, rounded."""
-    return (images[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+def pixels(images: Tensor, channels: int = 3) -> np.ndarray:
+    """Images as uint8 `[N, H, W, 3]`, rounded; with 4 channels `[N, H, W, 4]` for those that have transparency."""
+    return (images[..., :channels].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def to_image(picture: Any) -> Tensor:
     """A PIL picture as ComfyUI's IMAGE `[1, H, W, 3]`."""
     return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+
+
+def in_chunks(count: int, size: int, compute: Callable[[slice], Tensor]) -> Tensor:
+    """What a function finds for `count` pictures, `size` at a time, with progress. The run can be interrupted in between."""
+    bar = comfy.utils.ProgressBar(count)
+    found = []
+    for first in range(0, count, size):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        found.append(compute(slice(first, first + size)))
+        bar.update_absolute(min(first + size, count))
+    return torch.cat(found)
 
 
 def thumbs(images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+from comfy_api.latest import io
 
 from ..tmpo_trainer.settings.errors import one_line
 
@@ -64,6 +65,13 @@ def notice(text: str | None) -> dict[str, list[str]]:
     if text:
         logging.warning(text)
     return {"tmpo_notice": [text] if text else []}
+
+
+def workflow_id(node: type[io.ComfyNode]) -> str | None:
+    """The id of the workflow that has queued this run; None if a script has. The node has the hidden input `extra_pnginfo`."""
+    # Called without a graph, as in tests, there is nothing hidden.
+    about = (node.hidden.extra_pnginfo if node.hidden else None) or {}
+    return (about.get("workflow") or {}).get("id")
 
 
 def prompt_texts(graph: Mapping[str, Any], node: str, name: str) -> dict[str, str]:

@@ -91,16 +91,16 @@ class Mosaic:
 class Live:
     """Progress in model evaluations with pictures of the predictions. A function of (nodes evaluated, nodes in all, x0).
 
-    sigmas: of all steps. seed: the noise's.
+    sigmas: of all steps. seed: the noise's. workflow: the id of the one that is run, if it has one.
     """
 
-    def __init__(self, guider: Any, plan: TreePlan, sigmas: list[float], seed: int):
+    def __init__(self, guider: Any, plan: TreePlan, sigmas: list[float], seed: int, workflow: str | None = None):
         self.plan, self.sigmas, self.seed = plan, sigmas, seed
         self.format = guider.model_patcher.model.latent_format
         self.previewer = latent_preview.get_previewer(guider.model_patcher.load_device, self.format)
         self.bar = comfy.utils.ProgressBar(plan.rollout_evaluations)
         self.mosaic = Mosaic(plan, latent_preview.MAX_PREVIEW_RESOLUTION)
-        self.page = Page(plan, sigmas, seed) if listening() else None
+        self.page = Page(plan, sigmas, seed, workflow) if listening() else None
         #: Predictions that were not shown yet: (step, first row, x0).
         self.waiting: list[tuple[int, int, Tensor]] = []
         self.start = time.perf_counter()
@@ -169,10 +169,10 @@ def listening() -> bool:
 class Page:
     """Sends the tree to the page that has queued it: first its shape, then pictures of its nodes, by their ids there."""
 
-    def __init__(self, plan: TreePlan, sigmas: list[float], seed: int):
+    def __init__(self, plan: TreePlan, sigmas: list[float], seed: int, workflow: str | None):
         from server import PromptServer
 
-        self.server, self.plan = PromptServer.instance, plan
+        self.server, self.plan, self.workflow = PromptServer.instance, plan, workflow
         nodes = tree_picture.layout(plan)
         #: A node's id by the step at which its children part (None for leaves) and its row there.
         self.ids = {(node.step, node.index): i for i, node in enumerate(nodes) if node.column or node.leaf}
@@ -224,7 +224,11 @@ class Page:
     def send(self) -> None:
         if not self.waiting:
             return
-        message: dict[str, Any] = {"node": self.server.last_node_id, "pictures": self.waiting}
+        message: dict[str, Any] = {
+            "node": self.server.last_node_id,
+            "workflow": self.workflow,
+            "pictures": self.waiting,
+        }
         if self.tree:
             message["tree"] = {**self.tree, "aspect": self.aspect}
         self.server.send_sync(EVENT, message, self.server.client_id)

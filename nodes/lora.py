@@ -21,6 +21,7 @@ from ..tmpo_trainer.diversity import measure
 from ..tmpo_trainer.evaluation import appearance, drift
 from ..tmpo_trainer.lora import file as lora_file
 from ..tmpo_trainer.pictures import grids
+from .changed import Changes
 from .demo_model import FOLDER
 from .diversity import feature_vectors
 from .images import pixels, to_image
@@ -31,6 +32,8 @@ from .types import CATEGORY, Scores, ScoresSocket, finite
 NONE = "(none)"
 #: The LoRA that comes with the demo model.
 DEMO, DEMO_FILE = "(demo)", FOLDER.parent / "lora" / lora_file.FILE_NAME
+#: Of the files that were loaded.
+CHANGES = Changes()
 
 
 def apply_lora(model: Any, lora: lora_file.LoraFile, strength: float) -> Any:
@@ -112,8 +115,8 @@ class LoadTmpoLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
         if path is None:
-            # The path comes from another node, so the file may have changed.
-            return float("nan")
+            # The path comes from another node.
+            return CHANGES.count()
         file = cls._file(lora, path)
         return (str(file), file.stat().st_mtime_ns if file is not None and file.exists() else 0, strength)
 
@@ -131,6 +134,7 @@ class LoadTmpoLora(io.ComfyNode):
         file = cls._file(lora, path)
         if file is None or strength == 0:
             return io.NodeOutput(model, "no LoRA", ui=ui.PreviewText("no LoRA"))
+        CHANGES.note(file)
         lora = lora_file.read(file)
         about, sound = lora_file.describe(lora)
         if not sound:

@@ -15,6 +15,8 @@ import comfy.utils
 from comfy_api.latest import io
 from comfy_execution.utils import get_executing_context
 
+from .inputs import workflow_id
+
 #: The event that tells pages what waits now, see `web/tmpo_pause.js`.
 EVENT = "tmpo.waiting"
 #: A page asks at the first address when it is opened in the middle of a run. The second takes the choice.
@@ -52,10 +54,9 @@ def wait_for_choice(report: dict[str, Any], check: Callable[[str], object], node
     from server import PromptServer
 
     server, context = PromptServer.instance, get_executing_context()
-    workflow = ((node.hidden and node.hidden.extra_pnginfo) or {}).get("workflow") or {}
     place, key = None if context is None else context.node_id, uuid.uuid4().hex
-    # A page shows what it has queued itself, also after it was loaded again, and what the workflow in it has queued.
-    message = {"id": key, "node": place, "client": server.client_id, "workflow": workflow.get("id"), "tree": report}
+    # A page shows what its open workflow has queued, in this page or another. A script may queue without a workflow.
+    message = {"id": key, "node": place, "client": server.client_id, "workflow": workflow_id(node), "tree": report}
     waiting = _waiting[key] = Waiting(message, check)
     server.send_sync(EVENT, [message])
     logging.info(

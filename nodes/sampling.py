@@ -10,13 +10,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tmpo_trainer import flow, tree
-from .inputs import one_of
+from .inputs import one_of, workflow_id
 from .newer import ADVANCED, aliases
-from .tree_sampler import TreeSampler, sample_tree
+from .tree_sampler import TreeSampler, check_leaves, sample_tree
 from .types import CATEGORY, TreeSocket
 
 #: Branch points of a tree. Ten with two branches each are a thousand pictures.
 MOST_BRANCHES = 100
+MOST_CHILDREN = 16
 #: Denoising steps.
 MOST_STEPS = 200
 MOST_ETA = 2.0
@@ -51,7 +52,11 @@ def check_eta(kernel: str | None, eta: float) -> None:
 
 
 def check_steps(
-    branch_steps: str | None, steps: int | None = None, kernel: str | None = None, eta: float | None = None
+    branch_steps: str | None,
+    steps: int | None = None,
+    kernel: str | None = None,
+    eta: float | None = None,
+    branching: int | None = None,
 ) -> bool | str:
     """For `validate_inputs`: True, or what ComfyUI shows before it runs anything. An input that comes over a link is None.
 
@@ -59,10 +64,14 @@ def check_steps(
     """
     if steps is not None and not 1 <= steps <= MOST_STEPS:
         return f"steps is {steps}: choose 1 to {MOST_STEPS}"
+    if branching is not None and not 1 <= branching <= MOST_CHILDREN:
+        return f"branching is {branching}: choose 1 to {MOST_CHILDREN}"
     try:
         found = () if branch_steps is None else parse_steps(branch_steps)
         if eta is not None:
             check_eta(kernel, eta)
+        if branching is not None and found:
+            check_leaves(branching ** len(found))
     except ValueError as error:
         return str(error)
     if steps is not None and found and found[-1] > steps:
@@ -73,7 +82,9 @@ def check_steps(
 def _tree_inputs() -> list[Any]:
     return [
         io.String.Input("branch_steps", default="1, 3, 5", tooltip=BRANCH_TIP),
-        io.Int.Input("branching", default=3, min=1, max=16, tooltip="The number of children at each branch point."),
+        io.Int.Input(
+            "branching", default=3, min=1, max=MOST_CHILDREN, tooltip="The number of children at each branch point."
+        ),
         io.Combo.Input(
             "kernel",
             **ADVANCED,
@@ -144,18 +155,19 @@ class TreeSamplerAdvanced(io.ComfyNode):
                 io.Latent.Output(display_name="leaves", tooltip="All leaves as a batch, in the order of the tree."),
                 TreeSocket.Output(display_name="tree", tooltip="For Tree View, Boltzmann Weights, Score Images."),
             ],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None) -> bool | str:
-        return check_steps(branch_steps, None, kernel, eta)
+    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None, branching=None) -> bool | str:
+        return check_steps(branch_steps, None, kernel, eta, branching)
 
     @classmethod
     def execute(
         cls, noise, guider, sigmas, latent_image, branch_steps, branching, kernel, eta, max_batch, solver="euler"
     ) -> io.NodeOutput:
         sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
-        return io.NodeOutput(*sample_tree(guider, noise, sigmas, latent_image, sampler))
+        return io.NodeOutput(*sample_tree(guider, noise, sigmas, latent_image, sampler, workflow_id(cls)))
 
 
 class Seeded:
@@ -215,11 +227,12 @@ class TreeSamplerNode(io.ComfyNode):
                 io.Latent.Output(display_name="leaves", tooltip="All leaves as a batch, in the order of the tree."),
                 TreeSocket.Output(display_name="tree", tooltip="For Tree View, Boltzmann Weights, Score Images."),
             ],
+            hidden=[io.Hidden.extra_pnginfo],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, branch_steps=None, steps=None, kernel=None, eta=None) -> bool | str:
-        return check_steps(branch_steps, steps, kernel, eta)
+    def validate_inputs(cls, branch_steps=None, steps=None, kernel=None, eta=None, branching=None) -> bool | str:
+        return check_steps(branch_steps, steps, kernel, eta, branching)
 
     @classmethod
     def execute(
@@ -228,7 +241,7 @@ class TreeSamplerNode(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler)
         sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
-        return io.NodeOutput(*sample_tree(guider, Seeded(seed), sigmas, latent_image, sampler))
+        return io.NodeOutput(*sample_tree(guider, Seeded(seed), sigmas, latent_image, sampler, workflow_id(cls)))
 
 
 class TreeSamplerObject(io.ComfyNode):
@@ -246,8 +259,8 @@ class TreeSamplerObject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None) -> bool | str:
-        return check_steps(branch_steps, None, kernel, eta)
+    def validate_inputs(cls, branch_steps=None, kernel=None, eta=None, branching=None) -> bool | str:
+        return check_steps(branch_steps, None, kernel, eta, branching)
 
     @classmethod
     def execute(cls, branch_steps, branching, kernel, eta, max_batch, solver="euler") -> io.NodeOutput:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tmpo_trainer import objectives, rewards, selection
 from ..tmpo_trainer.settings import discovery
 from ..tmpo_trainer.settings.errors import ConfigError, one_line
-from .images import pixels, thumbs, unlike
+from .images import in_chunks, pixels, thumbs, unlike
 from .inputs import notice, one_of, prompt_texts, verdict
 from .newer import aliases
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket
@@ -189,18 +189,15 @@ def summary(scores: Scores) -> str:
     )
 
 
-def in_chunks(scorer: Any, images: Any, prompts: list[str], about: Any) -> Tensor:
-    """The scores of a batch, with progress by chunks of pictures, after each of which the run can be interrupted."""
-    bar = comfy.utils.ProgressBar(len(images))
-    found = []
+def scored(scorer: Any, images: Any, prompts: list[str], about: Any) -> Tensor:
+    """The scores of a batch."""
     with scorer.on_device() if isinstance(scorer, rewards.Parked) else nullcontext(scorer) as ready:
-        for first in range(0, len(images), CHUNK):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            rows = slice(first, first + CHUNK)
+
+        def score(rows: slice) -> Tensor:
             part = images[rows]
-            found.append(ready.score(part, prompts[rows], None if about is None else [about] * len(part)))
-            bar.update_absolute(first + len(part))
-    return torch.cat(found)
+            return ready.score(part, prompts[rows], None if about is None else [about] * len(part))
+
+        return in_chunks(len(images), CHUNK, score)
 
 
 class ScoreImages(io.ComfyNode):
@@ -275,7 +272,7 @@ class ScoreImages(io.ComfyNode):
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)
         scorer = in_node(reward, lambda: _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0))
-        values = rewards.check_finite(reward, in_chunks(scorer, pixels(images), prompts, about), prompts)
+        values = rewards.check_finite(reward, scored(scorer, pixels(images), prompts, about), prompts)
         scores = Scores({reward: values}, prompts, thumbs(images))
         # Called without a graph, as in tests, there is nothing hidden.
         found = None if cls.hidden is None else other_prompt(cls.hidden.prompt, cls.hidden.unique_id, prompt)

@@ -132,7 +132,7 @@ class SaveLeaves(io.ComfyNode):
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory(), images.shape[2], images.shape[1]
         )
-        for place, (leaf, picture) in enumerate(zip(leaves, pixels(images[rows]), strict=True)):
+        for place, (leaf, picture) in enumerate(zip(leaves, pixels(images[rows], 4), strict=True)):
             info = None
             if not args.disable_metadata:
                 info = PngInfo()

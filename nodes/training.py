@@ -24,6 +24,8 @@ from torch import Tensor
 from ..tmpo_trainer.files import read_metrics, write_text
 from ..tmpo_trainer.lora.file import FILE_NAME
 from ..tmpo_trainer.pictures.reading import read_picture
+from ..tmpo_trainer.settings.yaml_file import read_yaml
+from .changed import Changes
 from .images import to_image
 from .inputs import inside
 from .newer import aliases
@@ -39,6 +41,8 @@ ASKED = "asked.yaml"
 SAVING = 120
 #: Seconds between two looks at a run.
 LOOK = 0.5
+#: Of the runs' LoRAs.
+CHANGES = Changes()
 
 
 def missing_packages(python: str) -> str | None:
@@ -137,8 +141,7 @@ class Train(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, output_dir, **inputs) -> Any:
         # The node runs again if its LoRA was deleted, or another run has written one.
-        file = inside(output_dir, "output_dir") / FILE_NAME
-        return file.stat().st_mtime_ns if file.exists() else float("nan")
+        return CHANGES.count(inside(output_dir, "output_dir") / FILE_NAME)
 
     @classmethod
     def execute(cls, output_dir, **inputs) -> io.NodeOutput:
@@ -171,7 +174,9 @@ class Train(io.ComfyNode):
             for name, lines in {**files, ASKED: text}.items():
                 (folder / name).write_text(lines, encoding="utf-8")
             words = ["--config", str(folder / ASKED), "--output-dir", str(folder), "--preset", *names]
-        run(python, words, folder)
+        if not finished(folder):
+            run(python, words, folder)
+        CHANGES.note(folder / FILE_NAME)
         report = folder / "report.md"
         text = report.read_text(encoding="utf-8") if report.exists() else "no report"
         return io.NodeOutput(str(folder / FILE_NAME), text, ui=ui.PreviewText(text))
@@ -223,10 +228,11 @@ def run(python: str, words: list[str], folder: Path) -> None:
                 time.sleep(LOOK)
         except BaseException:
             # The signal makes the run save a checkpoint and end.
-            process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGINT)  # type: ignore[attr-defined]
             try:
+                process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGINT)  # type: ignore[attr-defined]
                 process.wait(SAVING)
-            except subprocess.TimeoutExpired:
+            # On Windows, a program without a console cannot send it.
+            except (OSError, subprocess.TimeoutExpired):
                 process.kill()
                 process.wait()
             raise
@@ -241,10 +247,18 @@ def run(python: str, words: list[str], folder: Path) -> None:
 
 def planned(folder: Path) -> int:
     """The number of updates that a run will have, from its settings; 0 before they are written."""
-    for line in (folder / "config.yaml").read_text().splitlines() if (folder / "config.yaml").exists() else []:
-        if line.startswith("updates:"):
-            return int(line.split(":")[1])
-    return 0
+    file = folder / "config.yaml"
+    return int(read_yaml(file).get("updates", 0)) if file.exists() else 0
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has made all its updates, and has written its LoRA and its report: to resume it would measure it again."""
+    file = folder / "config.yaml"
+    if not file.exists():
+        return False
+    wanted = [FILE_NAME, *(["report.md"] if read_yaml(file).get("report", True) else [])]
+    saved = folder / f"checkpoint-{planned(folder)}"
+    return saved.exists() and all((folder / name).exists() for name in wanted)
 
 
 class TrainingMonitor(io.ComfyNode):

@@ -56,11 +56,7 @@ class TreeSampler(comfy.samplers.Sampler):
         if late:
             raise ValueError(f"branch step {late[0]} is beyond the {steps} steps of these sigmas: choose 1 to {steps}")
         plan = tree.TreePlan.tmpo(steps, self.branch_steps, 1 if self.path else self.branching).forest(prompts)
-        if plan.leaves > MOST_LEAVES:
-            raise ValueError(
-                f"the tree has {plan.leaves} leaves, at most {MOST_LEAVES} are allowed: choose fewer branch steps or a "
-                "smaller branching"
-            )
+        check_leaves(plan.leaves)
         return plan
 
     def largest(self, plan: tree.TreePlan) -> int:
@@ -79,12 +75,7 @@ class TreeSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        sampling = model_wrap.inner_model.model_sampling
-        if not isinstance(sampling, comfy.model_sampling.CONST):
-            raise ValueError(
-                "the tree sampler needs a flow-matching model such as FLUX, SD3.5, Qwen-Image or Z-Image: for this model use "
-                "KSampler"
-            )
+        sampling = check_flow(model_wrap.inner_model.model_sampling)
         prompts, seed = len(noise), extra_args.get("seed") or 0
         plan = self.plan(len(sigmas) - 1, prompts)
         roots = self.path[:1] or range(plan.roots // prompts)
@@ -187,6 +178,24 @@ class TreeSampler(comfy.samplers.Sampler):
         return torch.stack([source(0, (root,)) for source in sources])
 
 
+def check_leaves(count: int) -> None:
+    """Raises ValueError for too many leaves."""
+    if count > MOST_LEAVES:
+        raise ValueError(
+            f"the tree has {count} leaves, at most {MOST_LEAVES} are allowed: choose fewer branch steps or a smaller branching"
+        )
+
+
+def check_flow(sampling: Any) -> Any:
+    """A model's sampling. Raises ValueError unless it is that of a flow-matching model."""
+    if not isinstance(sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            "the tree sampler needs a flow-matching model such as FLUX, SD3.5, Qwen-Image or Z-Image: for this model use "
+            "KSampler"
+        )
+    return sampling
+
+
 #: Newer versions of ComfyUI note the scale of an empty latent: a model of another scale gets one for the same picture.
 SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
@@ -212,15 +221,26 @@ def fitted(model: Any, latent: dict[str, Any]) -> Tensor:
 
 
 def sample_tree(
-    guider: Any, noise: Any, sigmas: Tensor, latent: dict[str, Any], sampler: TreeSampler
+    guider: Any,
+    noise: Any,
+    sigmas: Tensor,
+    latent: dict[str, Any],
+    sampler: TreeSampler,
+    workflow: str | None = None,
 ) -> tuple[dict[str, Any], Tree]:
-    """Runs a tree sampler as SamplerCustomAdvanced runs any sampler. Returns a LATENT of all leaves, and the tree."""
+    """Runs a tree sampler as SamplerCustomAdvanced runs any sampler. Returns a LATENT of all leaves, and the tree.
+
+    workflow: the id of the one that is run, if it has one.
+    """
     if len(sigmas) < 2:
         raise ValueError("these sigmas have no steps: give a scheduler at least one")
+    # Before the model is loaded.
+    check_flow(guider.model_patcher.get_model_object("model_sampling"))
     samples = fitted(guider.model_patcher, latent)
     start = {**latent, "samples": samples}
     plan = sampler.plan(len(sigmas) - 1, len(samples))
-    sampler.progress, sampler.places = Live(guider, plan, sigmas.tolist(), noise.seed), latent.get("batch_index")
+    sampler.progress = Live(guider, plan, sigmas.tolist(), noise.seed, workflow)
+    sampler.places = latent.get("batch_index")
     largest = sampler.largest(plan)
     # ComfyUI would reserve memory for the latents that it sees, the roots. The largest batch needs more.
     guider = copy.copy(guider)
@@ -245,7 +265,7 @@ def sample_tree(
         disable_pbar=True,
         seed=noise.seed,
     )
-    out = {key: value for key, value in latent.items() if key not in ("batch_index", "noise_mask", *SCALES)}
+    out = {key: value for key, value in latent.items() if key not in ("batch_index", *SCALES)}
     out["samples"] = leaves.to(comfy.model_management.intermediate_device())
     assert sampler.tree is not None
     return out, sampler.tree

@@ -35,9 +35,10 @@ export function written(tree, leaves) {
 
 /**
  * What a click on a leaf, or its key, makes of the choice. Alone it chooses that leaf, or cancels the choice if it is the
- * only one. With Ctrl or Cmd it adds or removes the leaf. With Shift it chooses all from the last one clicked to this.
+ * only one. With Ctrl or Cmd, and with a finger, which has no keys, it adds or removes the leaf. With Shift it chooses all from
+ * the last one clicked to this.
  */
-export function afterClick(view, leaf, { ctrlKey = false, metaKey = false, shiftKey = false } = {}) {
+export function afterClick(view, leaf, { ctrlKey = false, metaKey = false, shiftKey = false, pointerType = "" } = {}) {
   const { chosen, leaves } = view;
   if (shiftKey && view.anchor) {
     const ends = [leaves.indexOf(view.anchor), leaves.indexOf(leaf)].sort((a, b) => a - b);
@@ -45,7 +46,7 @@ export function afterClick(view, leaf, { ctrlKey = false, metaKey = false, shift
     return ends[0] === leaves.indexOf(leaf) ? range.reverse() : range;
   }
   view.anchor = leaf;
-  if (!ctrlKey && !metaKey) return chosen.length === 1 && chosen[0] === leaf.index ? [] : [leaf.index];
+  if (!ctrlKey && !metaKey && pointerType !== "touch") return chosen.length === 1 && chosen[0] === leaf.index ? [] : [leaf.index];
   return chosen.includes(leaf.index) ? chosen.filter((index) => index !== leaf.index) : [...chosen, leaf.index];
 }
 
@@ -73,8 +74,6 @@ export function choiceRow(view) {
   };
   for (const { name, tip, leaves } of view.tree.suggestions) add(name, tip, leaves);
   const clear = add("clear", "Choose no leaf: the best one counts", []);
-  // Its keys are not the tree's.
-  row.addEventListener("keydown", (event) => event.stopPropagation());
   return {
     row,
     update() {

@@ -8,6 +8,14 @@ export function allNodes() {
   return [app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap((graph) => graph.nodes);
 }
 
+/**
+ * Whether a run is of the workflow that is open. Node ids alone would also be found in another one. What was queued without a
+ * workflow is shown where it was queued.
+ */
+export function isHere({ client = api.clientId, workflow }) {
+  return workflow === null ? client === api.clientId : workflow === app.graph.id;
+}
+
 export function element(tag, className = "", text = "") {
   const made = document.createElement(tag);
   if (className) made.className = className;

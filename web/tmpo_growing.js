@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { allNodes } from "./tmpo_dom.js";
+import { allNodes, isHere } from "./tmpo_dom.js";
 
 const EVENT = "tmpo.growing";
 
@@ -47,6 +47,7 @@ app.registerExtension({
   name: "tmpo.growing",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => {
+      if (!isHere(detail)) return;
       for (const view of viewsOf(detail.node)) grow(view, detail);
     });
     for (const event of ["execution_error", "execution_interrupted", "execution_success"]) api.addEventListener(event, restore);

@@ -46,7 +46,8 @@ function showMenu(view, leaf, event) {
     {
       content: "Copy picture",
       callback: () => void copy("picture", async () =>
-        navigator.clipboard.write([new ClipboardItem({ "image/png": await file(leaf) })])),
+        // Safari refuses to copy once something was waited for: the item waits itself.
+        navigator.clipboard.write([new ClipboardItem({ "image/png": file(leaf) })])),
     },
     {
       content: "Copy seed and path",

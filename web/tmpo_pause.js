@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addStyle, allNodes, element, notify } from "./tmpo_dom.js";
+import { addStyle, allNodes, element, isHere, notify } from "./tmpo_dom.js";
 
 const EVENT = "tmpo.waiting";
 const CSS = `
@@ -14,10 +14,6 @@ const CSS = `
 .tmpo-tree-pause button:disabled { cursor: default; opacity: 0.5; }
 `;
 
-/** Whether a run is this page's: queued by it, or with the workflow that is open. */
-function isHere({ client, workflow }) {
-  return client === api.clientId || (workflow !== null && workflow === app.graph.id);
-}
 
 async function goOn(node, id, button) {
   button.disabled = true;
@@ -41,8 +37,6 @@ function barOf(node, id) {
   const bar = element("div", "tmpo-tree-pause");
   const button = element("button", "", "Continue");
   button.addEventListener("click", () => goOn(node, id, button));
-  // Its keys are not the tree's.
-  bar.addEventListener("keydown", (event) => event.stopPropagation());
   bar.append(element("span", "", "The run waits. Choose leaves, or none for the best."), button);
   bar.dataset.id = id;
   return bar;
@@ -76,6 +70,9 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => {
       show(detail);
       if (detail.some(isHere)) notify("info", "Tree View waits for your choice", "Choose leaves in it and press Continue.");
+      else if (detail.some(({ client }) => client === api.clientId)) {
+        notify("info", "Tree View waits for your choice", "Open the workflow that was queued, choose leaves and press Continue.");
+      }
     });
     api.addEventListener("reconnected", ask);
   },

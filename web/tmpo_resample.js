@@ -12,13 +12,18 @@ function inputNode(node, name) {
   return slot < 0 ? null : node.getInputNode(slot);
 }
 
-/** Connects an input of a node to the output that feeds the same input of another node, if any. */
-function sameLink(from, to, name, as = name) {
+/** Connects an input of a node to what feeds the same input of another node. Whether there is such a thing. */
+function sameLink(from, to, name) {
   const source = from.inputs?.findIndex((input) => input.name === name) ?? -1;
-  const target = to.inputs?.findIndex((input) => input.name === as) ?? -1;
+  const target = to.inputs?.findIndex((input) => input.name === name) ?? -1;
   const link = source < 0 || target < 0 ? null : from.getInputLink(source);
-  if (link) from.graph.getNodeById(link.origin_id)?.connect(link.origin_slot, to, target);
-  return Boolean(link);
+  if (!link) return false;
+  const { graph } = from;
+  const origin = graph.getNodeById(link.origin_id);
+  if (origin) return Boolean(origin.connect(link.origin_slot, to, target));
+  // An input of the subgraph has a slot in place of a node.
+  const outer = graph.inputNode?.id === link.origin_id ? graph.inputNode.slots[link.origin_slot] : null;
+  return Boolean(outer?.connect(to.inputs[target], to));
 }
 
 function fieldOf(node, name) {
@@ -53,7 +58,8 @@ export function resample(view, leaf) {
   // Below everything, where nothing is covered.
   const bottom = Math.max(...graph.nodes.map((other) => other.pos[1] + other.size[1])) + 90;
   const made = add(type, node.pos[0], bottom);
-  for (const input of made.inputs ?? []) sameLink(sampler, made, input.name);
+  // The seed below is the tree's. One that comes over a link may be another by now.
+  for (const { name } of made.inputs ?? []) if (name !== "seed") sameLink(sampler, made, name);
   for (const widget of sampler.widgets ?? []) set(made, widget.name, widget.value);
   // The seed field may have changed since the tree was sampled.
   const seed = Number(view.tree.seed);

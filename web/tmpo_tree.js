@@ -387,6 +387,8 @@ export class TreeView {
 
   key(event) {
     if (!this.tree || event.ctrlKey || event.metaKey || event.altKey) return;
+    // A button's keys are not the tree's.
+    if (event.target.closest("button")) return;
     const last = this.leaves.length - 1;
     const known = this.active ?? this.leaves.find((leaf) => leaf.index === this.chosen[0]);
     const at = known ? this.leaves.indexOf(known) : -1;
@@ -424,8 +426,10 @@ export class TreeView {
 
   /** Scrolls where there is something to scroll; otherwise, and with Ctrl, the canvas zooms as it does elsewhere. */
   wheel(event) {
+    // Nodes 2.0 would pass it on to the canvas as well.
+    event.stopPropagation();
     const { scrollHeight, clientHeight } = this.scroll;
-    if (!event.ctrlKey && scrollHeight > clientHeight) return event.stopPropagation();
+    if (!event.ctrlKey && scrollHeight > clientHeight) return;
     event.preventDefault();
     app.canvas.processMouseWheel(event);
   }

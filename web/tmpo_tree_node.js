@@ -1,6 +1,7 @@
 // The node "Tree View": its view, the choice in its widget `selected`, and the ways in which a tree reaches the view.
 
 import { app } from "../../scripts/app.js";
+import { allNodes } from "./tmpo_dom.js";
 import { TreeView } from "./tmpo_tree.js";
 import { MIN_HEIGHT } from "./tmpo_tree_style.js";
 
@@ -11,6 +12,20 @@ const SIZE = [720, 600];
 
 app.registerExtension({
   name: "tmpo.tree",
+
+  /** Colours of scores depend on the theme, which is in classes and variables of the page. */
+  setup() {
+    const look = () => document.body.className + document.documentElement.className + document.documentElement.style.cssText;
+    let before = look();
+    const observer = new MutationObserver(() => {
+      if (look() === before) return;
+      before = look();
+      for (const node of allNodes()) node.tmpoTree?.draw();
+    });
+    for (const place of [document.body, document.documentElement]) {
+      observer.observe(place, { attributes: true, attributeFilter: ["class", "style"] });
+    }
+  },
 
   /** A workflow that is opened again, from another tab or the history, has its last outputs but sends no event. */
   onNodeOutputsUpdated(outputs) {
@@ -25,7 +40,7 @@ app.registerExtension({
 
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name !== NODE) return;
-    const { onNodeCreated, onExecuted, onConfigure, onDrawForeground, onRemoved } = nodeType.prototype;
+    const { onNodeCreated, onExecuted, onConfigure, onRemoved } = nodeType.prototype;
 
     nodeType.prototype.onNodeCreated = function () {
       onNodeCreated?.apply(this, arguments);
@@ -71,16 +86,6 @@ app.registerExtension({
       onExecuted?.apply(this, arguments);
       const tree = output[OUTPUT]?.[0];
       if (tree) this.tmpoTree.show(tree);
-    };
-
-    nodeType.prototype.onDrawForeground = function () {
-      onDrawForeground?.apply(this, arguments);
-      // A change of theme also redraws the canvas.
-      const look = document.body.className + document.documentElement.style.cssText;
-      if (look !== this.tmpoLook) {
-        this.tmpoLook = look;
-        this.tmpoTree.draw();
-      }
     };
 
     nodeType.prototype.onRemoved = function () {

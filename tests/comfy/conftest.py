@@ -93,6 +93,15 @@ class Comfy:
     def run(self, graph: Graph) -> dict[str, Any]:
         return self.wait(self.queue(graph))
 
+    def executed(self, graph: Graph) -> set[str]:
+        """The nodes that a graph has run and not taken from the cache."""
+        prompt = self.queue(graph)
+        self.wait(prompt)
+        messages = json.loads(self.get(f"/history/{prompt}"))[prompt]["status"]["messages"]
+        return graph.keys() - {
+            node for kind, about in messages if kind == "execution_cached" for node in about["nodes"]
+        }
+
     def image(self, reference: dict[str, str]) -> np.ndarray:
         query = "&".join(f"{key}={value}" for key, value in reference.items())
         return np.asarray(Image.open(io.BytesIO(self.get(f"/view?{query}"))).convert("RGB"))

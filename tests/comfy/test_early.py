@@ -55,12 +55,14 @@ def selecting(mode: str, **inputs: Any) -> dict[str, dict[str, Any]]:
         (graph({"reward": "ocr", "prompt": 'a sign that says "TAXI"'}), "reward ocr needs rapidocr.*: pip install rapidocr"),
         (graph(branch_steps="1, 5"), "branch step 5 is beyond the 4 steps"),
         (graph(branch_steps="one"), "write numbers"),
+        (graph(branch_steps="1, 2, 3, 4", branching=6), "the tree has 1296 leaves, at most 1024"),
+        (graph(branching=0), "branching is 0: choose 1 to 16"),
         (graph(eta=1.5), "eta 1.5 is too large for kernel cps"),
         (graph(eta=-1.0), "choose 0 to 2"),
         (selecting("best by score"), "mode best by score needs scores: connect a Score Images"),
         (selecting("by choice"), "mode by choice needs a choice: connect `choice` of a Tree View"),
     ],
-    ids=["prompt", "package", "late", "words", "eta", "negative eta", "scores", "choice"],
+    ids=["prompt", "package", "late", "words", "many leaves", "no leaves", "eta", "negative eta", "scores", "choice"],
 )  # fmt: skip
 def test_a_wrong_widget_is_an_error_when_the_graph_is_queued(comfy: Any, content: Any, said: str) -> None:
     """Not one of the node's run: there is nothing to wait for."""
@@ -246,6 +248,6 @@ def test_pictures_are_scored_in_chunks_with_progress_and_can_be_interrupted(
     parked = sys.modules[f"{own.__name__}.rewards"].Parked(Moving(), torch.device("meta"))
     moves.clear()
     with pytest.raises(management.InterruptProcessingException):
-        scoring.in_chunks(parked, scoring.pixels(torch.rand(170, 8, 8, 3)), ["a"] * 170, None)
+        scoring.scored(parked, scoring.pixels(torch.rand(170, 8, 8, 3)), ["a"] * 170, None)
     # The weights were moved once, and they are back.
     assert moves == ["meta", "cpu"] and done[-1] < 170

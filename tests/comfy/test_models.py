@@ -143,7 +143,30 @@ def test_masks_keep_the_rest(nodes: Any, family: tuple[str, Any]) -> None:
     out, _ = sample(nodes, family, {"samples": given, "noise_mask": mask})
     half = SHAPES[name][-1] // 2
     torch.testing.assert_close(out["samples"][..., half:], given[..., half:].expand(8, *[-1] * given[0].dim()))
-    assert out["samples"][..., :half].std(0).mean() > 0.05 and "noise_mask" not in out
+    assert out["samples"][..., :half].std(0).mean() > 0.05
+    # It stays, as in KSampler: a second pass keeps the rest, too, also of leaves that were chosen.
+    assert torch.equal(out["noise_mask"], mask)
+    images = torch.zeros(8, 8, 8, 3)
+    for masks in (mask, torch.arange(8.0).view(8, 1, 1).expand(8, *mask.shape[1:])):
+        chosen = nodes.diversity.SelectBranches.execute(
+            images, "by choice", 1, 0.0, 1.0, 0, 0, {**out, "noise_mask": masks}, None, "5, 2"
+        ).result[1]
+        assert torch.equal(chosen["noise_mask"], masks.expand(8, *mask.shape[1:])[[5, 2]])
+
+
+def test_a_model_without_flow_matching_is_refused_before_it_is_loaded(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_sampling  # type: ignore[import-not-found]
+
+    model = make("FLUX.2")
+    model.add_object_patch("model_sampling", comfy.model_sampling.EPS())
+    guider, sigmas = nodes.comfy.samplers.CFGGuider(model), torch.linspace(1, 0, STEPS + 1)
+    monkeypatch.setattr(guider, "sample", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="needs a flow-matching model"):
+        nodes.sampling.TreeSamplerAdvanced.execute(
+            nodes.sampling.Seeded(SEED), guider, sigmas, empty("FLUX.2"), "1", 2, "cps", 0.7, 0
+        )
 
 
 def test_previews_are_those_of_comfyui(nodes: Any, family: tuple[str, Any]) -> None:

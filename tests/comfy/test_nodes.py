@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from typing import Any
@@ -409,12 +410,21 @@ def test_training_from_a_graph(comfy: Any) -> None:
         "settings": more,
         "prompts": "a red circle\ntwo blue squares",
     }
-    found = comfy.run({
+    whole = {
         "1": node("TMPO_DemoModelLoader"),
         "2": node("TMPO_Train", **asked),
         "3": node("TMPO_LoadLora", model=["1", 0], lora="(demo)", strength=1.0, path=["2", 0]),
-    })  # fmt: skip
+    }
+    found = comfy.run(whole)
     assert "by tmpo_trainer" in found["3"]["text"][0] and found["2"]["text"][0] == "no report"
+    # Nothing has changed: neither the training nor what follows it runs again.
+    assert comfy.executed(whole) == set()
+    # A file that another program has written is loaded again; the run is done, so nothing is trained or measured.
+    lora = comfy.base / "output" / "run one" / "pytorch_lora_weights.safetensors"
+    os.utime(lora, ns=(1, 1))
+    assert comfy.executed(whole) == {"2", "3"} and lora.stat().st_mtime_ns == 1 and comfy.executed(whole) == set()
+    lora.unlink()
+    assert comfy.executed(whole) == {"2", "3"} and lora.exists() and comfy.executed(whole) == set()
     shown = comfy.run({
         "1": node("TMPO_TrainingMonitor", run="run one"),
         "2": node("PreviewImage", images=["1", 0]),
@@ -445,3 +455,21 @@ def test_training_from_a_graph(comfy: Any) -> None:
             comfy.run({"2": node("TMPO_Train", **asked | change)})
     with pytest.raises(Exception, match=r"has no metrics\.jsonl, or an empty one"):
         comfy.run({"1": node("TMPO_TrainingMonitor", run="nowhere")})
+
+
+def test_features_stop_between_pictures(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management  # type: ignore[import-not-found]
+
+    pictures, seen = torch.rand(40, 8, 8, 3), []
+
+    def extract(images: np.ndarray) -> torch.Tensor:
+        seen.append(len(images))
+        return torch.from_numpy(images).float().flatten(1)
+
+    monkeypatch.setattr(nodes.diversity, "_features", lambda name: extract)
+    whole = nodes.diversity.feature_vectors("any", pictures)
+    assert seen == [16, 16, 8] and torch.equal(whole, (pictures * 255).round().flatten(1))
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        nodes.diversity.feature_vectors("any", pictures)
+    assert len(seen) == 3

@@ -149,3 +149,15 @@ def test_an_animation(comfy: Any) -> None:
         assert 2 * shown[0] < shown[1] and 1.5 * shown[1] < shown[2], shown
         if dark:
             assert json.loads(exif[0x0110].removeprefix("prompt:"))["20"]["class_type"] == "TMPO_TreeAnimation"
+
+
+def test_transparency_is_saved(comfy: Any) -> None:
+    """As Save Image does."""
+    run = {
+        "1": node("EmptyImage", width=32, height=24, batch_size=1, color=0x20FF40),
+        "2": node("SolidMask", value=0.25, width=32, height=24),
+        "3": node("JoinImageWithAlpha", image=["1", 0], alpha=["2", 0]),
+        "4": save(["3", 0]),
+    }
+    ((pixels, *_),) = opened(comfy, comfy.run(run)["4"])
+    assert pixels.shape == (24, 32, 4) and pixels[0, 0].tolist() == [0x20, 0xFF, 0x40, 191]

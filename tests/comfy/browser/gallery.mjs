@@ -198,4 +198,87 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
     const noise = leaf.getInputNode(leaf.inputs.findIndex((input) => input.name === "noise"));
     return noise.widgets.find((widget) => widget.name === "noise_seed").value;
   }), seed);
+
+  // A seed that comes over a link may be another by now: the leaf has the tree's.
+  await load();
+  await run();
+  const seeds = await page.evaluate(() => {
+    const { app, view, LiteGraph } = window;
+    const sampler = app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler");
+    const number = LiteGraph.createNode("PrimitiveInt");
+    app.graph.add(number);
+    number.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "seed"));
+    window.resampled = performance.getEntriesByType("resource").find(({ name }) => name.includes("tmpo_resample.js")).name;
+    return import(window.resampled).then(({ resample }) => {
+      resample(view().tmpoTree, view().tmpoTree.tree.leaves[5]);
+      const leaf = app.graph.nodes.find((node) => node.type === "TMPO_Leaf");
+      const linked = leaf.inputs.find((input) => input.name === "seed")?.link ?? null;
+      return [linked, leaf.widgets.find((widget) => widget.name === "seed").value];
+    });
+  });
+  assert.deepEqual(seeds, [null, 4]);
+
+  // In a subgraph, whose inputs come from outside.
+  await load();
+  const inside = await page.evaluate(async () => {
+    const { app } = window;
+    const { subgraph } = app.graph.convertToSubgraph(
+      new Set(app.graph.nodes.filter((node) => node.type !== "TMPO_DemoModelLoader")),
+    );
+    const { resample } = await import(window.resampled);
+    const node = subgraph.nodes.find(({ type }) => type === "TMPO_TreeView");
+    app.canvas.setGraph?.(subgraph);
+    resample({ node, tree: { seed: "4" } }, { path: [0, 1, 2] });
+    const [leaf, decode] = ["TMPO_Leaf", "VAEDecode"].map((type) => subgraph.nodes.findLast((each) => each.type === type));
+    const source = (made, name) => subgraph.getLink(made.inputs.find((input) => input.name === name).link)?.origin_id;
+    return [source(leaf, "model"), source(decode, "vae"), source(leaf, "positive") > 0, subgraph.inputNode.id];
+  });
+  assert.deepEqual(inside, [inside[3], inside[3], true, inside[3]]);
+
+  // Buttons keep their keys and leave the page's own to it; a finger adds leaves one by one.
+  await load();
+  await run();
+  await frame([700, 640]);
+  await page.locator(".tmpo-tree-leaf").nth(3).click();
+  const one = await selected();
+  await page.getByRole("button", { name: "Gallery" }).focus();
+  await page.keyboard.press("Enter");
+  assert.equal(await page.locator(".tmpo-gallery-leaf").count(), 27);
+  assert.equal(await selected(), one);
+  await page.getByRole("button", { name: "top 4" }).click();
+  const queued = page.evaluate(() => new Promise((done) => {
+    window.app.api.addEventListener("execution_success", () => done(true), { once: true });
+    setTimeout(() => done(false), 20000);
+  }));
+  await page.keyboard.press("Control+Enter");
+  assert.ok(await queued);
+  await page.getByRole("button", { name: "clear", exact: true }).click();
+  await page.evaluate(() => {
+    for (const place of [2, 6]) {
+      const leaf = document.querySelectorAll(".tmpo-tree-leaf")[place];
+      leaf.dispatchEvent(new PointerEvent("click", { bubbles: true, pointerType: "touch" }));
+    }
+  });
+  assert.equal(await page.locator(".tmpo-tree-leaf[aria-selected=true]").count(), 2);
+
+  // What grows in another workflow, whose nodes may have the same ids, is not shown here.
+  assert.deepEqual(await page.evaluate(() => ["another", window.app.graph.id].map((workflow) => {
+    const { app, view } = window;
+    const { tree } = view().tmpoTree;
+    const { id } = app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler");
+    const detail = { node: String(id), workflow, tree: { ...tree, growing: true }, pictures: {} };
+    app.api.dispatchEvent(new CustomEvent("tmpo.growing", { detail }));
+    return Boolean(view().tmpoTree.tree.growing);
+  })), [false, true]);
+
+  // The prefix of a file has the page's own replacements.
+  assert.match(await page.evaluate(async () => {
+    const { app, LiteGraph } = window;
+    const save = LiteGraph.createNode("TMPO_SaveLeaves");
+    app.graph.add(save);
+    app.graph.nodes.find((node) => node.type === "VAEDecode").connect(0, save, 0);
+    save.widgets.find((widget) => widget.name === "filename_prefix").value = "%date:yyyy-MM%/%TMPO_TreeSampler.seed%_%width%";
+    const { output } = await app.graphToPrompt();
+    return output[save.id].inputs.filename_prefix;
+  }), /^\d{4}-\d{2}\/4_%width%$/);
 }
