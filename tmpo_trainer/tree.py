@@ -254,6 +254,16 @@ class Rollout:
             return torch.zeros(0, device=self.leaves.device)
         return torch.cat([branch.log_prob for branch in self.branches])
 
+    @property
+    def graphs(self) -> bool:
+        """Whether graphs are kept that no replay has used."""
+        return any(branch.velocity is not None for branch in self.branches)
+
+    def drop_graphs(self) -> None:
+        """Frees them. The next replay evaluates the parents."""
+        for branch in self.branches:
+            branch.velocity = None
+
 
 def chunk_size(width: int, trees: int, max_batch: int | None) -> int:
     """Rows per network call: at most `max_batch`, in whole multiples of the trees, so that row % trees is the prompt.
@@ -373,33 +383,43 @@ class _ParentBatch:
     pieces: list[_Piece]
 
 
-def _parent_batches(run: Rollout, max_batch: int | None) -> Iterator[_ParentBatch]:
+def _parent_batches(run: Rollout, max_batch: int | None, alone: bool = False) -> Iterator[_ParentBatch]:
     """Parents of all branches in micro-batches, one at a time, so that memory does not grow with the number of parents.
 
     Parents of different steps share a batch (sigma is per row); all widths are multiples of the trees, so tiling holds.
+    alone: parents of different steps share none, as in the rollout.
     """
-    where = [(b, row) for b, branch in enumerate(run.branches) for row in range(len(branch.x))]
-    size = chunk_size(len(where), run.plan.trees, max_batch)
-    for first in range(0, len(where), max(size, 1)):
-        chosen = where[first : first + size]
-        pieces = []
-        for b, group in itertools.groupby(chosen, operator.itemgetter(0)):
-            rows = [row for _, row in group]
-            pieces.append(_Piece(b, rows[0], rows[-1] + 1))
-        x = torch.cat([run.branches[b].x[start:end] for b, start, end in pieces])
-        levels = [(run.branches[b].sigma, run.branches[b].sigma_next) for b, _ in chosen]
-        sigma, sigma_next = torch.tensor(levels, dtype=x.dtype, device=x.device).unbind(1)
-        yield _ParentBatch(x, sigma, sigma_next, pieces)
+    rows = [[(b, row) for row in range(len(branch.x))] for b, branch in enumerate(run.branches)]
+    for where in rows if alone else [list(itertools.chain(*rows))]:
+        size = chunk_size(len(where), run.plan.trees, max_batch)
+        for first in range(0, len(where), max(size, 1)):
+            yield _parent_batch(run, where[first : first + size])
+
+
+def _parent_batch(run: Rollout, chosen: list[tuple[int, int]]) -> _ParentBatch:
+    """chosen: (branch, row) of each parent."""
+    pieces = []
+    for b, group in itertools.groupby(chosen, operator.itemgetter(0)):
+        rows = [row for _, row in group]
+        pieces.append(_Piece(b, rows[0], rows[-1] + 1))
+    x = torch.cat([run.branches[b].x[start:end] for b, start, end in pieces])
+    levels = [(run.branches[b].sigma, run.branches[b].sigma_next) for b, _ in chosen]
+    sigma, sigma_next = torch.tensor(levels, dtype=x.dtype, device=x.device).unbind(1)
+    return _ParentBatch(x, sigma, sigma_next, pieces)
 
 
 @torch.no_grad()
-def parent_means(velocity: Velocity, run: Rollout, max_batch: int | None = None) -> list[Tensor]:
+def parent_means(velocity: Velocity, run: Rollout, max_batch: int | None = None, alone: bool = False) -> list[Tensor]:
     """Means of every transition under another policy, without gradient: one `[W, ...latent]` per branch.
 
     Used for the log-probabilities of a second inner update, and (adapter off) for the anchor and the KL penalty.
+
+    Args:
+        alone: every step's parents by themselves, in the calls of a rollout with this `max_batch`. In bfloat16, batches of
+            another size round differently, and a log ratio sums that over all dimensions.
     """
     parts: list[list[Tensor]] = [[] for _ in run.branches]
-    for batch in _parent_batches(run, max_batch):
+    for batch in _parent_batches(run, max_batch, alone):
         predicted = velocity(batch.x, batch.sigma)
         mean, _ = flow.transition(run.kernel, batch.x, predicted, batch.sigma, batch.sigma_next, run.eta)
         sizes = [piece.last - piece.first for piece in batch.pieces]
@@ -492,8 +512,7 @@ def replay(
     for branch in run.branches:
         starts.append(starts[-1] + len(branch.x))
     kept = [branch.velocity for branch in run.branches if branch.velocity is not None]
-    for branch in run.branches:
-        branch.velocity = None
+    run.drop_graphs()
     for batch in _parent_batches(run, None if kept else max_batch):
         with torch.enable_grad():
             predicted = torch.cat(kept) if kept else velocity(batch.x, batch.sigma)

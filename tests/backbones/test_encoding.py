@@ -43,6 +43,13 @@ def test_encoding_is_what_decoding_undoes(backbone: Backbone) -> None:
     assert (found[0] - found[1]).abs().max() > 1e-3
 
 
+def test_it_encodes_where_the_vae_is(tiny_sd35: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With FSDP2 the transformer is elsewhere until training begins."""
+    backbone = load_backbone(str(tiny_sd35), LoadOptions(torch.float32, torch.device("cpu"), 12))
+    monkeypatch.setattr(type(backbone), "device", property(lambda self: torch.device("meta")))
+    assert backbone.encode_pictures(np.zeros((1, *SIZE, 3), np.uint8)).device.type == "cpu"
+
+
 @torch.no_grad()
 def test_flux2_encodes_as_its_pipeline_does_reference_pictures(tiny_flux2: Any) -> None:
     folder = tiny_flux2("dev")

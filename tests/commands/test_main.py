@@ -634,7 +634,11 @@ def test_dry_run_counts_and_writes_nothing(
     assert "noise at steps (2, 3), 3 seeds" in first and "96 rollout, 12 replay" in first
     assert "noise at steps (3, 4), 3 seeds" in last and "72 rollout, 12 replay" in last
     assert "54 images" in out and "100 updates" in out
+    assert "report:" not in out
     assert files(place) == before
+    assert main.main([*base, "--dry-run", "--report", "--eval-images", "3", "--eval-steps", "4"]) == 0
+    said = "report: 2 prompts x 3 images x 4 steps, base and trained: 48 network evaluations (fewer with --eval-limit"
+    assert said in capsys.readouterr().out
 
 
 def test_what_a_run_leaves_behind(

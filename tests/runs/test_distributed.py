@@ -192,6 +192,37 @@ def test_an_error_on_one_process_ends_all_with_its_message(place: Path, tiny_mod
     assert any("process 1: ValueError" in line for line in told)
 
 
+BROKEN = {
+    "evaluation": (1, "from tmpo_trainer.evaluation import held_out as place; name = '_measure'"),
+    "writing": (0, "from tmpo_trainer.training.progress import Reporter as place; name = '_append'"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_an_error_in_an_evaluation_saves_the_run(place: Path, tiny_model: Path, what: str) -> None:
+    """Of the process that measures, or of the one that writes: all end together, with the update that was done."""
+    rank, broken = BROKEN[what]
+    script = place / "failing.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tmpo_trainer.commands.main import main\n"
+        f"{broken}\n"
+        "def fail(*given):\n"
+        "    raise OSError('the disk is full')\n"
+        f"if os.environ['RANK'] == '{rank}':\n"
+        "    setattr(place, name, fail)\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = FLAGS.replace("-m tmpo_trainer", "").split()
+    done = torchrun(str(script), *flags, "--model", str(tiny_model), "--checkpoint-every", "0")
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("tmpo_trainer: failed after update 1")]
+    assert told and all("the disk is full" in line and "kept checkpoint-1" in line for line in told), done.stderr[
+        -3000:
+    ]
+    assert (place / "out" / "checkpoint-1" / "state.json").is_file()
+
+
 def test_a_signal_to_one_process_stops_all_after_the_same_update(place: Path, tiny_model: Path) -> None:
     script = place / "stopping.py"
     script.write_text(

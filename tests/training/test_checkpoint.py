@@ -24,7 +24,7 @@ from tmpo_trainer.commands import loading, main, train
 from tmpo_trainer.files import read_metrics
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.errors import ConfigError
-from tmpo_trainer.training import checkpoint, lock
+from tmpo_trainer.training import checkpoint, lock, loop
 from tmpo_trainer.training.lock import LOCK, locked
 from tmpo_trainer.training.loop import Trainer
 from tmpo_trainer.training.progress import Reporter
@@ -204,6 +204,53 @@ def test_a_signal_saves_and_exits_130(
     assert signal.getsignal(number) is handler
     assert main.main(["--resume", str(folder)]) == 0
     assert_same(folder, whole)
+
+
+def test_what_was_due_when_a_signal_came_is_made_up_for(flags: list[str], scorer: Scorer, tmp_path: Path) -> None:
+    """Sample grids and evaluations are those of a run that nobody stopped; what was shown is not shown again."""
+    more = [
+        *flags,
+        "--updates",
+        "4",
+        "--sample-every",
+        "2",
+        "--eval-every",
+        "2",
+        "--eval-images",
+        "2",
+        "--eval-steps",
+        "2",
+    ]
+    runs = {name: tmp_path / name for name in ("straight", "stopped")}
+    assert main.main([*more, "--output-dir", str(runs["straight"])]) == 0
+    scorer.calls = 0
+    scorer.at[CALLS_PER_UPDATE + 1] = lambda count: os.kill(os.getpid(), signal.SIGTERM)
+    assert main.main([*more, "--output-dir", str(runs["stopped"])]) == 130
+    assert not (runs["stopped"] / "evaluations.jsonl").exists()
+    for _ in range(2):
+        assert main.main(["--resume", str(runs["stopped"])]) == 0
+    files = [sorted(path.name for path in (run / "samples").iterdir()) for run in runs.values()]
+    assert files[0] == files[1] and len(files[0]) == 3
+    for name in ("evaluations.jsonl", "drift.jsonl"):
+        lines = [(run / name).read_text() for run in runs.values()]
+        assert lines[0] == lines[1] and lines[0].count("\n") == 2
+
+
+def test_the_signal_that_windows_has(
+    flags: list[str], scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-Break, with which ComfyUI's node stops a training there; here another signal stands for it."""
+    assert {number.name for number in loop.STOPPING} == {"SIGINT", "SIGTERM", "SIGBREAK"} & set(
+        signal.Signals.__members__
+    )
+    monkeypatch.setattr(loop, "STOPPING", (*loop.STOPPING, signal.SIGUSR1))
+    folder = tmp_path / "run"
+    scorer.at[1] = lambda count: os.kill(os.getpid(), signal.SIGUSR1)
+    assert main.main([*flags, "--output-dir", str(folder)]) == 130
+    assert names(folder) == ["checkpoint-1"]
+    scorer.at[scorer.calls + 1] = lambda count: [os.kill(os.getpid(), signal.SIGUSR1) for _ in range(2)][:0]
+    assert main.main(["--resume", str(folder)]) == 130
+    assert names(folder) == ["checkpoint-1"]
 
 
 def test_a_second_signal_stops_at_once(flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,22 +290,91 @@ def test_kept_graphs_give_the_same_update_with_fewer_evaluations(
     assert metrics[1][0]["replay_ratio_error"] == 0
 
 
-def test_a_second_attempt_after_running_out_of_memory_needs_no_graphs(
-    make_trainer: MakeTrainer, monkeypatch: Any
+def test_graphs_that_do_not_fit_are_not_kept_again(
+    make_trainer: MakeTrainer, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = make_trainer(reuse_forward=True)
-    original, failed = tree.replay, []
+    """The replay's batch has nothing to do with it. A replay that does not fit without graphs is halved as ever."""
+    trainer, plain = make_trainer(reuse_forward=True), make_trainer()
+    original, tried = tree.replay, []
 
-    def once(*args: Any, **kwargs: Any) -> Any:
-        if not failed:
-            for branch in args[1].branches:
-                branch.velocity = None
-            failed.append(1)
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        tried.append(args[1].graphs)
+        if args[1].graphs or len(tried) == 4:
+            args[1].drop_graphs()
             raise torch.OutOfMemoryError("none left")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(tree, "replay", once)
-    assert math.isfinite(trainer.update()["grad_norm"]) and trainer.replay_batch == 6
+    expected = [plain.update() for _ in range(2)]
+    monkeypatch.setattr(tree, "replay", replay)
+    first = trainer.update()
+    assert tried == [True, False, False] and trainer.replay_batch is None
+    assert "out of memory with the activations of the rollout" in capsys.readouterr().err
+    assert trainer.update()["grad_norm"] == pytest.approx(expected[1]["grad_norm"], rel=1e-4)
+    assert tried[3:] == [False] * 3 and trainer.replay_batch == 6
+    assert first["evaluations/replay"] == expected[0]["evaluations/replay"]
+
+
+def test_figures_of_which_another_process_knows_nothing(make_trainer: MakeTrainer) -> None:
+    """It ran out of memory and has made other calls."""
+    trainer = make_trainer()
+
+    def gather(value: Any) -> list[Any]:
+        return [value, {"loss": [0.5, 0.5], "evaluations/backward": [9.0]}] if isinstance(value, dict) else [value]
+
+    trainer.processes.gather = gather  # pyright: ignore[reportAttributeAccessIssue]
+    metrics = trainer.update()
+    assert metrics["evaluations/backward"] == 9 and metrics["evaluations/replay"] == 12
+
+
+def test_an_interrupted_change_of_weights_is_not_saved(
+    make_trainer: MakeTrainer, shake: Shake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ctrl-C while the averaged weights are put in, or the trained ones back: half of the parameters are the others'."""
+    for at in (1, 2):
+        trainer = make_trainer(sample_every=1, checkpoint_every=0)
+        shake(trainer)
+        original, reads = trainer.weights.read, []
+
+        def read(values: Any, reads: list[int] = reads, original: Any = original, at: int = at) -> None:
+            reads.append(1)
+            if len(reads) == at:
+                original(dict.fromkeys(values, torch.zeros(())))
+                raise KeyboardInterrupt
+            original(values)
+
+        monkeypatch.setattr(trainer.weights, "read", read)
+        before = weights(trainer)
+        reporter = SimpleNamespace(update=lambda metrics: None, samples=lambda update: None)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(reporter)  # pyright: ignore[reportArgumentType]
+        assert trainer.done == 1 and len(reads) == 2
+        saved = checkpoint.checkpoints(tmp_path)
+        # The first time, the trained weights were put back.
+        assert bool(saved) == (at == 1) and bool(weights(trainer).any()) == (at == 1)
+        if saved:
+            assert not torch.equal(weights(trainer), before)
+            shutil.rmtree(saved[0])
+
+
+def test_the_anchor_is_zero_before_anything_is_learnt(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a network rounds differently for batches of another size, as in bfloat16."""
+    trainer = make_trainer(anchor="ref", anchor_weight=0.04, max_batch=4, replay_batch=5, prompts_per_batch=2)
+    original, loss, found = trainer.backbone.velocity, trainer.method.loss, []
+
+    def velocity(prompts: Any, guidance: float) -> Any:
+        network = original(prompts, guidance)
+        return lambda x, sigma: network(x, sigma) + 1e-3 * len(x)
+
+    def spy(batch: Any, p: int, transitions: Any) -> Any:
+        found.append(transitions.reference_log_ratio)
+        return loss(batch, p, transitions)
+
+    monkeypatch.setattr(trainer.backbone, "velocity", velocity)
+    monkeypatch.setattr(trainer.method, "loss", spy)
+    trainer.update()
+    assert len(found) == 2 and all(torch.equal(each, torch.zeros(39 - 3)) for each in found)
 
 
 def test_batches_stay_within_their_limits(make_trainer: MakeTrainer) -> None:
@@ -325,6 +396,17 @@ def test_anchor_and_kl_are_finite(make_trainer: MakeTrainer, settings: dict[str,
     if "kl_weight" in settings:
         assert first["kl_reference"] == pytest.approx(0, abs=1e-9) and second["kl_reference"] > 1e-9
     assert torch.isfinite(weights(trainer)).all()
+
+
+def test_no_shard_is_finite(make_trainer: MakeTrainer) -> None:
+    """A LoRA of a small rank leaves some of many processes without a part of a parameter, or of any."""
+    trainer = make_trainer()
+    trainer.weights.lora["empty"] = torch.nn.Parameter(torch.empty(0, 4))
+    assert trainer.weights.finite()
+    trainer.weights.lora["whole"] = torch.nn.Parameter(torch.tensor([torch.nan]))
+    assert not trainer.weights.finite()
+    trainer.weights.lora = {"empty": trainer.weights.lora["empty"]}
+    assert trainer.weights.finite()
 
 
 def test_reference_and_averaged_put_everything_back(make_trainer: MakeTrainer, shake: Shake) -> None:

@@ -444,7 +444,9 @@ class Backbone(ABC):
     @torch.no_grad()
     def encode_pictures(self, images: np.ndarray) -> Tensor:
         """uint8 RGB `[N, H, W, 3]` -> latents, float32 `[N, ...]` on the CPU."""
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(self.device, self.vae.dtype)
+        # With FSDP2 the transformer is elsewhere until training begins.
+        device = next(self.vae.parameters()).device
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device, self.vae.dtype)
         return self.scale(self.vae_latents(pixels / 127.5 - 1).float()).cpu()
 
     def unscale(self, latents: Tensor) -> Tensor:

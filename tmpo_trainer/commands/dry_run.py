@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,15 +56,27 @@ def dry_run(config: TrainConfig) -> int:
             f"update {update + 1}: noise at steps {tuple(plan.fanout)}, {plan.roots} seeds, widths {plan.widths}, "
             f"{plan.leaves} leaves; network evaluations per prompt: {counts}"
         )
-    every = [method.shape(update) for update in range(config.updates)]
-    plans = list({(plan.roots, tuple(plan.fanout.items())): plan for plan in every}.values())
-    total = config.prompts_per_update * sum(methods.cost(methods.evaluations(method, plan)) for plan in every)
+    shapes, plans = Counter[tuple[Any, ...]](), {}
+    for update in range(config.updates):
+        plan = method.shape(update)
+        kind = plan.roots, tuple(plan.fanout.items())
+        shapes[kind] += 1
+        plans.setdefault(kind, plan)
+    each = {kind: methods.cost(methods.evaluations(method, plan)) for kind, plan in plans.items()}
+    total = config.prompts_per_update * sum(count * each[kind] for kind, count in shapes.items())
     print(
-        f"per update: {config.prompts_per_update * plans[0].leaves} images; {config.updates} updates in all, "
-        f"{total:,} network evaluations (forward and backward pass count one each)"
+        f"per update: {config.prompts_per_update * next(iter(plans.values())).leaves} images; {config.updates} updates in "
+        f"all, {total:,} network evaluations (forward and backward pass count one each)"
     )
+    if config.report:
+        count = len(heldout.texts)
+        print(
+            f"report: {count} prompts x {config.eval_images} images x {config.eval_steps} steps, base and trained: "
+            f"{2 * count * config.eval_images * config.eval_steps:,} network evaluations (fewer with --eval-limit or "
+            "--eval-images, none with --no-report)"
+        )
     print("memory by phase, from the model's configs (plus about 0.5 GiB for CUDA, and scorers):")
-    for phase, parts in memory.estimate(skeleton, folder, config, method, plans, device).items():
+    for phase, parts in memory.estimate(skeleton, folder, config, method, list(plans.values()), device).items():
         listed = ", ".join(f"{part} {size / memory.GIB:.2f}" for part, size in parts.items())
         print(f"  {phase}: {sum(parts.values()) / memory.GIB:.2f} GiB ({listed})")
     return 0

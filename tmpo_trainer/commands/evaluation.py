@@ -22,7 +22,7 @@ from ..evaluation.statistics import counted
 from ..files import write_text
 from ..lora.attach import attach, check_lora
 from ..pictures.grids import grid, zoom
-from ..processes import together
+from ..processes import Processes, together
 from ..prompts.lists import PromptList, read_prompts
 from ..rewards import Scorer
 from ..settings.config import TrainConfig, taken_out_wholly
@@ -124,7 +124,7 @@ def evaluate(
             own = [scorers[name] for name in part.rewards]
             protocol = loading.evaluation_protocol(config, part.prompts, own, features)
             identity = loading.identity(config)
-            held_out = HeldOut(backbone, protocol, folder / f"{part.name}.npz", identity, accelerator)
+            held_out = HeldOut(backbone, protocol, folder / f"{part.name}.npz", identity, Processes(accelerator))
             if with_lora:
                 backbone.transformer.disable_adapters()
             part.evaluations["base"] = held_out.base(bar.update)

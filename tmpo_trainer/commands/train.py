@@ -85,7 +85,7 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
     if not checkpoint:
         claim(folder, accelerator, held)
     scorers, extra = ([parts.scorers[name] for name in names] for names in (config.reward, config.extra_rewards))
-    examples = loading.examples(config, parts.backbone)
+    examples = together(accelerator, lambda: loading.examples(config, parts.backbone))
     trainer = Trainer(
         config, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features, examples
     )
@@ -111,7 +111,8 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
             loading.evaluation_protocol(config, heldout, scorers, parts.features),
             folder / "base.npz" if config.eval_every else None,
             loading.identity(config),
-            accelerator,
+            trainer.processes,
+            trainer.weights.sharded,
         )
     return _run(trainer, held_out, loading.shown_prompts(heldout))
 

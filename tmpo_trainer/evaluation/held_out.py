@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,7 +26,7 @@ from . import appearance
 from .features import Features
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from ..processes import Processes
 
 #: Called with the number of prompts done since the last call.
 Progress = Callable[[int], Any]
@@ -172,35 +171,45 @@ def evaluate(
     protocol: EvaluationProtocol,
     show: int = 10,
     progress: Progress | None = None,
-    accelerator: Accelerator | None = None,
+    processes: Processes | None = None,
+    sharded: bool = False,
 ) -> Evaluation:
     """Draws the pictures of every prompt and measures them. The transformer is used as it stands (LoRA on or off).
 
     Args:
         show: number of different prompts, spread over the list, whose pictures are kept.
-        accelerator: its processes share the prompts, and all get the result. A picture does not depend on the process
-            that draws it.
+        processes: they share the prompts, and all get the result, or an error if one has one. A picture does not depend on
+            the process that draws it.
+        sharded: whether the transformer is sharded over them. An error then leaves the others waiting for this one.
 
     Raises:
         ValueError: latents or scores are not finite.
     """
     prompts = protocol.prompts.texts
     shown, copies = spread(prompts, show), ordinals(prompts)
-    processes, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
+    count, rank = (1, 0) if processes is None else (processes.count, processes.rank)
     # Every process gets the same number, some prompts twice: a sharded transformer needs the same calls on all of them.
-    share = -(-len(prompts) // processes)
+    share = -(-len(prompts) // count)
     own = [(rank * share + i) % len(prompts) for i in range(share)]
     measured: dict[int, _Measured] = {}
     drawn = [prompts[i] for i in own], protocol.images, protocol.sampling, [copies[i] for i in own]
-    with Scoring(protocol.scorers) as scoring:
-        for parts in _one_behind(_measure(protocol, scoring, own, sample(backbone, *drawn))):
-            for i, part in zip(own[len(measured) :], parts, strict=False):
-                if i not in shown:
-                    part.images = None
-                measured[i] = part
-            if progress is not None:
-                progress(len(parts) * processes)
-    everyone = gather_object([measured]) if processes > 1 else [measured]
+    error = None
+    try:
+        with Scoring(protocol.scorers) as scoring:
+            for parts in _one_behind(_measure(protocol, scoring, own, sample(backbone, *drawn))):
+                for i, part in zip(own[len(measured) :], parts, strict=False):
+                    if i not in shown:
+                        part.images = None
+                    measured[i] = part
+                if progress is not None:
+                    progress(len(parts) * count)
+    except Exception as caught:
+        if sharded or processes is None:
+            raise
+        error = caught
+    if processes is not None:
+        processes.agree(error)
+    everyone = [measured] if processes is None else processes.gather(measured)
     merged = {i: part for measured in everyone for i, part in measured.items()}
     return _merge(prompts, [merged[i] for i in range(len(prompts))], shown)
 
@@ -279,7 +288,7 @@ class HeldOut:
     Args:
         file: keeps the base's evaluation, so that a resumed run does not draw its pictures again; None keeps no file.
         identity: everything else that the base's evaluation depends on. If it changes, the base is evaluated again.
-        accelerator: see `evaluate`.
+        processes, sharded: see `evaluate`.
     """
 
     def __init__(
@@ -288,10 +297,12 @@ class HeldOut:
         protocol: EvaluationProtocol,
         file: Path | None,
         identity: Sequence[str],
-        accelerator: Accelerator | None = None,
+        processes: Processes | None = None,
+        sharded: bool = False,
     ):
-        self.backbone, self.protocol, self.file, self.accelerator = backbone, protocol, file, accelerator
-        self._main = accelerator is None or accelerator.is_main_process
+        self.backbone, self.protocol, self.file = backbone, protocol, file
+        self.processes, self.sharded = processes, sharded
+        self._main = processes is None or processes.main
         self._base: Evaluation | None = None
         settings = [
             protocol.prompts.texts,
@@ -312,7 +323,7 @@ class HeldOut:
 
     def measure(self, progress: Progress | None = None) -> Evaluation:
         """Evaluates the transformer as it stands."""
-        return evaluate(self.backbone, self.protocol, progress=progress, accelerator=self.accelerator)
+        return evaluate(self.backbone, self.protocol, progress=progress, processes=self.processes, sharded=self.sharded)
 
     def base(self, progress: Progress | None = None) -> Evaluation:
         """The base model: from memory, from `file`, or evaluated now with the transformer as it stands (LoRA off)."""
@@ -330,15 +341,24 @@ class HeldOut:
         """
         key = self._key if lora is None else f"{self._key} {hashlib.sha256(lora.read_bytes()).hexdigest()}"
         found = [_read(file, key, self.protocol) if file is not None and self._main else None]
-        if self.accelerator is not None and self.accelerator.num_processes > 1:
-            broadcast_object_list(found)
+        if self.processes is not None:
+            # The first process has read it for all.
+            found = self.processes.gather(found[0])
         if found[0] is not None:
             if progress is not None:
                 progress(len(self.protocol.prompts.texts))
             return found[0]
         measured = self.measure(progress)
+        error = None
         if file is not None and self._main:
-            _write(file, measured, key)
+            try:
+                _write(file, measured, key)
+            except OSError as caught:
+                error = caught
+        if self.processes is not None:
+            self.processes.agree(error)
+        elif error is not None:
+            raise error
         return measured
 
 

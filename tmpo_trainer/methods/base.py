@@ -229,8 +229,11 @@ class TransitionMethod(Method):
 
         run, count = batch.rollout, batch.count
         if self.needs_reference and batch.reference is None:
+            # The anchor compares it with the rollout's means, the KL penalty with the replay's.
+            alone = self.anchored and not self.config.kl_weight
+            most = self.config.max_batch if alone else network.max_batch
             with network.phase("reference"), self.reference():
-                batch.reference = tree.parent_means(network, run, network.max_batch)
+                batch.reference = tree.parent_means(network, run, most, alone)
         if inner == 0:
             means = [branch.mean for branch in run.branches]
             log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
@@ -258,7 +261,7 @@ class TransitionMethod(Method):
         weights = None
         if self.config.kl_weight:
             weights = self.config.kl_weight * torch.cat(self.kl_shares(batch)) * self.kl_prompts(batch)
-        if any(branch.velocity is not None for branch in run.branches):
+        if run.graphs:
             network.evaluated["backward"] += sum(len(branch.x) for branch in run.branches)
         with network.phase("replay"):
             replayed, kl = tree.replay(

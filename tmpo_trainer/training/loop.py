@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
@@ -38,12 +38,14 @@ from .weights import Diverged, Weights, trainable
 
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
+#: Signals that end a run once it has saved. ComfyUI's node sends the last one, which only Windows has.
+STOPPING = tuple(number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGBREAK"))
 #: A batch and the network for its prompts.
 Rolled = list[tuple[PromptBatch, Network]]
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the run was saved. Exit code 130."""
+    """A signal of STOPPING arrived; the run was saved. Exit code 130."""
 
 
 class Trainer:
@@ -217,7 +219,9 @@ class Trainer:
                 {f"evaluations/{phase}": [n / batch.count] * batch.count for phase, n in network.evaluated.items()},
             )
         everyone = self.processes.gather(dict(figures))
-        merged = {name: summarise(name, [value for part in everyone for value in part[name]]) for name in figures}
+        # A process that ran out of memory may have made calls of a phase that the others have not.
+        names = dict.fromkeys(name for part in everyone for name in part)
+        merged = {name: summarise(name, [v for part in everyone for v in part.get(name, ())]) for name in names}
         self.method.end(merged)
         self._method_before = self.method.state()
         self.done, self._whole = u + 1, True
@@ -310,6 +314,7 @@ class Trainer:
             self.optimizer.zero_grad()
             figures: defaultdict[str, list[float]] = defaultdict(list)
             full, error = False, None
+            kept = any(batch.rollout.graphs for batch, _ in rolled)
             try:
                 for batch, network in rolled:
                     network.max_batch = self.replay_batch
@@ -323,7 +328,24 @@ class Trainer:
             self.processes.agree(error)
             if not any(self.processes.gather(full)):
                 return figures
-            self._halve([batch for batch, _ in rolled])
+            if any(self.processes.gather(kept)):
+                self._drop_graphs([batch for batch, _ in rolled])
+            else:
+                self._halve([batch for batch, _ in rolled])
+
+    def _drop_graphs(self, batches: Sequence[PromptBatch]) -> None:
+        """From now on the replay computes what the rollout has kept so far, for which `replay_batch` makes no difference."""
+        for batch in batches:
+            batch.rollout.drop_graphs()
+        self.roller.graphs = False
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.processes.main:
+            print(
+                "\nout of memory with the activations of the rollout: from now on they are computed again "
+                "(--no-reuse-forward to begin with that)",
+                file=sys.stderr,
+            )
 
     def _halve(self, batches: Sequence[PromptBatch]) -> None:
         """Halves the replay's batch. Raises RuntimeError if it cannot be smaller."""
@@ -363,24 +385,20 @@ class Trainer:
         last checkpoint stands.
 
         Raises:
-            Interrupted: after SIGINT or SIGTERM, saved.
+            Interrupted: after a signal, saved.
         """
         config = self.config
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self._on_signal) for number in STOPPING}
         saving = False
         try:
+            if self.done:
+                # A run that was told to stop has left out what was due then.
+                self._show(reporter, self.processes.gather(reporter.shown(self.done))[0])
             while self.done < config.updates:
                 metrics = self.update()
-                reporter.update(metrics)
-                stop = self._stopped()
-                if config.sample_every and not stop and (self.done % config.sample_every == 0 or self.done == 1):
-                    with self.weights.averaged():
-                        reporter.samples(self.done)
-                # The report measures the last one.
-                last = self.done == config.updates and config.report
-                if config.eval_every and self.done % config.eval_every == 0 and not last and not stop:
-                    with self.weights.averaged():
-                        reporter.evaluation(self.done)
+                self._tell(lambda metrics=metrics: reporter.update(metrics))
+                if not self._stopped():
+                    self._show(reporter)
                 stop = self._stopped()
                 due = config.checkpoint_every and self.done % config.checkpoint_every == 0
                 if due or self.done == config.updates or stop:
@@ -394,7 +412,8 @@ class Trainer:
         except BaseException:
             # In the midst of an update's optimiser steps there is nothing to save: the last checkpoint stands.
             # Before the first update there is nothing to lose either.
-            if self.done and self._whole and self.processes.agreed and not saving and not self._saved():
+            whole = self._whole and not self.weights.swapped
+            if self.done and whole and self.processes.agreed and not saving and not self._saved():
                 # An update that failed has moved it; it will be done again.
                 self.method.load(self._method_before, self.method.tensors())
                 try:
@@ -409,6 +428,30 @@ class Trainer:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
+    def _show(self, reporter: Reporter, shown: Collection[str] = ()) -> None:
+        """The sample grid and the evaluation that are due after this update, but for those that were `shown` before."""
+        config, done = self.config, self.done
+        if config.sample_every and (done % config.sample_every == 0 or done == 1) and "samples" not in shown:
+            with self.weights.averaged():
+                self._tell(lambda: reporter.samples(done))
+        # The report measures the last one.
+        last = done == config.updates and config.report
+        if config.eval_every and done % config.eval_every == 0 and not last and "evaluation" not in shown:
+            with self.weights.averaged():
+                self._tell(lambda: reporter.evaluation(done))
+
+    def _tell(self, report: Callable[[], None]) -> None:
+        """Calls the reporter. An error on one process, such as a full disk of the one that writes, is one of all."""
+        error = None
+        try:
+            report()
+        except Exception as caught:
+            if self.weights.sharded:
+                # The others may wait for this one inside a block.
+                raise
+            error = caught
+        self.processes.agree(error)
+
     def _saved(self) -> bool:
         """Whether the last update has a checkpoint. The first process looks: the others might see its folder too late."""
         found = self.processes.main and self.run / f"checkpoint-{self.done}" in checkpoint.checkpoints(self.run)
@@ -420,7 +463,7 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # A launcher repeats SIGTERM.
-        if self._stop and number == signal.SIGINT:
+        if self._stop and number != signal.SIGTERM:
             raise KeyboardInterrupt
         self._stop = number
         print("\nstopping after this update and saving; Ctrl-C to stop at once", file=sys.stderr)

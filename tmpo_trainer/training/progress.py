@@ -87,6 +87,15 @@ class Reporter:
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
 
+    def shown(self, update: int) -> set[str]:
+        """What a run that is resumed has of an update already: samples, evaluation."""
+        found = set()
+        if (self.run / "samples" / f"update-{update:06d}.png").exists():
+            found.add("samples")
+        if any(line["update"] == update for line in read_metrics(self.run / "evaluations.jsonl")):
+            found.add("evaluation")
+        return found
+
     def samples(self, update: int) -> None:
         pictures, prompts, moved = self.draw_samples()
         if not self.main:

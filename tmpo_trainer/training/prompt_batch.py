@@ -44,11 +44,15 @@ class Roller:
 
     Args:
         sigmas: `[N + 1]`, of the rollout.
+
+    Attributes:
+        graphs: whether rollouts keep the graphs of their stochastic steps, for the first replay.
     """
 
     def __init__(self, config: TrainConfig, backbone: Backbone, method: Method, judges: Judges, sigmas: Tensor):
         self.config, self.backbone, self.method, self.judges, self.sigmas = config, backbone, method, judges, sigmas
         self.latent_shape = backbone.latent_shape(*config.resolution)
+        self.graphs = method.graphs
 
     def network(self, prompts: Sequence[str], clock: Clock) -> Network:
         """The transformer for some prompts, with its calls counted and timed."""
@@ -89,7 +93,7 @@ class Roller:
             plan.forest(count),
             solver=config.solver,
             max_batch=config.max_batch,
-            graphs=self.method.graphs,
+            graphs=self.graphs,
             **self.method.transition,
         )
         for name, value in (("latent", run.leaves), ("log-probability", run.log_probs)):

@@ -28,12 +28,14 @@ class Weights:
 
     Attributes:
         lora: the parameters, float32 masters. ema: their average, which evaluation and export use.
+        swapped: whether the parameters have other values for a while, or an interrupted change has left a mixture.
     """
 
     def __init__(self, transformer: Any):
         self.transformer = transformer
         self.lora = trainable(transformer)
         self.ema = self.copy()
+        self.swapped = False
 
     @property
     def sharded(self) -> bool:
@@ -43,7 +45,9 @@ class Weights:
     def finite(self) -> bool:
         """Whether the parameters, or this process's shards of them, are finite."""
         parts = [value.to_local() if isinstance(value, DTensor) else value for value in self.lora.values()]
-        return math.isfinite(torch.nn.utils.get_total_norm(parts, math.inf))
+        # A rank smaller than the number of processes leaves some without a shard, and nothing has no largest value.
+        parts = [part for part in parts if part.numel()]
+        return not parts or math.isfinite(torch.nn.utils.get_total_norm(parts, math.inf))
 
     def copy(self) -> dict[str, Tensor]:
         """A copy of the parameters as they stand."""
@@ -73,12 +77,13 @@ class Weights:
     @contextmanager
     def using(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """The transformer with other values of its parameters."""
-        kept = self.copy()
-        self.read(values)
+        kept, self.swapped = self.copy(), True
         try:
+            self.read(values)
             yield
         finally:
             self.read(kept)
+            self.swapped = False
 
     @contextmanager
     def pretrained(self) -> Iterator[None]:
