@@ -33,7 +33,10 @@ from .train_settings import AS_PRESET, NO_LAYER, NO_LORA, OWN, asked, choices
 from .types import CATEGORY
 
 PACK = Path(__file__).parents[1]
-INSTALL = f'pip install -c constraints.txt -e ".[train]" in {PACK}, or set TMPO_PYTHON to an interpreter that has it'
+INSTALL = (
+    f'in {PACK}, make an environment (python -m venv .venv), pip install -c constraints.txt -e ".[train]" there, and start '
+    "ComfyUI with TMPO_PYTHON set to its interpreter"
+)
 RUN_TIP = "A run's folder in ComfyUI's output folder."
 #: The settings that a run was started with, in its folder.
 ASKED = "asked.yaml"
