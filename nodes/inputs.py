@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import folder_paths
-from comfy_api.latest import io
 
 from ..tmpo_trainer.settings.errors import one_line
+
+if TYPE_CHECKING:
+    from comfy_api.latest import io
 
 
 def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
