@@ -10,6 +10,7 @@ from torch import Tensor
 from ..tmpo_trainer import tree
 from .newer import aliases
 from .sampling import (
+    DENOISE,
     MOST_STEPS,
     Seeded,
     TreeSamplerAdvanced,
@@ -92,7 +93,7 @@ def check_path(path: str | None, branch_steps: str | None, steps: int | None = N
 
 def _inputs(sampler: type[io.ComfyNode]) -> list[Any]:
     return [
-        *(each for each in sampler.define_schema().inputs if each.id not in WHOLE_TREE),
+        *(each for each in sampler.define_schema().inputs if each.id not in (*WHOLE_TREE, DENOISE.id)),
         io.String.Input("path", default="0, 0, 0", tooltip=PATH_TIP),
         io.Int.Input(
             "last_steps",
@@ -115,7 +116,7 @@ class Leaf(io.ComfyNode):
             **aliases("variation", "re-sample leaf"),
             description="Samples one leaf of a tree again, alone. With the inputs of the tree sampler it is the same picture. "
             "More last steps make it finer.",
-            inputs=_inputs(TreeSamplerNode),
+            inputs=[*_inputs(TreeSamplerNode), DENOISE],
             outputs=[io.Latent.Output(display_name="leaf", tooltip="The leaf, one for each latent of the batch.")],
         )
 
@@ -126,9 +127,9 @@ class Leaf(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, scheduler, branch_steps, kernel, eta, path,
-        last_steps, solver="euler",
+        last_steps, solver="euler", denoise=1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler)
+        guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler, denoise)
         leaf = sample_leaf(
             guider, Seeded(seed), sigmas, latent_image, path, last_steps, branch_steps, kernel, eta, solver
         )

@@ -180,14 +180,30 @@ class Seeded:
         return comfy.sample.prepare_noise(latent["samples"], self.seed, latent.get("batch_index"))
 
 
+#: Of the nodes with KSampler's inputs. The last one, so that workflows that were saved without it keep their values.
+DENOISE = io.Float.Input(
+    "denoise",
+    default=1.0,
+    min=0.01,
+    max=1.0,
+    step=0.01,
+    optional=True,
+    tooltip="As in KSampler: below 1 the tree grows from latent_image with some noise, and its leaves are variations of that "
+    "picture.",
+)
+
+
 def simple_guider(
-    model: Any, positive: Any, negative: Any, steps: int, cfg: float, scheduler: str
+    model: Any, positive: Any, negative: Any, steps: int, cfg: float, scheduler: str, denoise: float
 ) -> tuple[Any, Tensor]:
-    """A GUIDER and SIGMAS `[steps + 1]` from KSampler's inputs."""
+    """A GUIDER and SIGMAS `[steps + 1]` from KSampler's inputs. With a denoise below 1 these are the last of more steps."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    return guider, comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps).cpu()
+    # KSampler takes 1 from .9999 on.
+    whole = int(steps / denoise) if denoise <= 0.9999 else steps
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, whole)
+    return guider, sigmas[-(steps + 1) :].cpu()
 
 
 class TreeSamplerNode(io.ComfyNode):
@@ -222,6 +238,7 @@ class TreeSamplerNode(io.ComfyNode):
                     "For FLUX.2 take Flux2Scheduler and Tree Sampler (advanced).",
                 ),
                 *_tree_inputs(),
+                DENOISE,
             ],
             outputs=[
                 io.Latent.Output(display_name="leaves", tooltip="All leaves as a batch, in the order of the tree."),
@@ -237,11 +254,13 @@ class TreeSamplerNode(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, seed, steps, cfg, scheduler, branch_steps, branching, kernel, eta,
-        max_batch, solver="euler",
+        max_batch, solver="euler", denoise=1.0,
     ) -> io.NodeOutput:  # fmt: skip
-        guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler)
+        guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler, denoise)
         sampler = new_sampler(branch_steps, branching, kernel, eta, max_batch, solver)
-        return io.NodeOutput(*sample_tree(guider, Seeded(seed), sigmas, latent_image, sampler, workflow_id(cls)))
+        leaves, tree = sample_tree(guider, Seeded(seed), sigmas, latent_image, sampler, workflow_id(cls))
+        tree.denoise = denoise
+        return io.NodeOutput(leaves, tree)
 
 
 class TreeSamplerObject(io.ComfyNode):

@@ -59,7 +59,7 @@ def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], lis
 
 
 def facts(leaf: int, path: tuple[int, ...], tree: Tree | None, scores: Scores | None, row: int) -> dict[str, Any]:
-    """What a saved picture says about itself. path, branch_steps, kernel and eta are inputs of the node Leaf.
+    """What a saved picture says about itself. path, branch_steps, kernel, eta and denoise are inputs of the node Leaf.
 
     path: from `Tree.paths`. row: the picture's place in the scores.
     """
@@ -75,6 +75,8 @@ def facts(leaf: int, path: tuple[int, ...], tree: Tree | None, scores: Scores | 
             "kernel": tree.kernel,
             "eta": tree.eta,
         }
+        if tree.denoise < 1:
+            found["denoise"] = tree.denoise
         if tree.prompts > 1:
             found["latent"] = path[0] % tree.prompts
     if scores is not None:

@@ -4,7 +4,8 @@ import { addStyle, address, element, percent } from "./tmpo_dom.js";
 
 addStyle(`
 .tmpo-lightbox { box-sizing: border-box; width: 100vw; height: 100vh; max-width: none; max-height: none; margin: 0; padding: 0;
-  border: 0; background: rgb(10 10 12 / 96%); color: #eee; font: 14px/1.4 system-ui, sans-serif; outline: none; }
+  border: 0; background: rgb(10 10 12 / 96%); color: #eee; font: 14px/1.4 system-ui, sans-serif; outline: none;
+  touch-action: pan-y pinch-zoom; }
 .tmpo-lightbox[open] { display: flex; flex-direction: column; }
 .tmpo-lightbox::backdrop { background: none; }
 .tmpo-lightbox-stage { flex: 1; min-height: 0; display: flex; align-items: center; justify-content: space-between; gap: 8px;
@@ -16,11 +17,16 @@ addStyle(`
 .tmpo-lightbox button:hover { background: rgb(255 255 255 / 12%); color: #fff; }
 .tmpo-lightbox button:focus-visible { outline: 1px solid #fff; }
 .tmpo-lightbox .tmpo-lightbox-close { position: absolute; top: 8px; right: 8px; z-index: 1; }
+.tmpo-lightbox .tmpo-lightbox-pick { position: absolute; top: 8px; right: 60px; z-index: 1; }
+.tmpo-lightbox .tmpo-lightbox-pick[aria-pressed=true] { color: #7fd6a8; }
 .tmpo-lightbox-caption { flex: none; display: flex; flex-wrap: wrap; justify-content: center; gap: 2px 18px; padding: 10px 16px 14px;
   font-variant-numeric: tabular-nums; }
 .tmpo-lightbox-caption span:first-child { color: #fff; font-weight: 600; }
 .tmpo-lightbox-caption b { font-weight: 400; color: #999; }
 `);
+
+// Pixels.
+const SWIPE = 50;
 
 /** What is known of a leaf, as pairs of name and text. */
 function facts(tree, leaf) {
@@ -59,6 +65,7 @@ export function openLightbox(view, first) {
     const leaf = leaves[at];
     shown.src = address(leaf.full ?? leaf.image);
     shown.alt = `Leaf ${leaf.index}`;
+    pick.setAttribute("aria-pressed", String(view.tree === tree && view.chosen.includes(leaf.index)));
     const title = element("span", "", `leaf ${leaf.index} ${view.signs(leaf)}`.trim());
     caption.replaceChildren(title, element("span", "", `${at + 1} of ${leaves.length}`));
     for (const [name, text] of facts(tree, leaf)) {
@@ -86,12 +93,20 @@ export function openLightbox(view, first) {
     event.stopPropagation();
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in moves) show(moves[event.key]);
-    else if (event.key === "Enter" && event.target === dialog) {
-      // A run may have ended meanwhile: the same place in its tree is another leaf.
-      if (view.tree === tree) view.choose(leaves[at]);
+    else if ((event.key === "Enter" || event.key === " ") && event.target === dialog) {
+      // A run may have ended meanwhile: the same place in its tree is another leaf. As in the tree, Space adds or removes it.
+      if (view.tree === tree) view.choose(leaves[at], { ctrlKey: event.key === " " });
       show(at);
     } else return;
     event.preventDefault();
+  });
+  // A finger pages by a swipe, and picks by the button.
+  let from = null;
+  dialog.addEventListener("pointerdown", (event) => (from = event.pointerType === "touch" ? event.clientX : null));
+  dialog.addEventListener("pointerup", (event) => {
+    const moved = from === null ? 0 : event.clientX - from;
+    from = null;
+    if (Math.abs(moved) > SWIPE) show(at - Math.sign(moved));
   });
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog || event.target === stage) dialog.close();
@@ -102,6 +117,12 @@ export function openLightbox(view, first) {
     const option = view.options.get(leaves[at]);
     if (option) view.hover(leaves[at], option);
   });
+  const pick = button("\u2713", "Add this leaf to the choice or remove it (Space)", () => {
+    if (view.tree === tree) view.choose(leaves[at], { ctrlKey: true });
+    show(at);
+    dialog.focus();
+  });
+  pick.className = "tmpo-lightbox-pick";
   const close = button("\u2715", "Close (Escape)", () => dialog.close());
   close.className = "tmpo-lightbox-close";
   stage.append(
@@ -109,7 +130,7 @@ export function openLightbox(view, first) {
     shown,
     button("\u203a", "Next leaf", () => show(at + 1)),
   );
-  dialog.append(stage, caption, close);
+  dialog.append(stage, caption, pick, close);
   document.body.append(dialog);
   show(at);
   dialog.showModal();

@@ -104,17 +104,20 @@ def sample(nodes: Any, family: tuple[str, Any], latent: Any = None, cfg: float =
     ).result
 
 
-@pytest.mark.parametrize("cfg", [1.0, 4.0])
-def test_without_noise_it_is_ksampler(nodes: Any, family: tuple[str, Any], cfg: float) -> None:
-    """A batch of two prompts, with the shift of the model; the shape is KSampler's too."""
+@pytest.mark.parametrize(("cfg", "denoise"), [(1.0, 1.0), (4.0, 1.0), (1.0, 0.6)])
+def test_without_noise_it_is_ksampler(nodes: Any, family: tuple[str, Any], cfg: float, denoise: float) -> None:
+    """A batch of two prompts, with the shift of the model; the shape is KSampler's too. Also from pictures."""
     import nodes as stock  # type: ignore[import-not-found]
 
     name, model = family
     latent = empty(name, 2)
+    if denoise < 1:
+        generator = torch.Generator().manual_seed(1)
+        latent = {"samples": torch.randn(2, *SHAPES[name], generator=generator)}
     (expected,) = stock.common_ksampler(
-        model, SEED, STEPS, cfg, "euler", "simple", conditioning(2), conditioning(2, 1, 5), latent
+        model, SEED, STEPS, cfg, "euler", "simple", conditioning(2), conditioning(2, 1, 5), latent, denoise
     )
-    out, _ = sample(nodes, family, latent, cfg, branch_steps="2", branching=1, eta=0.0)
+    out, _ = sample(nodes, family, latent, cfg, branch_steps="2", branching=1, eta=0.0, denoise=denoise)
     assert out["samples"].shape == (2, *SHAPES[name]) and torch.equal(out["samples"], expected["samples"])
     assert (expected["samples"][0] - expected["samples"][1]).abs().max() > 0.1
 

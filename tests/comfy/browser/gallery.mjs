@@ -127,6 +127,25 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   }
   await page.getByRole("button", { name: "Next leaf" }).click();
   assert.equal(await position(), 2);
+  // Space and the tick add leaves to the choice; a swipe pages.
+  await page.locator(".tmpo-lightbox").focus();
+  await page.keyboard.press("Space");
+  await page.keyboard.press("ArrowRight");
+  await page.locator(".tmpo-lightbox-pick").click();
+  assert.equal((await selected()).split("@")[0].split(",").length, 2 + (before ? before.split("@")[0].split(",").length : 0));
+  await page.screenshot({ path: file("lightbox-picked") });
+  await page.locator(".tmpo-lightbox-pick").click();
+  await page.keyboard.press("ArrowLeft");
+  await page.keyboard.press("Space");
+  assert.equal(await selected(), before);
+  await page.evaluate(() => {
+    const dialog = document.querySelector(".tmpo-lightbox");
+    for (const [name, clientX] of [["pointerdown", 300], ["pointerup", 180]]) {
+      dialog.dispatchEvent(new PointerEvent(name, { pointerType: "touch", clientX, bubbles: true }));
+    }
+  });
+  assert.equal(await position(), 3);
+  await page.keyboard.press("ArrowLeft");
   await page.keyboard.press("Escape");
   assert.equal(await dialog.count(), 0);
   assert.ok(await page.evaluate(() => document.activeElement === window.view().tmpoTree.root));
