@@ -63,7 +63,7 @@ def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None 
         ConfigError: it is not in the cache and cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+    from huggingface_hub.errors import GatedRepoError, HTTPError
 
     try:
         return Path(hf_hub_download(repository, name, repo_type=kind))
@@ -72,7 +72,8 @@ def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None 
             f"{what}: {repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
             "`hf auth login`"
         ) from None
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    # A transfer that breaks off is a RuntimeError of hf_xet, or an HTTPError.
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
         reason = one_line(str(error).partition("\n")[0])
         raise ConfigError(
             f"{what} needs {name} of https://huggingface.co/{repository}, which is not in the hub's cache and cannot be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from tmpo_trainer.backbones import find_model, hub_files, load_skeleton
 from tmpo_trainer.commands import main
+from tmpo_trainer.hub import hub_file
 from tmpo_trainer.settings.errors import ConfigError
 
 #: Files of repositories that nobody reads here.
@@ -87,3 +89,16 @@ def test_a_repository_without_a_pipeline(hub: Path) -> None:
     (hub / "model_index.json").unlink()
     with pytest.raises(ConfigError, match=r"owner/name has no model_index.json on the hub"):
         find_model("owner/name")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Task error: CAS Client Error: connection"), HTTPError("cut off")])
+def test_a_download_that_breaks_off_is_one_line(hub: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*given: Any, **options: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConfigError, match=rf"owner/name is not in the hub cache .* \({re.escape(str(error))}\)"):
+        find_model("owner/name")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(ConfigError, match=re.escape(str(error))):
+        hub_file("a part", "owner/name", "model.safetensors", "--flag")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from tmpo_trainer.backbones import base, encode_text, load_backbone, load_skeleton
+from tmpo_trainer.backbones import base, encode_text, load_backbone, load_skeleton, text
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.backbones.flux import FluxBackbone
 from tmpo_trainer.backbones.text import Conditioning, TextCache, fill, stack
@@ -56,14 +56,16 @@ def test_a_cache_keeps_any_tensors(tmp_path: Path) -> None:
         assert before["states"].shape == (len(prompt), 3) and before["length"] == len(prompt)
 
 
-def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    """They hold `tokens` and `pooled` under the same name."""
+def test_another_version_of_the_libraries_makes_features_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pipelines decide on templates and layers."""
     cache = TextCache(tmp_path, tmp_path, ["FluxPipeline", "torch.float32", 12])
     save_file({"tokens": torch.ones(4, 3), "pooled": torch.zeros(2)}, cache.path("a"))
-    assert cache.path("a").name == "25c97e7c5820f48598d5c2afe316ccf002a55965f24f25b11c6303b55351eaf2.safetensors"
-    fill(cache, ["a"], lambda prompts: pytest.fail("encoded again"))
-    found = cache.get("a")
+    again = TextCache(tmp_path, tmp_path, ["FluxPipeline", "torch.float32", 12])
+    fill(again, ["a"], lambda prompts: pytest.fail("encoded again"))
+    found = again.get("a")
     assert found and stack([found] * 2)["tokens"].shape == (2, 4, 3)
+    monkeypatch.setattr(text, "version", lambda name: "9.9")
+    assert TextCache(tmp_path, tmp_path, ["FluxPipeline", "torch.float32", 12]).missing(["a"]) == ["a"]
 
 
 def whole(folder: Path) -> Backbone:

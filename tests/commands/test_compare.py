@@ -22,7 +22,7 @@ from tmpo_trainer import methods
 from tmpo_trainer.commands import arms, main
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.presets import make_config
-from tmpo_trainer.training.lock import LOCK, locked
+from tmpo_trainer.training.lock import LOCK, Locked, locked
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -143,6 +143,33 @@ def test_a_budget_of_seconds_is_tried_first(flags: list[str]) -> None:
     seconds = [line["seconds"]["total"] for line in trial[1:]]
     assert updates == max(1, int(1.5 * len(seconds) / sum(seconds)))
     assert len(Path("out/tmpo-seed0/metrics.jsonl").read_text().splitlines()) == updates
+
+
+def test_a_trial_run_is_stopped_with_the_comparison(flags: list[str], tmp_path: Path) -> None:
+    """It would go on beside the next one, and the speed that is measured would be half."""
+    command = ["compare", "--methods", "tmpo", "--seconds", "1000", "--output-dir", "out", *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tmpo_trainer", *command, "--rollout-steps", "60"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+    )
+    log = tmp_path / "out/trials/tmpo/log.txt"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "training in" in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(Locked), locked(tmp_path / "out/trials/tmpo.lock", tmp_path):
+        pass
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    assert process.stderr is not None and b"give the same command again to continue" in process.stderr.read()
+    # Nothing of it lives.
+    with locked(tmp_path / "out/trials/tmpo.lock", tmp_path):
+        assert (
+            not yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]
+            if Path("out/compare.yaml").exists()
+            else True
+        )
 
 
 def test_one_that_fails_does_not_stop_the_others(

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from tmpo_trainer.commands import evaluation, loading, main
+from tmpo_trainer.commands import evaluate, evaluation, loading, main
 from tmpo_trainer.diversity import MEASURES, Measure
 from tmpo_trainer.evaluation import held_out
 from tmpo_trainer.evaluation.features import EfficientNetLite
@@ -339,3 +339,45 @@ def test_a_run_from_elsewhere_names_no_code_and_no_hosts(place: Path, capsys: py
         assert main.main(["evaluate", "run", "--prompts", "list.txt"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line == f"tmpo_trainer: run/config.yaml {told}"
+    # Naming the reward does not name its host.
+    assert main.main(["evaluate", "run", "--prompts", "list.txt", "--reward", "remote"]) == 2
+    assert "give --remote-hosts 10.0.0.5" in capsys.readouterr().err
+    # Hosts that nothing is sent to are nobody's business; the folder for text features is this machine's.
+    Path("run/config.yaml").write_text(yaml.safe_dump(saved | remote | {"text_cache": "/elsewhere"}))
+    layers = dict(evaluate._layers(Path("run"), {"reward": ["shapes"]}))
+    assert not {"remote_hosts", "text_cache"} & layers["run/config.yaml"].keys()
+
+
+def test_genevals_overall_score_is_the_mean_of_its_tasks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the pictures: here one task has one prompt and the other two."""
+    lines = [{"prompt": "a red circle", "tag": "colors", "include": [{"class": "apple", "count": 1}]}]
+    lines += [
+        {"prompt": text, "tag": "counting", "include": [{"class": "apple", "count": 2}]}
+        for text in ("two blue squares", "two cats")
+    ]
+    Path("tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(Green, "name", "geneval")
+    monkeypatch.setattr(loading, "check_rewards", lambda config: None)
+    content = run("run", "--prompts", "tasks.jsonl", "--reward", "geneval")
+    (found,) = content["geneval"].values()
+    for label in ("base", "LoRA"):
+        tasks = {tag: own[label] for tag, own in found["tasks"].items()}
+        assert found["mean of the tasks"][label] == pytest.approx((tasks["colors"] + tasks["counting"]) / 2)
+        assert content["models"][label]["geneval"]["mean"] == pytest.approx(
+            (tasks["colors"] + 2 * tasks["counting"]) / 3
+        )
+    assert found["gain"]["mean"] == pytest.approx(
+        found["mean of the tasks"]["LoRA"] - found["mean of the tasks"]["base"]
+    )
+    assert "| mean of the tasks (GenEval's overall score) |" in Path("out/table.md").read_text()
+
+
+def test_a_reward_whose_code_has_changed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "changing_reward.py"
+    code = "class Scorer:\n    name = 'changing'\n    def __init__(self, device): pass\n"
+    found = []
+    for more in ("", "# other rules\n", ""):
+        module.write_text(code + more)
+        found.append(loading.identity(TrainConfig(reward=("changing_reward:Scorer",))))
+    assert found[0] == found[2] != found[1]

@@ -135,6 +135,7 @@ def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "list.yaml": "- updates\n",
         "value.yaml": "updates: many\n",
         "run/metrics.jsonl": "",
+        "lora/pytorch_lora_weights.safetensors": "",
         "no-pipeline/config.json": "{}",
         "unnamed/model_index.json": "{}",
         "sana/model_index.json": json.dumps({"_class_name": "SanaPipeline"}),
@@ -262,6 +263,7 @@ BAD: list[tuple[str, list[str]]] = [
     ("--output-dir good.txt/run", ["output folder good.txt/run cannot be made", "Not a directory"]),
     (f"--output-dir {300 * 'x'}", ["flags: output_dir 'xxx", "no name of more than 255 bytes"]),
     (f"--resume {300 * 'x'}", ["argument --resume: xxx", "no name of more than 255 bytes"]),
+    ("--output-dir lora", ["lora already holds a LoRA: give another --output-dir"]),
     ("--output-dir run", ["run already holds a run", "give another --output-dir"]),
 ]  # fmt: skip
 

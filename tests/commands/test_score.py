@@ -98,6 +98,19 @@ def test_diversity_alone_needs_no_prompts(pictures: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.splitlines()[-1].endswith("all pictures")
 
 
+def test_diversity_alone_is_that_of_each_prompt(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If pictures share prompts; those of other prompts differ for another reason."""
+    assert main.main(["score", "pictures", "--diversity"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("all pictures")
+    for name in "abc":
+        (pictures / f"{name}.txt").write_text("a cat" if name == "c" else "a circle")
+        Image.open(pictures / f"{name}.png").transpose(Image.Transpose.ROTATE_90).save(pictures / f"{name}-2.png")
+        (pictures / f"{name}-2.txt").write_text("a cat" if name == "c" else "a circle")
+    assert main.main(["score", "pictures", "--diversity"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[-3].endswith("a circle") and rows[-2].endswith("a cat") and "2 prompts" in rows[-1]
+
+
 def test_prompts_from_a_file_with_metadata(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [{"prompt": text, "target": text} for text in ("two red circles", "a blue square", "a green triangle")]
     Path("list.jsonl").write_text("\n".join(json.dumps(line) for line in lines))

@@ -101,6 +101,18 @@ def test_a_model_on_the_front_needs_all_that_it_loses() -> None:
     assert limit.costs(single, front.reward[:, at], {COSINE: front.spread[COSINE][:, at]})[COSINE].excess is None
 
 
+def test_where_the_pictures_end_the_ratio_is_small() -> None:
+    """Draws of prompts whose best pictures have less reward than the model: what the limit needs there is more than known."""
+    rewards = (np.random.default_rng(3).random((6, 6)) < 0.5).astype(float)
+    # Right pictures are near each other.
+    distances = (1 - 0.6 * rewards[:, :, None] * rewards[:, None]) * (1 - np.eye(6))
+    front = Front.of(list("abcdef"), list(rewards), list(distances))
+    spread = {COSINE: 0.9 * front.spread[COSINE][:, 0]}
+    cost = limit.costs(front, rewards.mean(1) + 0.4, spread)[COSINE]
+    assert cost.needed is not None and cost.needed.high == np.inf
+    assert cost.excess is not None and cost.excess.low == pytest.approx(0, abs=1e-9) and np.isfinite(cost.excess.high)
+
+
 @pytest.mark.parametrize("count", [4, 8])
 def test_few_pictures_need_what_many_need(count: int) -> None:
     """Right pictures are closer to each other than wrong ones. Uncorrected, 4 pictures would need .64 of it and 8 .84."""

@@ -62,6 +62,15 @@ def test_what_a_report_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ev
     assert Image.open(tmp_path / "samples.png").size[0] > 200
 
 
+def test_a_single_prompt_has_a_report(tmp_path: Path) -> None:
+    """Its interval has no ends, in the table as in the figures of evaluations on the way."""
+    base, trained = made({"red": 0.5}, 0.4, prompts=1), made({"red": 0.75}, 0.2, prompts=1)
+    gain = {"red": {"mean": 0.1, "low": None, "high": None}}
+    metrics = [line(update) for update in range(1, 5)]
+    report.write_report(tmp_path, base, trained, metrics, [{"update": 2, "gain": gain}], ["red"], ["How."], "red")
+    assert "| red | 0.500 | 0.750 | +0.250 [-inf, +inf] |" in (tmp_path / "report.md").read_text()
+
+
 def test_intervals_of_two_lists_of_prompts() -> None:
     """Every score is on its own list, diversity on the last; with two models the last row is their difference."""
     models = {

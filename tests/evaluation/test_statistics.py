@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tmpo_trainer.evaluation import statistics
 from tmpo_trainer.evaluation.held_out import Evaluation
-from tmpo_trainer.evaluation.statistics import counted, paired_gain, verdict
+from tmpo_trainer.evaluation.statistics import Interval, counted, paired_gain, verdict
 
 CLAIMS = ("rose", "LGMD", "cosine", "latent standard deviation")
 
@@ -35,6 +36,22 @@ def test_a_single_prompt_is_no_evidence() -> None:
     assert alone == (1.0, -np.inf, np.inf)
     assert alone.finite() == {"mean": 1.0, "low": None, "high": None}
     assert alone.text("+.1f") == "+1.0 [-inf, +inf]"
+    assert Interval.of(alone.finite()) == alone
+
+
+def test_many_prompts_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same numbers."""
+    values = np.random.default_rng(0).normal(size=(2, 61))
+    whole = paired_gain(*values, named(61))
+    monkeypatch.setattr(statistics, "BLOCK", 500)
+    assert paired_gain(*values, named(61)) == whole
+
+
+def test_prompts_may_weigh_differently() -> None:
+    """Two tasks of one and three prompts that count alike: the mean of their means."""
+    gains = np.array([1.0, 0.0, 0.2, 0.1])
+    found = paired_gain(np.zeros(4), gains, named(4), weights=np.array([1, 1 / 3, 1 / 3, 1 / 3]))
+    assert found.mean == pytest.approx((1 + 0.1) / 2) and found.low < found.mean < found.high
 
 
 def test_no_difference_is_no_gain() -> None:

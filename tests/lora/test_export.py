@@ -134,6 +134,8 @@ def test_keys_and_metadata(trained: Trainer, tiny_model: Path, tmp_path: Path) -
     for key in keys:
         assert re.fullmatch(layer, key) and "base_model" not in key and "default" not in key
     adapter = json.loads(metadata["lora_adapter_metadata"])
+    # What every version of peft knows: diffusers hands on all that is there.
+    assert adapter.keys() == {f"transformer.{name}" for name in ("r", "lora_alpha", "target_modules")}
     assert adapter["transformer.r"] == adapter["transformer.lora_alpha"] == 4
     assert adapter["transformer.target_modules"] == sorted(trained.backbone.lora_targets["paper"])
     assert metadata["modelspec.sai_model_spec"] and metadata["modelspec.title"] == "TMPO LoRA (red)"

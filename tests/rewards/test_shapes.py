@@ -378,3 +378,16 @@ def test_factors_are_what_the_picture_was_drawn_with() -> None:
         np.isnan(missing["position x"]).all()
         and (missing["background lightness"] == found["background lightness"]).all()
     )
+
+
+def test_a_photograph_is_judged_in_little_memory() -> None:
+    """It has thousands of cores, as large as the picture each: they would take gigabytes."""
+    small = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    picture = np.asarray(Image.fromarray(small).resize((480, 480), Image.Resampling.BICUBIC))
+    tracemalloc.start()
+    try:
+        detect(picture)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 150e6, most

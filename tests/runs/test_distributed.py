@@ -267,9 +267,12 @@ def test_the_shipped_configs_are_accelerates(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(launch.subprocess, "call", lambda command: calls.append(command) or 0)
+    monkeypatch.delenv(launch.SHUTDOWN, raising=False)
+    # In place of this process, whose signals it then gets.
+    monkeypatch.setattr(launch.os, "execv", lambda program, command: calls.append(command) or 0)
     assert main.main(["launch", "fsdp2", "--num-processes", "4", "--seed", "3"]) == 0
     (command,) = calls
+    assert os.environ[launch.SHUTDOWN] == "3600"
     config = str(launch.launch_configs()["fsdp2"])
     assert command[1:] == ["-m", "accelerate.commands.launch", "--config_file", config,
                            "--num_processes", "4", "-m", "tmpo_trainer", "--seed", "3"]  # fmt: skip

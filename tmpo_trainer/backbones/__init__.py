@@ -102,6 +102,7 @@ def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -123,7 +124,8 @@ def _from_hub(model: str, weights: bool, transformer: bool) -> Path:
         raise ConfigError(
             f"model {model} is neither a folder nor a repository on the hub; a private one needs `hf auth login`"
         ) from None
-    except (OSError, ValueError, EntryNotFoundError) as error:
+    # A transfer that breaks off is a RuntimeError of hf_xet, or an HTTPError.
+    except (OSError, ValueError, EntryNotFoundError, RuntimeError, HTTPError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise ConfigError(
                 f"model {model} has no model_index.json on the hub: give a repository with a diffusers pipeline"

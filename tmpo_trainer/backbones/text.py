@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ Conditioning = dict[str, Tensor]
 #: The names of the parts of a pipeline that are needed only for text begin with these.
 TEXT_PARTS = ("text_encoder", "tokenizer")
 
+#: Changes with what this package makes of the encoders' output.
+FORMAT = 1
 
 #: Prompts in one call of the text encoders.
 BATCH = 8
@@ -51,7 +54,8 @@ class TextCache:
 
     Args:
         folder: where the files are; it is made when needed.
-        model: the pipeline's folder. The hash covers names, sizes and times of its text encoders' files.
+        model: the pipeline's folder. The hash covers names, sizes and times of its text encoders' files, and the versions of
+            the libraries.
         settings: whatever else the features depend on, e.g. precision and length.
     """
 
@@ -59,7 +63,9 @@ class TextCache:
         self.folder = folder
         parts = sorted(path for start in TEXT_PARTS for path in model.glob(f"{start}*/*"))
         files = [(str(path.relative_to(model)), path.stat().st_size, path.stat().st_mtime_ns) for path in parts]
-        self._key = json.dumps([files, *settings])
+        # diffusers' pipelines decide on templates and layers, and this package on what it does with their output.
+        versions = [f"{name} {version(name)}" for name in ("diffusers", "transformers")]
+        self._key = json.dumps([FORMAT, files, versions, *settings])
 
     def path(self, prompt: str) -> Path:
         digest = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()

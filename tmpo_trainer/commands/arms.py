@@ -18,6 +18,7 @@ from ..files import read_metrics, write_text
 from ..settings.config import TrainConfig, absolute, to_yaml
 from ..settings.errors import ConfigError
 from ..settings.presets import make_config
+from ..training.lock import Locked, locked
 from . import loading
 from .children import Training
 
@@ -104,17 +105,24 @@ def _calls_per_second(arm: Arm, trial: Path, training: Training) -> float:
     """Network evaluations per second of an arm's training, measured by a short run in the folder `trial`.
 
     Raises:
-        ConfigError: the run failed.
+        ConfigError: the run failed, or one that was started before still goes on.
     """
     config = arm.first
     text = to_yaml(config.model_copy(update={"updates": TRIAL, "output_dir": trial, "eval_every": 0}))
     settings, metrics = trial / "settings.yaml", trial / "metrics.jsonl"
     done = settings.exists() and settings.read_text(encoding="utf-8") == text
     if not done or len(read_metrics(metrics)) < TRIAL:
-        shutil.rmtree(trial, ignore_errors=True)
-        trial.mkdir(parents=True)
-        write_text(settings, text)
-        if training.start(["--config", str(settings)], trial / "log.txt"):
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # The run keeps the lock while it lives. Beside another one the speed would be wrong.
+            with locked(trial.with_name(f"{trial.name}.lock"), trial) as lock:
+                shutil.rmtree(trial, ignore_errors=True)
+                trial.mkdir()
+                write_text(settings, text)
+                failed = training.start(["--config", str(settings)], trial / "log.txt", lock)
+        except Locked:
+            raise ConfigError(f"a trial run of {arm.name} still goes on: end it, and give the command again") from None
+        if failed:
             raise ConfigError(f"the trial run of {arm.name} failed, see {trial / 'log.txt'}")
     course = Course(read_metrics(metrics), config.prompts_per_update)
     return (course.calls[-1] - course.calls[0]) / (course.seconds[-1] - course.seconds[0])

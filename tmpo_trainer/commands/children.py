@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -37,16 +38,21 @@ class Training:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
-    def run(self, runs: Sequence[tuple[Path, Path]], bar: tqdm[Any]) -> list[Path]:
-        """Trains every unfinished (settings file, run folder). Returns the folders that failed; see their `log.txt`."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Passes signals on meanwhile: the children, in sessions of their own, would get none."""
         numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
         handlers = {number: signal.signal(number, self._stop) for number in numbers}
         try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                done = list(pool.map(lambda run: self._one(run[0], run[1], bar), runs))
+            yield
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def run(self, runs: Sequence[tuple[Path, Path]], bar: tqdm[Any]) -> list[Path]:
+        """Trains every unfinished (settings file, run folder). Returns the folders that failed; see their `log.txt`."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            done = list(pool.map(lambda run: self._one(run[0], run[1], bar), runs))
         return [folder for (_, folder), ok in zip(runs, done, strict=True) if not ok]
 
     def _stop(self, number: int, frame: FrameType | None) -> None:

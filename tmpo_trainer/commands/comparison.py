@@ -42,7 +42,14 @@ def compare(
     known = read_known(stored, settings, budget)
     folder.mkdir(parents=True, exist_ok=True)
     training = Training(jobs, launch)
-    for name, updates in plan(folder, [a for a in arms if a.name not in known["arms"]], budget, training).items():
+    try:
+        with training.listening():
+            planned = plan(folder, [a for a in arms if a.name not in known["arms"]], budget, training)
+    except ConfigError:
+        if training.stopped:
+            return _stopped(folder)
+        raise
+    for name, updates in planned.items():
         known["arms"][name] = {"updates": updates, "settings": settings[name]}
     write_text(stored, yaml.safe_dump(known, sort_keys=False))
     runs = []
@@ -56,11 +63,10 @@ def compare(
             runs.append((file, config.output_dir))
     # Seed by seed, so that the first results of all arms come early.
     runs = [runs[a * len(arms[0].runs) + s] for s in range(len(arms[0].runs)) for a in range(len(arms))]
-    with tqdm(total=len(runs), unit="run", desc="training", dynamic_ncols=True) as bar:
+    with tqdm(total=len(runs), unit="run", desc="training", dynamic_ncols=True) as bar, training.listening():
         failed = training.run(runs, bar)
     if training.stopped:
-        print(f"tmpo_trainer: stopped; give the same command again to continue in {folder}", file=sys.stderr)
-        return 130
+        return _stopped(folder)
     for path in failed:
         print(f"tmpo_trainer: {path.name} failed, see {path / 'log.txt'}", file=sys.stderr)
     lost = {path.name for path in failed}
@@ -68,6 +74,11 @@ def compare(
     if any(measured[arm.name] for arm in arms):
         compare_report.write(folder, measured, budget, sorted(lost))
     return 1 if lost else 0
+
+
+def _stopped(folder: Path) -> int:
+    print(f"tmpo_trainer: stopped; give the same command again to continue in {folder}", file=sys.stderr)
+    return 130
 
 
 def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: Mapping[str, float]) -> dict[str, Any]:

@@ -71,10 +71,9 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
         measured = {} if flags.get("model", "demo") == "demo" else {"reward": list(PREFERENCE)}
         return [defaults, *preset_layers(measured | flags), ("measures", measured)]
     # The evaluation gets an output folder of its own; the run's folder keeps only the run's files.
-    wanted = set(EVALUATION.values()) - {"output_dir"}
+    wanted = set(EVALUATION.values()) - {"output_dir", "text_cache"}
     kept = {key: value for key, value in read_yaml(saved).items() if key in wanted}
-    if "reward" not in flags:
-        _refuse_foreign(saved, kept, flags)
+    _refuse_foreign(saved, kept, flags)
     if "reward" not in flags and kept.get("model", "demo") != "demo":
         own = [name for name in kept.get("reward", ()) if name not in PREFERENCE]
         kept["reward"] = [*own, *PREFERENCE]
@@ -90,14 +89,15 @@ def _refuse_foreign(saved: Path, kept: dict[str, Any], flags: dict[str, Any]) ->
 
     A run's folder may come from somebody else, to be judged. What it may make this machine do must be asked for by flags.
     """
-    rewards = kept.get("reward", ())
+    rewards = flags.get("reward", kept.get("reward", ()))
     code = [name for name in rewards if isinstance(name, str) and ":" in name]
-    if code:
+    if code and "reward" not in flags:
         words = " ".join(map(str, rewards))
         raise ConfigError(
             f"{saved} has the reward {quoted(code[0])}, which is code: if you trust it, give --reward {words}"
         )
-    hosts = kept.get("remote_hosts", ())
-    if hosts and "remote_hosts" not in flags:
+    hosts = kept.pop("remote_hosts", ())
+    named = any(isinstance(name, str) and name.partition("-")[0] == "remote" for name in rewards)
+    if hosts and named and "remote_hosts" not in flags:
         words = one_line(" ".join(map(str, hosts)), 80)
         raise ConfigError(f"{saved} sends pictures to other machines: if you trust them, give --remote-hosts {words}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -18,7 +20,7 @@ from ..backbones.base import Backbone
 from ..evaluation import drift, limit, report
 from ..evaluation.features import Features
 from ..evaluation.held_out import Evaluation, HeldOut
-from ..evaluation.statistics import counted
+from ..evaluation.statistics import counted, markdown_table, paired_gain
 from ..files import write_text
 from ..lora.attach import attach, check_lora
 from ..pictures.grids import grid, zoom
@@ -142,6 +144,38 @@ def _taken_out(lora: Path | None) -> tuple[str, ...]:
     return taken_out_wholly(settings.get("neutral", ()), settings.get("neutral_share", (1.0,)))
 
 
+def by_task(part: Part) -> tuple[str, dict[str, Any]]:
+    """GenEval's overall score, which is the mean over its tasks and not over pictures: a table, and the same for JSON.
+
+    Empty unless the prompts are of several tasks, by the `tag` of their metadata, and have a score of `geneval`.
+    """
+    texts, metadata = part.prompts.texts, part.prompts.metadata
+    tags = [str(metadata.get(text, {}).get("tag", "")) for text in texts]
+    sizes = Counter(tags)
+    scores = [name for name in part.evaluations["base"].scores if name.split()[0] == "geneval"]
+    if len(sizes) < 2 or "" in sizes or not scores:
+        return "", {}
+    weights = np.array([1 / sizes[tag] for tag in tags])
+    content: dict[str, Any] = {}
+    rows = []
+    for score in scores:
+        means = {label: one.scores[score].mean(1) for label, one in part.evaluations.items()}
+        found = {
+            tag: {label: float(own[[t == tag for t in tags]].mean()) for label, own in means.items()} for tag in sizes
+        }
+        overall = {label: float(np.average(own, weights=weights)) for label, own in means.items()}
+        change = ""
+        content[score] = {"tasks": found, "mean of the tasks": overall}
+        if "LoRA" in means:
+            gain = paired_gain(means["base"], means["LoRA"], texts, weights=weights)
+            change, content[score]["gain"] = gain.text("+.3f"), gain.finite()
+        for tag, own in found.items():
+            rows.append([score, tag, str(sizes[tag]), *(f"{value:.3f}" for value in own.values()), ""])
+        values = [f"{value:.3f}" for value in overall.values()]
+        rows.append([score, "mean of the tasks (GenEval's overall score)", str(len(texts)), *values, change])
+    return markdown_table(["", "task", "prompts", *part.evaluations, "change"], rows), content
+
+
 def write(
     config: TrainConfig, parts: Sequence[Part], features: str, folder: Path, taken_out: Sequence[str] = ()
 ) -> None:
@@ -169,6 +203,9 @@ def write(
         text,
         *([drift.section(moved, taken_out)] if moved else []),
     ]
+    tasks, by_tag = by_task(parts[0])
+    if tasks:
+        sections.append(tasks)
     curve, table, costs = limit.front(base), "", {}
     if curve is not None:
         about_limit, table, costs = report.limit_section(curve, base, {name: [own] for name, own in trained.items()})
@@ -190,10 +227,12 @@ def write(
         "features": features,
     }
     content = {"settings": settings, **intervals.content(), "limit": costs}
+    if tasks:
+        content["geneval"] = by_tag
     if moved:
         content["drift"] = drift.content(moved)
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print(f"{text}\n\n{table}" if table else text)
+    print("\n\n".join(filter(None, (text, tasks, table))))
     warning = drift.warning(moved, taken_out)
     if warning:
         print(warning, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from ..settings.errors import ConfigError
 from .flags import command_parser, configure, parse
+
+#: Seconds that torch's launcher waits for workers to end after a signal.
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def launch_configs() -> dict[str, Path]:
@@ -40,4 +44,13 @@ def command(arguments: Sequence[str]) -> int:
                 f"launch {namespace.name} needs two GPUs or more, but torch sees {count}: leave out `launch`"
             )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
-    return subprocess.call([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])
+    return _become([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])
+
+
+def _become(command: list[str]) -> int:
+    """Runs a command in place of this process, so that it gets the signals that are meant for it."""
+    # A signal ends the workers after their update and a checkpoint. By default torch kills them after half a minute.
+    os.environ.setdefault(SHUTDOWN, "3600")
+    if os.name == "nt":
+        return subprocess.call(command)
+    return os.execv(command[0], command)

@@ -81,9 +81,13 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
 
     device = loading.choose_device(namespace.device)
     listed = read_prompts(namespace.prompts) if namespace.prompts else None
-    # Diversity alone needs no prompts: all pictures are one group.
-    prompt = namespace.prompt or ("" if namespace.reward or listed else "all pictures")
-    pictures = scoring.open_images(scoring.find_images(namespace.paths), prompt or None, listed)
+    pictures = scoring.open_images(
+        scoring.find_images(namespace.paths),
+        namespace.prompt,
+        listed,
+        # Diversity alone needs no prompts: without them, all pictures are one group.
+        together=None if namespace.reward else "all pictures",
+    )
     metadata = listed.metadata if listed else {}
     if namespace.reward:
         loading.check_rewards(config)

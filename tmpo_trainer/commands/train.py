@@ -65,6 +65,10 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
     chosen = loading.choose_device(config.device)
     train_prompts, heldout, skeleton = loading.check(config, chosen)
     done = updates_of(checkpoint) if checkpoint else 0
+    given = None if checkpoint else config.output_dir
+    # Of a run, the folder's own check says more.
+    if given and (given / export.FILE_NAME).exists() and not (given / "metrics.jsonl").exists():
+        raise ConfigError(f"{given} already holds a LoRA: give another --output-dir")
     if config.threads:
         torch.set_num_threads(config.threads)
     loading.quiet()

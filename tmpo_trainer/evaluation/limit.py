@@ -193,7 +193,8 @@ def costs(front: Front, reward: np.ndarray, spread: Mapping[str, np.ndarray]) ->
         with np.errstate(invalid="ignore", divide="ignore"):
             lost = 1 - _share(name, model, base[:, 0])
             limit = front.lost(name, base)
-            needed = np.array([np.interp(r, c, v, right=np.nan) for r, c, v in zip(gained, curve, limit, strict=True)])
+            # Where even the base's best pictures have less reward, the limit needs more than is known: any ratio is smaller.
+            needed = np.array([np.interp(r, c, v, right=np.inf) for r, c, v in zip(gained, curve, limit, strict=True)])
         plain = [float(_root(name, value)) for value in (base[0, 0] / total[0, 0], model[0] / total[0, 0])]
         price = excess = None
         if gained[0] > curve[0, 0] and np.isfinite(needed[0]):

@@ -6,7 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -150,11 +150,13 @@ def open_images(
     prompt: str | None,
     listed: PromptList | None,
     advice: str = "give --prompt or --prompts FILE",
+    together: str | None = None,
 ) -> list[Picture]:
     """Opens every file once, so that a bad one is found before anything is scored.
 
     Args:
-        advice: what to do about a picture without a prompt.
+        advice: what to do about a picture without a prompt. together: the prompt of all pictures if one of them has
+            none, or no two have the same.
 
     A picture's prompt is `prompt`, else its entry in `listed`, else that of a .txt beside it, else that in its metadata.
 
@@ -179,11 +181,13 @@ def open_images(
                 own = decode(beside.read_bytes()).strip()
             except (OSError, ValueError) as error:
                 raise ConfigError(f"{beside} cannot be read as UTF-8 text: {one_line(error)}") from None
-        if not own:
+        if not own and together is None:
             raise ConfigError(f"{path} has no prompt (in its metadata or {beside.name}): {advice}")
-        if len(own) > LONGEST:
+        if own and len(own) > LONGEST:
             raise ConfigError(f"{path}: a prompt of {len(own)} characters: at most {LONGEST}")
-        found.append(Picture(path, own, size))
+        found.append(Picture(path, own or "", size))
+    if together is not None and not (all(picture.prompt for picture in found) and by_prompt(found)):
+        return [replace(picture, prompt=together) for picture in found]
     return found
 
 

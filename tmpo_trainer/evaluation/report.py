@@ -108,10 +108,11 @@ def _plot_series(axis: Any, updates: Sequence[int], values: np.ndarray) -> None:
     axis.ticklabel_format(useOffset=False)
 
 
-def _plot_gains(axis: Any, updates: Sequence[int], gains: Sequence[Mapping[str, float]]) -> None:
-    centre = np.array([gain["mean"] for gain in gains])
-    ends = [centre - [gain["low"] for gain in gains], [gain["high"] for gain in gains] - centre]
-    axis.errorbar(updates, centre, ends, marker="o", capsize=3, color="tab:green")
+def _plot_gains(axis: Any, updates: Sequence[int], gains: Sequence[Mapping[str, float | None]]) -> None:
+    found = [Interval.of(gain) for gain in gains]
+    # The interval of a single prompt has no ends to draw.
+    ends = [(one.mean - one.low, one.high - one.mean) if np.isfinite(one.high) else (0, 0) for one in found]
+    axis.errorbar(updates, [one.mean for one in found], np.transpose(ends), marker="o", capsize=3, color="tab:green")
     axis.axhline(0, color="grey", linewidth=1)
 
 
@@ -180,7 +181,7 @@ def write_report(
 def _markdown(figures: Mapping[str, Any], checks: Mapping[str, bool], about: Sequence[str], moved: str) -> str:
     before, after = figures["base"], figures["trained"]
     rows = [
-        [name, f"{before[name]:.3f}", f"{after[name]:.3f}", Interval(**gain).text("+.3f")]
+        [name, f"{before[name]:.3f}", f"{after[name]:.3f}", Interval.of(gain).text("+.3f")]
         for name, gain in figures["gain"].items()
     ]
     stds = before["latent_std"], after["latent_std"]

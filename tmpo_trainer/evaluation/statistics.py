@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 #: Limits of `verdict`: largest loss of LGMD, smallest share of cosine diversity, largest change of the latent std.
 LGMD_LOSS, COSINE_SHARE, LATENT_STD_SHARE = 0.05, 0.9, 0.15
+#: Prompts in all draws that a bootstrap makes at once.
+BLOCK = 1 << 20
 
 
 class Interval(NamedTuple):
@@ -29,9 +31,21 @@ class Interval(NamedTuple):
         """For JSON, which has no infinity: the ends of a single prompt's interval are null."""
         return {key: value if np.isfinite(value) else None for key, value in self._asdict().items()}
 
+    @classmethod
+    def of(cls, stored: Mapping[str, float | None]) -> Interval:
+        """From what `finite` has made of one with a finite mean."""
+        mean, low, high = (stored[key] for key in ("mean", "low", "high"))
+        assert mean is not None
+        return cls(mean, -np.inf if low is None else low, np.inf if high is None else high)
+
 
 def paired_gain(
-    base: np.ndarray, trained: np.ndarray, prompts: Sequence[str], seed: int = 0, draws: int = 10_000
+    base: np.ndarray,
+    trained: np.ndarray,
+    prompts: Sequence[str],
+    seed: int = 0,
+    draws: int = 10_000,
+    weights: np.ndarray | None = None,
 ) -> Interval:
     """Mean gain per prompt and its 95% bootstrap interval over different prompts. `[P]` or `[P, n]` each.
 
@@ -39,15 +53,16 @@ def paired_gain(
     prompt's interval is infinite.
 
     Args:
-        prompts: `[P]`; copies of a prompt are equal.
+        prompts: `[P]`; copies of a prompt are equal. weights: `[P]`, of the prompts in the mean; by default equal ones.
     """
     difference = (trained - base).reshape(len(base), -1).mean(1)
     places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     own = np.array([places[prompt] for prompt in prompts])
     sums = np.zeros(len(places), difference.dtype)
-    np.add.at(sums, own, difference)
-    sizes = np.bincount(own).astype(difference.dtype)
-    return ratio(sums, sizes, seed, draws)._replace(mean=float(difference.mean()))
+    np.add.at(sums, own, difference if weights is None else weights * difference)
+    sizes = np.bincount(own, weights).astype(difference.dtype)
+    mean = difference.mean() if weights is None else np.average(difference, weights=weights)
+    return ratio(sums, sizes, seed, draws)._replace(mean=float(mean))
 
 
 def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 10_000) -> Interval:
@@ -55,8 +70,13 @@ def ratio(above: np.ndarray, below: np.ndarray, seed: int = 0, draws: int = 10_0
     count, centre = len(above), float(above.sum() / below.sum())
     if count < 2:
         return Interval(centre, -np.inf, np.inf)
-    drawn = np.random.default_rng(seed).integers(0, count, (draws, count))
-    low, high = np.percentile(above[drawn].sum(1) / below[drawn].sum(1), [2.5, 97.5])
+    random, found = np.random.default_rng(seed), []
+    # Some draws at a time, or a long list of prompts would take gigabytes.
+    block = max(1, BLOCK // count)
+    for first in range(0, draws, block):
+        drawn = random.integers(0, count, (min(block, draws - first), count))
+        found.append(above[drawn].sum(1) / below[drawn].sum(1))
+    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
     return Interval(centre, float(low), float(high))
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .. import __version__
 from ..backbones.base import Backbone
@@ -45,7 +46,9 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
     changed = any(bool(value.any()) for name, value in layers.items() if ".lora_B." in name)
     if not write:
         return changed
-    adapter = {**config.to_dict(), "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
+    # No more of peft's config: diffusers hands all of it to peft, and an older one refuses fields that it does not know.
+    adapter = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
+    expected = {f"transformer.{name}": value for name, value in layers.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that what a kill leaves is found here the next time.
     temporary = folder / ".lora.tmp"
@@ -67,17 +70,21 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
             "tmpo.model": backbone.name,
             "tmpo.version": __version__,
         }
-        save_file(load_file(written), written, metadata)
+        save_file(expected, written, metadata)
         # safetensors creates files that only their owner may read.
         umask = os.umask(0)
         os.umask(umask)
         written.chmod(0o666 & ~umask)
-        reloaded = load_file(written)
-        expected = {f"transformer.{name}": value for name, value in layers.items()}
-        if reloaded.keys() != expected.keys() or not all(torch.equal(reloaded[k], v) for k, v in expected.items()):
+        if not _holds(written, expected):
             raise RuntimeError(f"{folder / FILE_NAME} does not read back as written: is the disk full?")
         flush(written)
         written.replace(folder / FILE_NAME)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return changed
+
+
+def _holds(file: Path, expected: dict[str, Tensor]) -> bool:
+    """Whether a file has these tensors. What it reads is gone when it returns: Windows keeps a mapped file from being moved."""
+    found = load_file(file)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())

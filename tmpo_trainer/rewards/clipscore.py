@@ -1,4 +1,4 @@
-"""CLIP score as Flow-GRPO computes it: exp(logit_scale) * cos / 30 with OpenAI's ViT-L/14, about .6 to 1.
+"""CLIP score on Flow-GRPO's scale: exp(logit_scale) * cos / 30 with OpenAI's ViT-L/14 and its own preprocessing, about .6 to 1.
 
 Other papers call the plain cosine, or 2.5 max(cos, 0), by the same name.
 """

@@ -53,6 +53,8 @@ WHOLE_UNIFORMITY = 0.95
 PART_SOLIDITY = 0.85
 PART_AREA = 60
 PART_CORE = 6
+#: A component with more cores is no scene of a few objects.
+MOST_PARTS = 64
 #: Erosions tried in a split. The last one cuts necks of up to ten pixels.
 SPLIT_EROSIONS = 5
 
@@ -311,14 +313,19 @@ def _split(mask: np.ndarray, nearest: np.ndarray, lab: np.ndarray, left: int, to
 
     layers = [mask * (nearest == index).astype(np.uint8) for index in np.unique(nearest[mask.astype(bool)])]
     for erosions in range(1, SPLIT_EROSIONS + 1):
-        cores: list[np.ndarray] = []
+        cores: list[tuple[np.ndarray, int]] = []
         for layer in layers:
             count, labels, stats, _ = cv2.connectedComponentsWithStats(_erode(layer, erosions), connectivity=4)
-            cores += [labels == index for index in range(1, count) if stats[index, cv2.CC_STAT_AREA] >= PART_CORE]
-        if len(cores) < 2:
+            large = [index for index in range(1, count) if stats[index, cv2.CC_STAT_AREA] >= PART_CORE]
+            cores += [(labels, index) for index in large]
+        # Every part must have PART_AREA pixels. A photograph has thousands of cores, whose maps would fill the memory.
+        if not 2 <= len(cores) <= min(MOST_PARTS, int(mask.sum()) // PART_AREA):
             continue
-        to_core = [cv2.distanceTransform((~core).astype(np.uint8), cv2.DIST_L2, 5) for core in cores]
-        owner = np.argmin(to_core, axis=0)
+        owner, nearest_core = np.zeros(mask.shape, np.intp), np.full(mask.shape, np.inf, np.float32)
+        for place, (labels, index) in enumerate(cores):
+            to_core = cv2.distanceTransform((labels != index).astype(np.uint8), cv2.DIST_L2, 5)
+            closer = to_core < nearest_core
+            owner[closer], nearest_core[closer] = place, to_core[closer]
         parts = [mask * (owner == index).astype(np.uint8) for index in range(len(cores))]
         if min(int(part.sum()) for part in parts) < PART_AREA:
             continue

@@ -215,6 +215,16 @@ def test_text_features_from_prompts(theirs: dict) -> None:
     torch.testing.assert_close(towers_of(theirs).text_features(PROMPTS), text, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_the_features_of_some_prompts_are_kept(theirs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server sees any number of them."""
+    monkeypatch.setattr(clip, "KEPT", 2)
+    towers = towers_of(theirs)
+    whole = towers.text_features(PROMPTS)
+    assert len(PROMPTS) > 2 and list(towers._texts) == PROMPTS[-2:]
+    torch.testing.assert_close(towers.text_features(PROMPTS), whole, atol=1e-5, rtol=1e-5)
+
+
 def test_preprocessing(theirs: dict) -> None:
     if "prepared" not in theirs:
         pytest.skip("torchvision does not work here")

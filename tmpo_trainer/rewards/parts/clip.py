@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,8 @@ VOCABULARY = 49408
 
 #: Images in one call of the vision tower.
 BATCH = 32
+#: Prompts whose features are kept.
+KEPT = 4096
 
 Prepare = Callable[[Sequence[Image.Image]], Tensor]
 
@@ -161,12 +164,16 @@ class ClipTowers:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """`[N, D]`, on the CPU. The features of earlier prompts are reused."""
+        """`[N, D]`, on the CPU. The features of the last prompts are reused."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         for first in range(0, len(missing), self.batch):
             chosen = missing[first : first + self.batch]
             self._texts.update(zip(chosen, _unit(self._encode_texts(chosen)), strict=True))
-        return torch.stack([self._texts[prompt] for prompt in prompts])
+        found = torch.stack([self._texts[prompt] for prompt in prompts])
+        # A server sees any number of prompts. A dictionary has them in the order in which they came.
+        for prompt in list(itertools.islice(self._texts, max(len(self._texts) - KEPT, 0))):
+            del self._texts[prompt]
+        return found
 
     def cosine(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
         """Cosine of every image with its prompt, float32 `[N]`."""
