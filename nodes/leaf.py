@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..tmpo_trainer import tree
+from .inputs import workflow_id
 from .newer import aliases
 from .sampling import (
     DENOISE,
@@ -64,10 +65,11 @@ def sample_leaf(
     kernel: str,
     eta: float,
     solver: str,
+    workflow: str | None,
 ) -> dict[str, Any]:
     """Runs the path of one leaf, for each latent. Returns a LATENT.
 
-    last_steps: the steps after the last branch point, 0 for as many as the sigmas have.
+    last_steps: the steps after the last branch point, 0 for as many as the sigmas have. workflow: see `sample_tree`.
     """
     sampler = new_sampler(branch_steps, 1, kernel, eta, 0, solver)
     sampler.path = parse_path(path, sampler.branch_steps)
@@ -77,7 +79,7 @@ def sample_leaf(
         if last == len(sigmas) - 1:
             raise ValueError(f"last_steps: no steps follow branch step {last}, so leave it at 0")
         sigmas = tree.shortened_sigmas(sigmas, sampler.plan(last + last_steps, 1))
-    return sample_tree(guider, noise, sigmas, latent, sampler)[0]
+    return sample_tree(guider, noise, sigmas, latent, sampler, workflow)[0]
 
 
 def check_path(path: str | None, branch_steps: str | None, steps: int | None = None) -> bool | str:
@@ -118,6 +120,7 @@ class Leaf(io.ComfyNode):
             "More last steps make it finer.",
             inputs=[*_inputs(TreeSamplerNode), DENOISE],
             outputs=[io.Latent.Output(display_name="leaf", tooltip="The leaf, one for each latent of the batch.")],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -131,8 +134,9 @@ class Leaf(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         guider, sigmas = simple_guider(model, positive, negative, steps, cfg, scheduler, denoise)
         leaf = sample_leaf(
-            guider, Seeded(seed), sigmas, latent_image, path, last_steps, branch_steps, kernel, eta, solver
-        )
+            guider, Seeded(seed), sigmas, latent_image, path, last_steps, branch_steps, kernel, eta, solver,
+            workflow_id(cls),
+        )  # fmt: skip
         return io.NodeOutput(leaf)
 
 
@@ -147,6 +151,7 @@ class LeafAdvanced(io.ComfyNode):
             description="Samples one leaf of Tree Sampler (advanced) again, alone.",
             inputs=_inputs(TreeSamplerAdvanced),
             outputs=[io.Latent.Output(display_name="leaf", tooltip="The leaf, one for each latent of the batch.")],
+            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -157,5 +162,7 @@ class LeafAdvanced(io.ComfyNode):
     def execute(
         cls, noise, guider, sigmas, latent_image, branch_steps, kernel, eta, path, last_steps, solver="euler"
     ) -> io.NodeOutput:
-        leaf = sample_leaf(guider, noise, sigmas, latent_image, path, last_steps, branch_steps, kernel, eta, solver)
+        leaf = sample_leaf(
+            guider, noise, sigmas, latent_image, path, last_steps, branch_steps, kernel, eta, solver, workflow_id(cls)
+        )
         return io.NodeOutput(leaf)

@@ -134,6 +134,8 @@ class LoadTmpoLora(io.ComfyNode):
         file = cls._file(lora, path)
         if file is None or strength == 0:
             return io.NodeOutput(model, "no LoRA", ui=ui.PreviewText("no LoRA"))
+        # A change that no fingerprint has counted yet, because this one has named the file itself.
+        CHANGES.count()
         CHANGES.note(file)
         lora = lora_file.read(file)
         about, sound = lora_file.describe(lora)

@@ -144,6 +144,9 @@ class Train(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, output_dir, **inputs) -> Any:
         # The node runs again if its LoRA was deleted, or another run has written one.
+        if output_dir is None:
+            # It comes from another node.
+            return CHANGES.count()
         return CHANGES.count(inside(output_dir, "output_dir") / FILE_NAME)
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -38,6 +38,14 @@ class Processes:
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in the order of their ranks."""
         return gather_object([value]) if self.count > 1 else [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of the first process."""
+        if self.count == 1:
+            return value
+        shared = [value]
+        broadcast_object_list(shared)
+        return shared[0]
 
     def agree(self, error: Exception | None) -> None:
         """Raises on all processes if one has an error. Otherwise they would wait for it forever in the next collective."""

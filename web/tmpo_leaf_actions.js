@@ -90,7 +90,7 @@ export function addLeafActions(view) {
     showMenu(view, leaf, event);
   });
   view.root.addEventListener("keydown", (event) => {
-    if (event.key !== "o" || event.ctrlKey || event.metaKey || event.altKey || !view.active || view.tree.growing) return;
+    if (event.key !== "o" || event.target.closest("button") || event.ctrlKey || event.metaKey || event.altKey || !view.active || view.tree.growing) return;
     event.preventDefault();
     event.stopPropagation();
     openLightbox(view, view.active);

@@ -4,8 +4,7 @@ import { addStyle, address, element, percent } from "./tmpo_dom.js";
 
 addStyle(`
 .tmpo-lightbox { box-sizing: border-box; width: 100vw; height: 100vh; max-width: none; max-height: none; margin: 0; padding: 0;
-  border: 0; background: rgb(10 10 12 / 96%); color: #eee; font: 14px/1.4 system-ui, sans-serif; outline: none;
-  touch-action: pan-y pinch-zoom; }
+  border: 0; background: rgb(10 10 12 / 96%); color: #eee; font: 14px/1.4 system-ui, sans-serif; outline: none; }
 .tmpo-lightbox[open] { display: flex; flex-direction: column; }
 .tmpo-lightbox::backdrop { background: none; }
 .tmpo-lightbox-stage { flex: 1; min-height: 0; display: flex; align-items: center; justify-content: space-between; gap: 8px;
@@ -100,9 +99,16 @@ export function openLightbox(view, first) {
     } else return;
     event.preventDefault();
   });
-  // A finger pages by a swipe, and picks by the button.
+  // A finger pages by a swipe, and picks by the button. Two fingers zoom, and then one moves what is enlarged.
   let from = null;
-  dialog.addEventListener("pointerdown", (event) => (from = event.pointerType === "touch" ? event.clientX : null));
+  const enlarged = () => (window.visualViewport?.scale ?? 1) > 1.01;
+  const allow = () => (dialog.style.touchAction = enlarged() ? "auto" : "pan-y pinch-zoom");
+  allow();
+  window.visualViewport?.addEventListener("resize", allow);
+  dialog.addEventListener("pointerdown", (event) => {
+    from = event.pointerType === "touch" && event.isPrimary && !enlarged() ? event.clientX : null;
+  });
+  dialog.addEventListener("pointercancel", () => (from = null));
   dialog.addEventListener("pointerup", (event) => {
     const moved = from === null ? 0 : event.clientX - from;
     from = null;
@@ -112,6 +118,7 @@ export function openLightbox(view, first) {
     if (event.target === dialog || event.target === stage) dialog.close();
   });
   dialog.addEventListener("close", () => {
+    window.visualViewport?.removeEventListener("resize", allow);
     dialog.remove();
     view.root.focus({ preventScroll: true });
     const option = view.options.get(leaves[at]);

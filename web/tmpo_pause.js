@@ -14,7 +14,6 @@ const CSS = `
 .tmpo-tree-pause button:disabled { cursor: default; opacity: 0.5; }
 `;
 
-
 async function goOn(node, id, button) {
   button.disabled = true;
   const choice = String(node.widgets.find((widget) => widget.name === "selected").value);

@@ -149,7 +149,7 @@ def test_a_trial_run_is_stopped_with_the_comparison(flags: list[str], tmp_path: 
     """It would go on beside the next one, and the speed that is measured would be half."""
     command = ["compare", "--methods", "tmpo", "--seconds", "1000", "--output-dir", "out", *flags]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tmpo_trainer", *command, "--rollout-steps", "60"],
+        [sys.executable, "-m", "tmpo_trainer", *command, "--rollout-steps", "400"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stderr=subprocess.PIPE,
     )
@@ -165,11 +165,7 @@ def test_a_trial_run_is_stopped_with_the_comparison(flags: list[str], tmp_path: 
     assert process.stderr is not None and b"give the same command again to continue" in process.stderr.read()
     # Nothing of it lives.
     with locked(tmp_path / "out/trials/tmpo.lock", tmp_path):
-        assert (
-            not yaml.safe_load(Path("out/compare.yaml").read_text())["arms"]
-            if Path("out/compare.yaml").exists()
-            else True
-        )
+        assert not Path("out/compare.yaml").exists()
 
 
 def test_one_that_fails_does_not_stop_the_others(

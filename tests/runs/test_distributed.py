@@ -267,7 +267,9 @@ def test_the_shipped_configs_are_accelerates(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[list[str]] = []
-    monkeypatch.delenv(launch.SHUTDOWN, raising=False)
+    # Set first, so that what the command sets is undone as well.
+    monkeypatch.setenv(launch.SHUTDOWN, "")
+    monkeypatch.delenv(launch.SHUTDOWN)
     # In place of this process, whose signals it then gets.
     monkeypatch.setattr(launch.os, "execv", lambda program, command: calls.append(command) or 0)
     assert main.main(["launch", "fsdp2", "--num-processes", "4", "--seed", "3"]) == 0

@@ -151,6 +151,16 @@ def subprocess_run(arguments: list[str], directory: Path, **environment: int) ->
     )  # fmt: skip
 
 
+def twice(number: signal.Signals) -> Callable[[int], None]:
+    """For `Scorer.at`: the same signal again before the first was acted on."""
+
+    def send(count: int) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+
+    return send
+
+
 def test_a_whole_run(whole: Path) -> None:
     """What the comparisons below stand on: it learns, every update differs, old checkpoints are gone."""
     assert names(whole) == ["checkpoint-15", "checkpoint-20"]
@@ -248,7 +258,7 @@ def test_the_signal_that_windows_has(
     scorer.at[1] = lambda count: os.kill(os.getpid(), signal.SIGUSR1)
     assert main.main([*flags, "--output-dir", str(folder)]) == 130
     assert names(folder) == ["checkpoint-1"]
-    scorer.at[scorer.calls + 1] = lambda count: [os.kill(os.getpid(), signal.SIGUSR1) for _ in range(2)][:0]
+    scorer.at[scorer.calls + 1] = twice(signal.SIGUSR1)
     assert main.main(["--resume", str(folder)]) == 130
     assert names(folder) == ["checkpoint-1"]
 
@@ -256,7 +266,7 @@ def test_the_signal_that_windows_has(
 def test_a_second_signal_stops_at_once(flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path) -> None:
     """In the middle of update 7: what is saved is update 6, whole."""
     folder = tmp_path / "run"
-    scorer.at[6 * CALLS_PER_UPDATE + 1] = lambda count: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)][:0]
+    scorer.at[6 * CALLS_PER_UPDATE + 1] = twice(signal.SIGINT)
     assert main.main([*flags, "--output-dir", str(folder)]) == 130
     assert names(folder) == ["checkpoint-5", "checkpoint-6"]
     assert main.main(["--resume", str(folder)]) == 0

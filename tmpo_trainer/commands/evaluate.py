@@ -70,7 +70,8 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
     if saved is None or not saved.is_file():
         measured = {} if flags.get("model", "demo") == "demo" else {"reward": list(PREFERENCE)}
         return [defaults, *preset_layers(measured | flags), ("measures", measured)]
-    # The evaluation gets an output folder of its own; the run's folder keeps only the run's files.
+    # The evaluation gets an output folder of its own; the run's folder keeps only the run's files. Where this machine keeps
+    # text features is not a stranger's choice.
     wanted = set(EVALUATION.values()) - {"output_dir", "text_cache"}
     kept = {key: value for key, value in read_yaml(saved).items() if key in wanted}
     _refuse_foreign(saved, kept, flags)

@@ -49,7 +49,8 @@ def command(arguments: Sequence[str]) -> int:
 
 def _become(command: list[str]) -> int:
     """Runs a command in place of this process, so that it gets the signals that are meant for it."""
-    # A signal ends the workers after their update and a checkpoint. By default torch kills them after half a minute.
+    # A signal ends the workers after their update and a checkpoint. By default, and before 2.12 always, torch kills them
+    # after half a minute.
     os.environ.setdefault(SHUTDOWN, "3600")
     if os.name == "nt":
         return subprocess.call(command)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -232,11 +233,13 @@ def _state_of(reward: str, config: TrainConfig) -> str | None:
         return None
     address = reward_paths(config).get(reward)
     try:
-        reply = remote.check_path(address, config.remote_hosts, config.remote_timeout, reward).health()
-    except remote.RemoteError:
-        # The run needs it, too, and says so.
+        reply = remote.check_path(address, config.remote_hosts, min(config.remote_timeout, 10), reward).health()
+        about = json.loads(reply)
+    except (remote.RemoteError, ValueError, RecursionError):
+        # The run needs the server, too, and says so. Another kind of server may answer anything.
         return None
-    return reply.decode(errors="replace")
+    # Other servers may report what changes with every request.
+    return str([about.get(key) for key in ("rewards", "version")]) if isinstance(about, dict) else None
 
 
 def sampling(config: TrainConfig) -> held_out.Sampling:

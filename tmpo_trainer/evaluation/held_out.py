@@ -340,20 +340,19 @@ class HeldOut:
             lora: file of the evaluated LoRA. A stored evaluation of another LoRA is not used.
         """
         key = self._key if lora is None else f"{self._key} {hashlib.sha256(lora.read_bytes()).hexdigest()}"
-        found = [_read(file, key, self.protocol) if file is not None and self._main else None]
+        found = _read(file, key, self.protocol) if file is not None and self._main else None
         if self.processes is not None:
-            # The first process has read it for all.
-            found = self.processes.gather(found[0])
-        if found[0] is not None:
+            found = self.processes.broadcast(found)
+        if found is not None:
             if progress is not None:
                 progress(len(self.protocol.prompts.texts))
-            return found[0]
+            return found
         measured = self.measure(progress)
         error = None
         if file is not None and self._main:
             try:
                 _write(file, measured, key)
-            except OSError as caught:
+            except Exception as caught:
                 error = caught
         if self.processes is not None:
             self.processes.agree(error)

@@ -253,7 +253,7 @@ def rows(label: str, found: Mapping[str, Cost]) -> list[list[str]]:
     """The cells of a table with a row per spread of one model, under `HEAD`."""
 
     def share(value: Interval | None) -> str:
-        return "-" if value is None else value.text(".1%")
+        return "-" if value is None else value.text(".1%").replace("inf%", "?")
 
     return [
         [
@@ -274,7 +274,7 @@ HEAD = ("", "spread within a prompt", "base", "model", "lost", "needed", "lost /
 ABOUT = (
     "The limit is the base tilted by its own reward. *Needed* is what it loses at the model's reward. *Slope* is that of the "
     "model's values on the base's for the same noise (1: nothing lost). A dash: the reward did not rise, is beyond the base's "
-    "best pictures, or needs no more than the error."
+    "best pictures, or needs no more than the error. A question mark: in the draws of that end it is beyond them."
 )
 
 

@@ -228,10 +228,11 @@ class TransitionMethod(Method):
         from .. import objectives, tree
 
         run, count = batch.rollout, batch.count
+        # The anchor compares the reference with the rollout's means, the KL penalty with the replay's. With both, the penalty's
+        # batches are taken.
+        alone = self.anchored and not self.config.kl_weight
+        most = self.config.max_batch if alone else network.max_batch
         if self.needs_reference and batch.reference is None:
-            # The anchor compares it with the rollout's means, the KL penalty with the replay's.
-            alone = self.anchored and not self.config.kl_weight
-            most = self.config.max_batch if alone else network.max_batch
             with network.phase("reference"), self.reference():
                 batch.reference = tree.parent_means(network, run, most, alone)
         if inner == 0:
@@ -239,7 +240,7 @@ class TransitionMethod(Method):
             log_probs, shift = run.log_probs, torch.zeros_like(run.log_probs)
         else:
             with network.phase("ratio"):
-                means = tree.parent_means(network, run, network.max_batch)
+                means = tree.parent_means(network, run, most, alone)
             log_probs, shift = tree.edge_log_probs(run, means), tree.edge_mean_shift(run, means)
         parts = {"log_probs": log_probs, "old_log_probs": run.log_probs, "shift": shift}
         if self.anchored:

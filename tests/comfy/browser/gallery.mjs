@@ -141,7 +141,7 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   await page.evaluate(() => {
     const dialog = document.querySelector(".tmpo-lightbox");
     for (const [name, clientX] of [["pointerdown", 300], ["pointerup", 180]]) {
-      dialog.dispatchEvent(new PointerEvent(name, { pointerType: "touch", clientX, bubbles: true }));
+      dialog.dispatchEvent(new PointerEvent(name, { pointerType: "touch", isPrimary: true, clientX, bubbles: true }));
     }
   });
   assert.equal(await position(), 3);
