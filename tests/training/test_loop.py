@@ -356,11 +356,13 @@ def test_an_interrupted_change_of_weights_is_not_saved(
             shutil.rmtree(saved[0])
 
 
+@pytest.mark.parametrize("inner", [1, 2])
 def test_the_anchor_is_zero_before_anything_is_learnt(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, inner: int
 ) -> None:
     """Also where a network rounds differently for batches of another size, as in bfloat16."""
-    trainer = make_trainer(anchor="ref", anchor_weight=0.04, max_batch=4, replay_batch=5, prompts_per_batch=2)
+    batches = {"max_batch": 4, "replay_batch": 5, "prompts_per_batch": 2}
+    trainer = make_trainer(anchor="ref", anchor_weight=0.04, inner_updates=inner, learning_rate=0, **batches)
     original, loss, found = trainer.backbone.velocity, trainer.method.loss, []
 
     def velocity(prompts: Any, guidance: float) -> Any:
@@ -374,7 +376,7 @@ def test_the_anchor_is_zero_before_anything_is_learnt(
     monkeypatch.setattr(trainer.backbone, "velocity", velocity)
     monkeypatch.setattr(trainer.method, "loss", spy)
     trainer.update()
-    assert len(found) == 2 and all(torch.equal(each, torch.zeros(39 - 3)) for each in found)
+    assert len(found) == 2 * inner and all(torch.equal(each, torch.zeros(39 - 3)) for each in found)
 
 
 def test_batches_stay_within_their_limits(make_trainer: MakeTrainer) -> None:
