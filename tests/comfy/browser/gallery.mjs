@@ -221,13 +221,13 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   // A seed that comes over a link may be another by now: the leaf has the tree's.
   await load();
   await run();
-  const seeds = await page.evaluate(() => {
+  const seeds = await page.evaluate(async () => {
     const { app, view, LiteGraph } = window;
+    window.resampled = (await app.api.getExtensions()).find((name) => name.includes("tmpo_resample.js"));
     const sampler = app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler");
     const number = LiteGraph.createNode("PrimitiveInt");
     app.graph.add(number);
     number.connect(0, sampler, sampler.inputs.findIndex((input) => input.name === "seed"));
-    window.resampled = performance.getEntriesByType("resource").find(({ name }) => name.includes("tmpo_resample.js")).name;
     return import(window.resampled).then(({ resample }) => {
       resample(view().tmpoTree, view().tmpoTree.tree.leaves[5]);
       const leaf = app.graph.nodes.find((node) => node.type === "TMPO_Leaf");
