@@ -463,7 +463,8 @@ def test_methods_on_noised_leaves_go_with_a_protocol(
         settings = printed(capsys, *flags, "--method", name)
         assert flags[1] == "demo-long" or {key: settings[key] for key in expected} == expected
     assert settings["prompts_per_update"] == settings["prompts_per_batch"] == 8
-    assert (settings["rollout"], settings["solver"]) == (("tree", "ab2") if name == "nft" else ("chains", "euler"))
+    trees = name in ("nft", "tmpo-leaf")
+    assert (settings["rollout"], settings["solver"]) == ("tree" if trees else "chains", "ab2")
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -507,9 +508,13 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
         assert (other["rollout"], other["neutral"]) == ("chains", [])
     # So are they than the file of a run.
     Path("run.yaml").write_text(yaml.safe_dump(short))
-    for name in ("awm", "crd", "tmpo-leaf"):
+    for name, expected in (
+        ("awm", ["chains", 0, False]),
+        ("crd", ["chains", 0, False]),
+        ("tmpo-leaf", ["tree", 0, True]),
+    ):
         other = printed(capsys, "--config", "run.yaml", "--method", name)
-        assert [other[key] for key in ("rollout", "noise_weight", "adaptive_weight")] == ["chains", 0, False]
+        assert [other[key] for key in ("rollout", "noise_weight", "adaptive_weight")] == expected
     settings = printed(capsys, "--preset", "demo", "--method", "tmpo")
     assert [settings[key] for key in ("solver", "leaf_steps", "lora_targets")] == ["ab2", 3, "attention"]
     for name in ("tmpo", *RIVALS, *NOISED):
