@@ -114,9 +114,11 @@ class LoadTmpoLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model=None, lora="", strength=1.0, path="") -> Any:
+        # Also with a path of its own: the node notes its file then, too, and a change must be counted before.
+        changes = CHANGES.count()
         if path is None:
             # The path comes from another node.
-            return CHANGES.count()
+            return changes
         file = cls._file(lora, path)
         return (str(file), file.stat().st_mtime_ns if file is not None and file.exists() else 0, strength)
 
@@ -134,8 +136,6 @@ class LoadTmpoLora(io.ComfyNode):
         file = cls._file(lora, path)
         if file is None or strength == 0:
             return io.NodeOutput(model, "no LoRA", ui=ui.PreviewText("no LoRA"))
-        # A change that no fingerprint has counted yet, because this one has named the file itself.
-        CHANGES.count()
         CHANGES.note(file)
         lora = lora_file.read(file)
         about, sound = lora_file.describe(lora)
