@@ -20,19 +20,18 @@ class OtherProcessFailed(RuntimeError):
 
 
 class Processes:
-    """The processes of a run, by their accelerator.
+    """The processes of a run, by their accelerator; without one, this process alone.
 
     Attributes:
         count, rank, main: their number, the rank of this one, and whether it is the one that writes files.
         agreed: whether all know of the error that ends the run, so that they can still act together.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.count, self.rank, self.main = (
-            accelerator.num_processes,
-            accelerator.process_index,
-            accelerator.is_main_process,
-        )
+    def __init__(self, accelerator: Accelerator | None = None):
+        self.count, self.rank, self.main = 1, 0, True
+        if accelerator is not None:
+            self.count, self.rank = accelerator.num_processes, accelerator.process_index
+            self.main = accelerator.is_main_process
         self.agreed = self.count == 1
 
     def gather(self, value: Any) -> list[Any]:

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tmpo_trainer.rewards import load_scorer, remote, score_all
+from tmpo_trainer.rewards import load_scorer, remote, score_all, state
 from tmpo_trainer.rewards.remote import RemoteError, RemoteScorer
 from tmpo_trainer.settings.errors import ConfigError
 
@@ -703,3 +703,11 @@ def test_load_wants_one_of_several_rewards(fake):
     server = fake(http({"rewards": ["ocr", "shapes"]}))
     with pytest.raises(ConfigError, match=rf"hosts ocr, shapes: add one of them to the URL, as in {server.url}/ocr$"):
         remote.load(CPU, server.url)
+
+
+def test_kept_evaluations_know_what_a_server_hosts(fake) -> None:
+    """Not what else a server may report, such as its uptime; a server that says nothing has no state."""
+    replies = [{"rewards": ["ocr"], "version": "1", "uptime": n} for n in (1, 2)] + [{"rewards": ["geneval"]}, ["ok"]]
+    server = fake(*[http(reply) for reply in replies], http({"error": "no"}, "404 Not Found"))
+    found = [state("remote", server.url, {"remote_timeout": 5.0, "method": "tmpo"}) for _ in range(5)]
+    assert found[0] == found[1] != found[2] and None not in found[:3] and found[3:] == [None, None]

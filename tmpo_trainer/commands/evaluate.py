@@ -71,10 +71,11 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
         measured = {} if flags.get("model", "demo") == "demo" else {"reward": list(PREFERENCE)}
         return [defaults, *preset_layers(measured | flags), ("measures", measured)]
     # The evaluation gets an output folder of its own; the run's folder keeps only the run's files. Where this machine keeps
-    # text features is not a stranger's choice.
-    wanted = set(EVALUATION.values()) - {"output_dir", "text_cache"}
-    kept = {key: value for key, value in read_yaml(saved).items() if key in wanted}
-    _refuse_foreign(saved, kept, flags)
+    # text features, and where it sends pictures, is not a stranger's choice.
+    wanted = set(EVALUATION.values()) - {"output_dir", "text_cache", "remote_hosts"}
+    settings = read_yaml(saved)
+    _refuse_foreign(saved, settings, flags)
+    kept = {key: value for key, value in settings.items() if key in wanted}
     if "reward" not in flags and kept.get("model", "demo") != "demo":
         own = [name for name in kept.get("reward", ()) if name not in PREFERENCE]
         kept["reward"] = [*own, *PREFERENCE]
@@ -85,19 +86,19 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
     return [defaults, (str(saved), kept)]
 
 
-def _refuse_foreign(saved: Path, kept: dict[str, Any], flags: dict[str, Any]) -> None:
+def _refuse_foreign(saved: Path, settings: dict[str, Any], flags: dict[str, Any]) -> None:
     """Raises ConfigError if a run's settings would have code of its own run, or send pictures and prompts to other machines.
 
     A run's folder may come from somebody else, to be judged. What it may make this machine do must be asked for by flags.
     """
-    rewards = flags.get("reward", kept.get("reward", ()))
+    rewards = flags.get("reward", settings.get("reward", ()))
     code = [name for name in rewards if isinstance(name, str) and ":" in name]
     if code and "reward" not in flags:
         words = " ".join(map(str, rewards))
         raise ConfigError(
             f"{saved} has the reward {quoted(code[0])}, which is code: if you trust it, give --reward {words}"
         )
-    hosts = kept.pop("remote_hosts", ())
+    hosts = settings.get("remote_hosts", ())
     named = any(isinstance(name, str) and name.partition("-")[0] == "remote" for name in rewards)
     if hosts and named and "remote_hosts" not in flags:
         words = one_line(" ".join(map(str, hosts)), 80)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import importlib.util
-import inspect
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +26,7 @@ from ..lora import adapter as lora
 from ..lora.layers import Layers
 from ..prompts.lists import PromptList, drawn, read_prompts
 from ..prompts.split import Split
-from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, remote, variants
+from ..rewards import Parked, Scorer, check_prompts, check_reward, default_prompts, find, load_scorer, state, variants
 from ..settings.config import TrainConfig, absolute
 from ..settings.errors import ConfigError, one_line
 from ..training import trackers
@@ -221,25 +217,8 @@ def identity(config: TrainConfig) -> list[str]:
         path = Path(str(given)).expanduser()
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         found += [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.is_file()]
-    return found + [state for name in config.reward if (state := _state_of(name, config)) is not None]
-
-
-def _state_of(reward: str, config: TrainConfig) -> str | None:
-    """What else a reward's figures depend on: the code of a class of one's own, what a server says of itself."""
-    if ":" in reward:
-        file = inspect.getsourcefile(importlib.import_module(reward.partition(":")[0]))
-        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    if reward.partition("-")[0] != "remote":
-        return None
-    address = reward_paths(config).get(reward)
-    try:
-        reply = remote.check_path(address, config.remote_hosts, min(config.remote_timeout, 10), reward).health()
-        about = json.loads(reply)
-    except (remote.RemoteError, ValueError, RecursionError):
-        # The run needs the server, too, and says so. Another kind of server may answer anything.
-        return None
-    # Other servers may report what changes with every request.
-    return str([about.get(key) for key in ("rewards", "version")]) if isinstance(about, dict) else None
+    states = [state(name, reward_paths(config).get(name), dict(config)) for name in config.reward]
+    return found + [each for each in states if each is not None]
 
 
 def sampling(config: TrainConfig) -> held_out.Sampling:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ from tqdm import tqdm
 from .. import diversity, flow, tree
 from ..backbones.base import Backbone
 from ..files import replacing
+from ..processes import Processes
 from ..prompts.lists import PromptList, about
 from ..rewards import ScoredBatch, Scorer, Scoring, factors
 from ..settings.errors import one_line
 from . import appearance
 from .features import Features
-
-if TYPE_CHECKING:
-    from ..processes import Processes
 
 #: Called with the number of prompts done since the last call.
 Progress = Callable[[int], Any]
@@ -187,10 +185,10 @@ def evaluate(
     """
     prompts = protocol.prompts.texts
     shown, copies = spread(prompts, show), ordinals(prompts)
-    count, rank = (1, 0) if processes is None else (processes.count, processes.rank)
+    processes = processes or Processes()
     # Every process gets the same number, some prompts twice: a sharded transformer needs the same calls on all of them.
-    share = -(-len(prompts) // count)
-    own = [(rank * share + i) % len(prompts) for i in range(share)]
+    share = -(-len(prompts) // processes.count)
+    own = [(processes.rank * share + i) % len(prompts) for i in range(share)]
     measured: dict[int, _Measured] = {}
     drawn = [prompts[i] for i in own], protocol.images, protocol.sampling, [copies[i] for i in own]
     error = None
@@ -202,15 +200,13 @@ def evaluate(
                         part.images = None
                     measured[i] = part
                 if progress is not None:
-                    progress(len(parts) * count)
+                    progress(len(parts) * processes.count)
     except Exception as caught:
-        if sharded or processes is None:
+        if sharded:
             raise
         error = caught
-    if processes is not None:
-        processes.agree(error)
-    everyone = [measured] if processes is None else processes.gather(measured)
-    merged = {i: part for measured in everyone for i, part in measured.items()}
+    processes.agree(error)
+    merged = {i: part for found in processes.gather(measured) for i, part in found.items()}
     return _merge(prompts, [merged[i] for i in range(len(prompts))], shown)
 
 
@@ -301,8 +297,7 @@ class HeldOut:
         sharded: bool = False,
     ):
         self.backbone, self.protocol, self.file = backbone, protocol, file
-        self.processes, self.sharded = processes, sharded
-        self._main = processes is None or processes.main
+        self.processes, self.sharded = processes or Processes(), sharded
         self._base: Evaluation | None = None
         settings = [
             protocol.prompts.texts,
@@ -340,24 +335,20 @@ class HeldOut:
             lora: file of the evaluated LoRA. A stored evaluation of another LoRA is not used.
         """
         key = self._key if lora is None else f"{self._key} {hashlib.sha256(lora.read_bytes()).hexdigest()}"
-        found = _read(file, key, self.protocol) if file is not None and self._main else None
-        if self.processes is not None:
-            found = self.processes.broadcast(found)
+        main = self.processes.main
+        found = self.processes.broadcast(_read(file, key, self.protocol) if file is not None and main else None)
         if found is not None:
             if progress is not None:
                 progress(len(self.protocol.prompts.texts))
             return found
         measured = self.measure(progress)
         error = None
-        if file is not None and self._main:
+        if file is not None and main:
             try:
                 _write(file, measured, key)
             except Exception as caught:
                 error = caught
-        if self.processes is not None:
-            self.processes.agree(error)
-        elif error is not None:
-            raise error
+        self.processes.agree(error)
         return measured
 
 

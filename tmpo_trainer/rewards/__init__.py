@@ -17,8 +17,10 @@ A class elsewhere is a reward as well, by the name `package.module:Class`. It is
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -75,6 +77,9 @@ class Reward:
     """`check_path(path, **options)` raises ConfigError for an unusable path. By default, the path must exist."""
     check: Callable[[str, Any, str | None], None] | None = None
     """`check(prompt, metadata, path)` raises ValueError for a prompt that cannot be scored. By default, every one can."""
+    state: Callable[..., str | None] | None = None
+    """`state(path, **options)`: what its scores depend on besides its settings and files, such as a server's version; the
+    keywords are those of `check_path`. Kept evaluations are made anew when it changes."""
     default_prompts: Callable[[Split], PromptList] | None = preference
     """The prompts of a split if no file is given; None if the package cannot know which prompts suit the scorer."""
 
@@ -146,12 +151,23 @@ def _from_class(name: str) -> Reward:
     if attribute not in vars(module):
         raise ConfigError(f"reward {name}: {path} has no {attribute}{suggest(attribute, vars(module))}")
     made = vars(module)[attribute]
-    return Reward(lambda device, path: made(device) if path is None else made(device, path))
+
+    def state(path: str | None) -> str | None:
+        file = inspect.getsourcefile(module)
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+    return Reward(lambda device, path: made(device) if path is None else made(device, path), state=state)
 
 
 def _options(name: str, found: Reward, settings: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {key: settings[key] for key in found.OPTIONS if key in settings}
     return {**chosen, "name": name} if found.WEIGHTS == "server" else chosen
+
+
+def state(name: str, path: str | None, settings: Mapping[str, Any]) -> str | None:
+    """What a reward's scores depend on besides its settings and files, see `Reward.state`."""
+    found = find(name)
+    return None if found.state is None else found.state(path, **_options(name, found, settings))
 
 
 def check_reward(name: str, path: str | None = None, settings: Mapping[str, Any] | None = None) -> None:

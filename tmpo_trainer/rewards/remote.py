@@ -341,6 +341,18 @@ def check_path(
     return RemoteScorer(path, remote_hosts, remote_timeout, name)
 
 
+def state(
+    path: str | None, remote_hosts: Sequence[str] = (), remote_timeout: float = 120.0, name: str = "remote"
+) -> str | None:
+    """What the server hosts, and its version; None if it does not say. Other servers may report what changes every time."""
+    try:
+        about = json.loads(check_path(path, remote_hosts, min(remote_timeout, CONNECT_TIMEOUT), name).health())
+    except (RemoteError, ValueError, RecursionError):
+        # Without the server, the run itself says so.
+        return None
+    return str([about.get(key) for key in ("rewards", "version")]) if isinstance(about, dict) else None
+
+
 def load(
     device: torch.device,
     path: str | None,
