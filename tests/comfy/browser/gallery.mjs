@@ -290,6 +290,20 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
     return Boolean(view().tmpoTree.tree.growing);
   })), [false, true]);
 
+  // Colours of scores follow the theme at once, in both renderers.
+  const theme = (name) => page.evaluate(async (palette) => {
+    const { setting } = window.app.extensionManager;
+    await setting.set("Comfy.ColorPalette", palette);
+    await new Promise((done) => setTimeout(done, 600));
+    return window.view().tmpoTree.theme;
+  }, name);
+  for (const vue of [false, true]) {
+    if (vue && await page.evaluate(() => Number(window.__COMFYUI_FRONTEND_VERSION__.split(".")[1]) <= 27)) continue;
+    await page.evaluate((on) => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", on), vue);
+    assert.deepEqual([await theme("light"), await theme("dark")], ["light", "dark"]);
+  }
+  await page.evaluate(() => window.app.extensionManager.setting.set("Comfy.VueNodes.Enabled", false));
+
   // The prefix of a file has the page's own replacements.
   assert.match(await page.evaluate(async () => {
     const { app, LiteGraph } = window;
