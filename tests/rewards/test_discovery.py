@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -118,6 +119,13 @@ def test_every_reward_is_a_file() -> None:
         found = find(name)
         assert set(found.OPTIONS) <= TrainConfig.model_fields.keys()
         assert bool(found.SOURCES) == (found.WEIGHTS == "file")
+        # A helper imported under a declaration's name would be taken for it.
+        options = dict.fromkeys(found.OPTIONS)
+        for hook, arguments in [(found.load, ("cpu", None)), (found.check_path, ("path",)), (found.state, (None,))]:
+            if hook is not None:
+                inspect.signature(hook).bind(*arguments, **options)
+        if found.check is not None:
+            inspect.signature(found.check).bind("prompt", None, None)
 
 
 @pytest.mark.parametrize("name", ["dummy-reward", "bare"])

@@ -19,7 +19,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from ..hub import checked_tokenizer
 from ..settings.errors import ConfigError
 from .parts.clip import BATCH, crop
-from .parts.weights import Source, existing, fill, hub_folder, state
+from .parts.weights import Source, existing, fill, hub_folder, read_tensors
 
 SOURCES: tuple[Source, ...] = (
     ("zai-org/ImageReward", ("ImageReward.pt",)),
@@ -142,7 +142,7 @@ def load(device: torch.device, path: str | None = None) -> ImageRewardScorer:
         ConfigError: the weights cannot be found or downloaded, or are not this scorer's.
     """
     file = existing("imagereward", path) if path else hub_folder("imagereward", SOURCES[0]) / SOURCES[0][1][0]
-    tensors = {key: value.float() for key, value in from_original(state("imagereward", file)).items()}
+    tensors = {key: value.float() for key, value in from_original(read_tensors("imagereward", file)).items()}
     if not tensors:
         raise ConfigError(f"reward imagereward: {file} is not its checkpoint (no blip.* keys)")
     vision = BlipVisionConfig(

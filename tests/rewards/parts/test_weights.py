@@ -36,4 +36,4 @@ def test_a_tensor_that_repeats_its_numbers_is_refused(tmp_path: Path) -> None:
     """It would take its whole size as soon as it is converted: a file of a kilobyte could ask for any amount of memory."""
     torch.save({"a": torch.zeros(1, dtype=torch.float16).expand(2**20)}, tmp_path / "weights.pt")
     with pytest.raises(ConfigError, match=r"weights\.pt cannot be read \(a tensor is larger than its numbers"):
-        weights.state("mine", tmp_path / "weights.pt")
+        weights.read_tensors("mine", tmp_path / "weights.pt")

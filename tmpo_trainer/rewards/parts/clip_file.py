@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from ...settings.errors import ConfigError, one_line
-from .weights import fill, state
+from .weights import fill, read_tensors
 
 #: How the names of the text tower's and the vision tower's tensors begin in transformers.
 TEXT, VISION = "text_model.", "vision_model."
@@ -36,7 +36,7 @@ def build(scorer: str, file: Path) -> CLIPModel:
                 )
             raise ConfigError(f"reward {scorer}: {file} is not a CLIP model in transformers' names")
     # Positions are counted, not learned, but some files store them.
-    tensors = {k: v.float() for k, v in state(scorer, file).items() if not k.endswith("position_ids")}
+    tensors = {k: v.float() for k, v in read_tensors(scorer, file).items() if not k.endswith("position_ids")}
     try:
         model = CLIPModel(config_of(tensors))
     except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:

@@ -25,7 +25,7 @@ from ...hub import readable_errors
 from ...settings.errors import ConfigError, one_line
 from .clip import VOCABULARY, ClipTowers, Prepare, crop, load_clip, load_tokenizer
 from .clip_file import header
-from .weights import fill, state
+from .weights import fill, read_tensors
 
 #: Names inside a block: open_clip's -> transformers'. Queries, keys and values are one tensor in open_clip.
 BLOCK = {
@@ -195,7 +195,7 @@ def load_checkpoint(
         ConfigError: the file cannot be read, or is not a CLIP in open_clip's names.
     """
     # Some checkpoints also store the causal mask.
-    tensors = {key: value.float() for key, value in state(scorer, file, "state_dict").items() if key != "attn_mask"}
+    tensors = {key: value.float() for key, value in read_tensors(scorer, file, "state_dict").items() if key != "attn_mask"}
     try:
         config = config_of(tensors, quick_gelu)
     except (LookupError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:

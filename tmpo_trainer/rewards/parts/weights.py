@@ -33,7 +33,7 @@ def existing(scorer: str, path: str) -> Path:
     return found
 
 
-def state(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
+def read_tensors(scorer: str, file: Path, key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors or torch file. Nothing but tensors is ever unpickled from a torch file.
 
     Args:
