@@ -195,7 +195,9 @@ def load_checkpoint(
         ConfigError: the file cannot be read, or is not a CLIP in open_clip's names.
     """
     # Some checkpoints also store the causal mask.
-    tensors = {key: value.float() for key, value in read_tensors(scorer, file, "state_dict").items() if key != "attn_mask"}
+    tensors = {
+        key: value.float() for key, value in read_tensors(scorer, file, "state_dict").items() if key != "attn_mask"
+    }
     try:
         config = config_of(tensors, quick_gelu)
     except (LookupError, ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
