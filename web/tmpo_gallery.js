@@ -4,6 +4,7 @@
 import { addStyle, element, picture, put } from "./tmpo_dom.js";
 
 const PROPERTY = "tmpo_view";
+const ORDER = "tmpo_best_first";
 const GAP = 6;
 const CAPTION = 20;
 // Pixels: narrower pictures are made SCROLLED wide and scroll. The small pictures that the node saves are SMALL wide.
@@ -50,6 +51,30 @@ export function modeSwitch(view) {
   return modes;
 }
 
+/** The switch of the gallery between the order of the tree and that of the scores. It is saved with the workflow. */
+export function orderSwitch(view) {
+  const order = element("div", "tmpo-tree-modes");
+  const button = element("button", "", "Best first");
+  button.type = "button";
+  button.title = "Order by score in place of the order of the tree";
+  button.setAttribute("aria-pressed", String(Boolean(view.node.properties[ORDER])));
+  button.addEventListener("click", () => {
+    view.node.properties[ORDER] = !view.node.properties[ORDER];
+    view.draw();
+    view.root.focus({ preventScroll: true });
+  });
+  order.append(button);
+  return order;
+}
+
+/** The leaves in the order in which they are shown. Equal scores keep the order of the tree, leaves without one come last. */
+export function ordered(view) {
+  const { leaves, score } = view.tree;
+  if (score === null || !isGallery(view) || !view.node.properties[ORDER]) return leaves;
+  const value = (leaf) => leaf.scores[score] ?? -Infinity;
+  return [...leaves].sort((a, b) => (value(a) === value(b) ? 0 : value(b) - value(a)));
+}
+
 /** The number of columns and the width of a picture, for the largest pictures that need no scrolling, if these are not tiny. */
 export function grid(count, width, height, aspect) {
   let best = { columns: 1, picture: 0 };
@@ -77,7 +102,7 @@ export function drawGallery(view) {
   canvas.style.height = `${Math.ceil(tree.leaves.length / columns) * (height + CAPTION + GAP) + GAP}px`;
   view.across = columns;
   view.options = new Map();
-  tree.leaves.forEach((leaf, place) => {
+  view.leaves.forEach((leaf, place) => {
     const score = tree.score === null ? null : leaf.scores[tree.score];
     const text = score === null ? "n/a" : score.toFixed(tree.decimals);
     const option = view.option(leaf, text);

@@ -1,4 +1,4 @@
-// One leaf of a Tree View over the whole page, at full resolution. Arrows go through the leaves in the order of the tree.
+// One leaf of a Tree View over the whole page, at full resolution. Arrows go through the leaves in the order of the view.
 
 import { addStyle, address, element, percent } from "./tmpo_dom.js";
 
@@ -42,7 +42,7 @@ function facts(tree, leaf) {
 /** Opens a leaf. It closes with Escape, its button, or a click beside the picture; focus returns to the view. */
 export function openLightbox(view, first) {
   const { tree } = view;
-  const { leaves } = tree;
+  const { leaves } = view;
   let at = leaves.indexOf(first);
   const dialog = element("dialog", "tmpo-lightbox");
   dialog.tabIndex = -1;

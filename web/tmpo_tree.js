@@ -4,7 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { afterClick, choiceRow, chosenIn, written } from "./tmpo_choice.js";
 import { element, percent, picture, put } from "./tmpo_dom.js";
-import { drawGallery, isGallery, modeSwitch } from "./tmpo_gallery.js";
+import { drawGallery, isGallery, modeSwitch, ordered, orderSwitch } from "./tmpo_gallery.js";
 import { addLeafActions } from "./tmpo_leaf_actions.js";
 import { CARD, GAP, HEAD } from "./tmpo_tree_style.js";
 
@@ -63,9 +63,9 @@ export class TreeView {
     this.observer.observe(this.root);
   }
 
-  /** The leaves in their order from the top. */
+  /** The leaves in the order in which they are shown: from the top of the tree, or from the gallery's first. */
   get leaves() {
-    return this.tree.leaves;
+    return ordered(this);
   }
 
   show(tree) {
@@ -197,6 +197,7 @@ export class TreeView {
       modeSwitch(this),
     );
     if (tree.score === null) return;
+    if (isGallery(this)) this.bar.append(orderSwitch(this));
     const ramp = element("span", "tmpo-tree-ramp");
     ramp.style.background = `linear-gradient(to right, ${tree.ramps[this.theme].join(", ")})`;
     this.bar.append(

@@ -102,6 +102,27 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   await page.keyboard.press("Enter");
   assert.equal(parseInt(await selected()), await indexOf(page.locator(".tmpo-tree-leaf").nth(4 + columns)));
   await page.keyboard.press("Enter");
+  // By score: the best comes first, also for keys and in the lightbox, and equal ones keep their order.
+  await page.getByRole("button", { name: "Best first" }).click();
+  const shown = await page.evaluate(() => [...document.querySelectorAll(".tmpo-gallery-leaf")].map((option) => [
+    Number(option.querySelector(".tmpo-tree-score").textContent), Number(option.getAttribute("aria-label").match(/\d+/)[0]),
+  ]));
+  const inTree = await page.evaluate(() => window.view().tmpoTree.tree.leaves.map((leaf) => leaf.index));
+  assert.deepEqual(shown, [...shown].sort(([a, i], [b, j]) => b - a || inTree.indexOf(i) - inTree.indexOf(j)));
+  assert.ok(shown[0][0] > shown.at(-1)[0]);
+  assert.deepEqual(await faults(), []);
+  await shoot("gallery-best-first");
+  await page.keyboard.press("End");
+  await page.keyboard.press("Enter");
+  assert.equal(parseInt(await selected()), shown.at(-1)[1]);
+  await page.keyboard.press("Enter");
+  await page.locator(".tmpo-tree-leaf").nth(26).dblclick();
+  assert.match(await page.locator(".tmpo-lightbox-caption").textContent(), new RegExp(`leaf ${shown[26][1]}27 of 27`));
+  await page.keyboard.press("Escape");
+  await frame([360, 420]);
+  await shoot("gallery-small-best-first");
+  await page.getByRole("button", { name: "Best first" }).click();
+  assert.deepEqual(await page.evaluate(() => window.view().tmpoTree.leaves.map((leaf) => leaf.index)), inTree);
   // Small, and saved with the workflow.
   await frame([360, 420]);
   assert.deepEqual(await faults(), []);
