@@ -59,7 +59,7 @@ def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], lis
 
 
 def facts(leaf: int, path: tuple[int, ...], tree: Tree | None, scores: Scores | None, row: int) -> dict[str, Any]:
-    """What a saved picture says about itself. path, branch_steps, kernel, eta and denoise are inputs of the node Leaf.
+    """What a saved picture says about itself. path, branch_steps, kernel, eta, solver and denoise are inputs of the node Leaf.
 
     path: from `Tree.paths`. row: the picture's place in the scores.
     """
@@ -74,6 +74,7 @@ def facts(leaf: int, path: tuple[int, ...], tree: Tree | None, scores: Scores | 
             "branch_steps": ", ".join(map(str, steps)),
             "kernel": tree.kernel,
             "eta": tree.eta,
+            "solver": tree.solver,
         }
         if tree.denoise < 1:
             found["denoise"] = tree.denoise

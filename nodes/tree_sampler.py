@@ -170,6 +170,7 @@ class TreeSampler(comfy.samplers.Sampler):
             {step: torch.cat(parts) for step, parts in previews.items()},
             {step: torch.cat(parts) for step, parts in colours.items()},
             process(leaves[: FIRST if sigmas[-1] == 0 else 0]).float().cpu(),
+            solver=self.solver,
         )
         return leaves
 

@@ -37,7 +37,8 @@ class Tree:
     sigmas: those of all steps. log_probs: those of the edges. seed: the noise's. previews: {step: x0 of the nodes evaluated
     there, `[width, C, h, w]` as the VAE takes them} at branch steps. colours: the same as small pictures `[width, h, w, 3]`
     in 0..1, by the latent format's linear map; empty if the format has no map. first: the first leaves as the VAE takes
-    them; empty if noise is left in them for another sampler. denoise: Tree Sampler's; 1 for given sigmas.
+    them; empty if noise is left in them for another sampler. denoise: Tree Sampler's; 1 for given sigmas. solver: of
+    the steps without noise.
     """
 
     plan: tree.TreePlan
@@ -51,6 +52,7 @@ class Tree:
     colours: dict[int, Tensor]
     first: Tensor
     denoise: float = 1.0
+    solver: str = "euler"
 
     @property
     def prompts(self) -> int:

@@ -25,7 +25,8 @@ def graph() -> dict[str, dict[str, Any]]:
         "2": node("CLIPTextEncode", clip=["1", 1], text="two red circles"),
         "3": node("EmptySD3LatentImage", width=64, height=64, batch_size=2),
         "4": node("TMPO_TreeSampler", model=["1", 0], positive=["2", 0], negative=["2", 0], latent_image=["3", 0], seed=SEED,
-                  steps=8, cfg=1.0, scheduler="normal", branch_steps="1, 4", branching=3, kernel="cps", eta=0.7, max_batch=0),
+                  steps=8, cfg=1.0, scheduler="normal", branch_steps="1, 4", branching=3, kernel="cps", eta=0.7, max_batch=0,
+                  solver="ab2"),
         "5": node("VAEDecode", samples=["4", 0], vae=["1", 2]),
         "6": node("TMPO_ScoreImages", images=["5", 0], prompt="two red circles", reward="sharpness", model="(hub)"),
         "7": node("TMPO_SelectBranches", images=["5", 0], scores=["6", 0], mode="best by score", count=4, min_score=0.0,
@@ -65,7 +66,7 @@ def test_saved_leaves_say_which_they_are(comfy: Any) -> None:
         pixels, about, texts = everything[leaf["index"]]
         assert about == {
             "leaf": leaf["index"], "seed": SEED, "path": ", ".join(map(str, leaf["path"])), "steps": 8,
-            "branch_steps": "1, 4", "kernel": "cps", "eta": 0.7, "latent": leaf["prompt"], "prompt": "two red circles",
+            "branch_steps": "1, 4", "kernel": "cps", "eta": 0.7, "solver": "ab2", "latent": leaf["prompt"], "prompt": "two red circles",
             "scores": leaf["scores"],
         }  # fmt: skip
         assert json.loads(texts["prompt"]).keys() == run.keys()
