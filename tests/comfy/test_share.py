@@ -66,8 +66,8 @@ def test_saved_leaves_say_which_they_are(comfy: Any) -> None:
         pixels, about, texts = everything[leaf["index"]]
         assert about == {
             "leaf": leaf["index"], "seed": SEED, "path": ", ".join(map(str, leaf["path"])), "steps": 8,
-            "branch_steps": "1, 4", "kernel": "cps", "eta": 0.7, "solver": "ab2", "latent": leaf["prompt"], "prompt": "two red circles",
-            "scores": leaf["scores"],
+            "branch_steps": "1, 4", "kernel": "cps", "eta": 0.7, "solver": "ab2", "latent": leaf["prompt"],
+            "prompt": "two red circles", "scores": leaf["scores"],
         }  # fmt: skip
         assert json.loads(texts["prompt"]).keys() == run.keys()
         assert np.abs(pixels.astype(int) - comfy.image(leaf["image"])).max() <= 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tmpo_trainer import rewards
 from tmpo_trainer.commands import loading, main
@@ -203,6 +204,65 @@ def test_a_class_that_is_not_there_is_one_line(
 ) -> None:
     assert main.main([*short, "--reward", name, "--dry-run"]) == 2
     assert capsys.readouterr().err == f"tmpo_trainer: {blame}\n"
+
+
+MISTAKES = """
+class Base:
+    def __init__(self, device): pass
+    def score(self, images, prompts, metadata=None): return self.give(images)
+class NoDevice:
+    def score(self, images, prompts, metadata=None): ...
+class NoScore:
+    def __init__(self, device): pass
+class Breaks:
+    def __init__(self, device): {}["weights"]
+class Array(Base):
+    give = lambda self, images: images.mean((1, 2, 3))
+class Numbers(Base):
+    give = lambda self, images: [0.5] * len(images)
+class Forgets(Base):
+    give = lambda self, images: {}["colour"]
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "blame"),
+    [
+        ("syntax:A", 2, "reward syntax:A cannot be imported: SyntaxError: invalid syntax (syntax.py, line 2)"),
+        ("mine:number", 2, "reward mine:number: number is no class"),
+        ("mine:NoDevice", 2, "reward mine:NoDevice: NoDevice(device) failed with TypeError: NoDevice() takes no arguments"),
+        ("mine:NoScore", 2, "reward mine:NoScore: NoScore(device) has no method score(images, prompts, metadata)"),
+        ("mine:Breaks", 2, "reward mine:Breaks: Breaks(device) failed with KeyError: 'weights' (mine.py, line 10)"),
+        ("mine:Array", 1, "reward mine:Array gave ndarray: score must return a torch.Tensor, float32 [N]"),
+        ("mine:Numbers", 1, "reward mine:Numbers gave list: score must return a torch.Tensor, float32 [N]"),
+        ("mine:Forgets", 1, "reward mine:Forgets failed with KeyError: 'colour' (mine.py, line 16)"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_class_of_ones_own_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    short: list[str],
+    name: str,
+    code: int,
+    blame: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("mine", "syntax"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    (tmp_path / "mine.py").write_text(MISTAKES)
+    (tmp_path / "syntax.py").write_text("\n)\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.png")
+    assert main.main(["score", "picture.png", "--prompt", "a red circle", "--reward", name]) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    # Python's own words for a syntax error vary.
+    assert said.startswith("tmpo_trainer: ") and said.endswith("(syntax.py, line 2)" if name == "syntax:A" else blame)
+    # In training, too, what a method returns is seen after a rollout at the earliest.
+    assert main.main([*short, "--reward", name, "--prompts", "prompts.txt", "--eval-prompts", "prompts.txt"]) == code
+    assert blame.partition(": SyntaxError")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_only_a_reward_on_a_server_may_be_several() -> None:

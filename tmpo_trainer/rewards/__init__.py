@@ -40,7 +40,7 @@ from .. import objectives
 from ..prompts.lists import PromptList, preference
 from ..prompts.split import Split
 from ..settings import discovery
-from ..settings.errors import ConfigError, one_line, suggest
+from ..settings.errors import ConfigError, failure, one_line, suggest
 
 #: Files that are not scorers, see `settings.discovery`.
 SHARED: tuple[str, ...] = ()
@@ -148,15 +148,33 @@ def _from_class(name: str) -> Reward:
         module = importlib.import_module(path)
     except ImportError as error:
         raise ConfigError(f"reward {name} cannot be imported: {one_line(error)}") from None
+    except Exception as error:
+        # A SyntaxError knows its own file and line.
+        said = f"SyntaxError: {one_line(error)}" if isinstance(error, SyntaxError) else failure(error)
+        raise ConfigError(f"reward {name} cannot be imported: {said}") from None
     if attribute not in vars(module):
         raise ConfigError(f"reward {name}: {path} has no {attribute}{suggest(attribute, vars(module))}")
     made = vars(module)[attribute]
+    if not callable(made):
+        raise ConfigError(f"reward {name}: {attribute} is no class")
+
+    def load(device: torch.device, path: str | None) -> Scorer:
+        try:
+            scorer = made(device) if path is None else made(device, path)
+        except ConfigError:
+            raise
+        except Exception as error:
+            call = f"{attribute}(device)" if path is None else f"{attribute}(device, path)"
+            raise ConfigError(f"reward {name}: {call} failed with {failure(error)}") from None
+        if not callable(getattr(scorer, "score", None)):
+            raise ConfigError(f"reward {name}: {attribute}(device) has no method score(images, prompts, metadata)")
+        return scorer
 
     def state(path: str | None) -> str | None:
         file = inspect.getsourcefile(module)
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
-    return Reward(lambda device, path: made(device) if path is None else made(device, path), state=state)
+    return Reward(load, state=state)
 
 
 def _options(name: str, found: Reward, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,7 +368,7 @@ class ScoredBatch:
         about = None if self._metadata is None else self._metadata[rows]
         for name, scorer in self._scoring.scorers:
             if name in self._scoring.early:
-                self._submit(name, partial(scorer.score, images, self._prompts[rows], about))
+                self._submit(name, partial(_score, name, scorer, images, self._prompts[rows], about))
 
     def complete(self, images: np.ndarray) -> None:
         """All pictures of the batch, `[N, H, W, 3]`, which were added: the other scorers begin. Returns when those that do not
@@ -358,10 +376,10 @@ class ScoredBatch:
         others = [(name, scorer) for name, scorer in self._scoring.scorers if name not in self._scoring.early]
         for name, scorer in others:
             if name in self._calls:
-                self._submit(name, partial(scorer.score, images, self._prompts, self._metadata))
+                self._submit(name, partial(_score, name, scorer, images, self._prompts, self._metadata))
         for name, scorer in others:
             if name not in self._calls:
-                self._here[name] = scorer.score(images, self._prompts, self._metadata)
+                self._here[name] = _score(name, scorer, images, self._prompts, self._metadata)
 
     def scores(self) -> dict[str, Tensor]:
         """Scores by name, float32 `[N]` each, once all scorers are done.
@@ -374,6 +392,21 @@ class ScoredBatch:
 
     def _submit(self, name: str, call: Callable[[], Tensor]) -> None:
         self._calls[name].append(self._scoring.workers[name].submit(call))
+
+
+def _score(
+    name: str, scorer: Scorer, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None
+) -> Tensor:
+    try:
+        scores = scorer.score(images, prompts, metadata)
+    except (OSError, ValueError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        # A mistake in a scorer of the user's own, which ends a run like any other failure of a scorer.
+        raise ValueError(f"reward {name} failed with {failure(error)}") from error
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"reward {name} gave {type(scores).__name__}: score must return a torch.Tensor, float32 [N]")
+    return scores
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

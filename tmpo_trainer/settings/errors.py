@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -24,6 +26,14 @@ def one_line(text: object, shown: int = SHOWN) -> str:
     """A foreign text or error as a part of one line: at most `shown` characters, and none that a terminal would obey."""
     whole = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return whole if len(whole) <= shown else f"{whole[: shown - 3]}..."
+
+
+def failure(error: BaseException) -> str:
+    """An error in code that we called, as a part of one line: its kind, its text, and the line of code that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    # With one frame our call itself failed, for instance by its arguments.
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {one_line(error)}{where}"
 
 
 def quoted(value: object, shown: int = 80) -> str:
