@@ -168,6 +168,36 @@ def test_what_is_measured_unless_told(place: Path, monkeypatch: pytest.MonkeyPat
         assert main.main(["evaluate", *flags]) == 0
     preference = ("hpsv2", "imagereward", "pickscore")
     assert seen == [("shapes", *preference), ("hpsv2",), ("shapes",), ("shapes",), preference]
+    # The first one is what the run was trained for, also if it is one of the three.
+    settings = json.loads(Path("run/config.yaml").read_text())
+    Path("run/config.yaml").write_text(json.dumps({**settings, "reward": ["pickscore", "ocr"]}))
+    assert main.main(["evaluate", "run"]) == 0
+    assert seen[-1] == ("pickscore", "ocr", "hpsv2", "imagereward")
+
+
+@pytest.mark.parametrize(
+    ("odd", "blame"),
+    [
+        ({"reward": None}, "reward None: input should be a valid tuple"),
+        ({"reward": "shapes"}, "reward 'shapes': input should be a valid tuple"),
+        ({"reward_models": [3]}, "reward_models 3: "),
+        ({"neutral": "contrast"}, "neutral 'contrast': input should be a valid tuple"),
+        ({"remote_hosts": 5}, "remote_hosts 5: input should be a valid tuple"),
+    ],
+)
+def test_a_run_with_odd_settings_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], odd: dict[str, Any], blame: str
+) -> None:
+    settings = json.loads(Path("run/config.yaml").read_text())
+    Path("run/config.yaml").write_text(json.dumps({**settings, **odd}))
+    assert main.main(["evaluate", "run", "--device", "cpu", "--model", "demo"]) == 2
+    assert capsys.readouterr().err.startswith(f"tmpo_trainer: {Path('run/config.yaml')}: {blame}")
+
+
+def test_what_a_run_took_out_may_be_written_as_one_number(place: Path) -> None:
+    for share, taken in [(1, ("contrast",)), (0.5, ()), ([1], ("contrast",)), ([], ())]:
+        Path("run/config.yaml").write_text(json.dumps({"neutral": ["contrast"], "neutral_share": share}))
+        assert evaluation._taken_out(Path("run")) == taken
 
 
 def test_scorers_of_training_alone_are_no_part_of_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

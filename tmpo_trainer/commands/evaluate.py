@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings.errors import ConfigError, one_line, quoted
-from ..settings.presets import make_config, preset_names
+from ..settings.presets import make_config, preset_names, valid
 from ..settings.yaml_file import read_yaml
 from .flags import add_settings, command_parser, exit_code, given, hush, path_flag, preset_layers, refuse_unknown
 
@@ -74,11 +74,12 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
     # text features, and where it sends pictures, is not a stranger's choice.
     wanted = set(EVALUATION.values()) - {"output_dir", "text_cache", "remote_hosts"}
     settings = read_yaml(saved)
-    _refuse_foreign(saved, settings, flags)
-    kept = {key: value for key, value in settings.items() if key in wanted}
+    kept = valid(str(saved), settings, wanted)
+    _refuse_foreign(saved, kept | valid(str(saved), settings, ["remote_hosts"]), flags)
     if "reward" not in flags and kept.get("model", "demo") != "demo":
-        own = [name for name in kept.get("reward", ()) if name not in PREFERENCE]
-        kept["reward"] = [*own, *PREFERENCE]
+        # The first one is what the run was trained for: the limit is about it.
+        own = kept.get("reward", ())
+        kept["reward"] = (*own, *(name for name in PREFERENCE if name not in own))
     # Training may have used scorers that are not evaluated.
     names = flags.get("reward", kept.get("reward", ()))
     models = [entry for entry in kept.get("reward_models", ()) if entry.partition("=")[0] in names]

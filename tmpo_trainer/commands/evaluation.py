@@ -28,6 +28,7 @@ from ..processes import Processes, together
 from ..prompts.lists import PromptList, read_prompts
 from ..rewards import Scorer
 from ..settings.config import TrainConfig, taken_out_wholly
+from ..settings.presets import valid
 from ..settings.yaml_file import read_yaml
 from ..training.run_folder import agreed_folder
 from . import loading
@@ -140,7 +141,7 @@ def _taken_out(lora: Path | None) -> tuple[str, ...]:
     saved = lora / "config.yaml" if lora else None
     if saved is None or not saved.is_file():
         return ()
-    settings = read_yaml(saved)
+    settings = valid(str(saved), read_yaml(saved), ["neutral", "neutral_share"])
     return taken_out_wholly(settings.get("neutral", ()), settings.get("neutral_share", (1.0,)))
 
 

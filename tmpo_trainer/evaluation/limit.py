@@ -271,11 +271,16 @@ def rows(label: str, found: Mapping[str, Cost]) -> list[list[str]]:
 
 
 HEAD = ("", "spread within a prompt", "base", "model", "lost", "needed", "lost / needed", "slope")
-ABOUT = (
-    "The limit is the base tilted by its own reward. *Needed* is what it loses at the model's reward. *Slope* is that of the "
-    "model's values on the base's for the same noise (1: nothing lost). A dash: the reward did not rise, is beyond the base's "
-    "best pictures, or needs no more than the error. A question mark: in the draws of that end it is beyond them."
-)
+
+
+def about(reward: str) -> str:
+    """What a report says of the limit and of its table. reward: the name of the first score."""
+    return (
+        f"The limit is the base tilted by its own {reward}. *Needed* is what it loses at the same {reward} as the model's. "
+        "*Slope* is that of the model's values on the base's for the same noise (1: nothing lost). A dash: the reward did not "
+        "rise, is beyond the base's best pictures, or needs no more than the error. A question mark: in the draws of that end "
+        "it is beyond them."
+    )
 
 
 def draw(axis: Any, curve: Front) -> None:

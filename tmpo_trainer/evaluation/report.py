@@ -139,7 +139,7 @@ def limit_section(
     if found:
         table = markdown_table(limit.HEAD, [row for label, own in found.items() for row in limit.rows(label, own)])
     models = {label: {name: cost.content() for name, cost in own.items()} for label, own in found.items()}
-    return limit.ABOUT, table, {"front": limit.content(curve), "models": models}
+    return limit.about(next(iter(base.scores))), table, {"front": limit.content(curve), "models": models}
 
 
 def write_report(

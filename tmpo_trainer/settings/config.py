@@ -6,6 +6,7 @@ is an instance of the chosen method's class. `presets.make_config` makes it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -35,7 +36,7 @@ MOST_LEAVES = 10_000
 
 def taken_out_wholly(neutral: Sequence[str], shares: Sequence[float]) -> tuple[str, ...]:
     """The statistics with a share of 1. shares: `neutral_share`, one for all statistics or one each."""
-    return tuple(name for place, name in enumerate(neutral) if shares[place % len(shares)] == 1)
+    return tuple(name for name, share in zip(neutral, itertools.cycle(shares), strict=False) if share == 1)
 
 
 class TrainConfig(BaseModel):

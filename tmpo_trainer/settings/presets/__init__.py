@@ -124,6 +124,22 @@ def current(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return yaml.safe_load(to_yaml(absolute(make_config([(where, settings)]))))
 
 
+def valid(where: str, settings: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Those of the named settings that a file has, each checked by itself, as in a configuration.
+
+    Raises:
+        ConfigError: a value is not valid; the line names the file and the key.
+    """
+    known, found = all_settings(), {}
+    for key in keys:
+        if key in settings:
+            try:
+                found[key] = TypeAdapter(known[key].rebuild_annotation()).validate_python(settings[key])
+            except ValidationError as error:
+                raise ConfigError(_one_line(error, where, key)) from None
+    return found
+
+
 def _check_fixed(flags: Mapping[str, Any], made: TrainConfig) -> None:
     """Raises ConfigError for a flag that asks for another value than the one that the method's name fixes."""
     for key in made.variants.get(made.method, {}).keys() & flags.keys():
