@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import folder_paths
 
 from ..tmpo_trainer.settings.errors import one_line
+from ..tmpo_trainer.settings.paths import expanded
 
 if TYPE_CHECKING:
     from comfy_api.latest import io
@@ -28,7 +29,7 @@ def inside(given: str, what: str, more: Sequence[str] = ()) -> Path:
     output = Path(folder_paths.get_output_directory()).resolve()
     folders = [Path(folder) for folder in (output, *more)]
     allowed = [*folders, *(folder.resolve() for folder in folders)]
-    path = Path(os.path.normpath(output / Path(given).expanduser()))
+    path = Path(os.path.normpath(output / expanded(given)))
     # By its text first: on Windows, resolving a path of another machine already connects to that machine.
     if _within(path, allowed):
         path = path.resolve()

@@ -300,6 +300,8 @@ class TrainingMonitor(io.ComfyNode):
         if not lines:
             raise ValueError(f"run: {folder} has no metrics.jsonl, or an empty one: choose the folder of a run")
         rewards = [key for key in lines[-1] if key.startswith("reward/")]
+        # A run that was resumed may have had other rewards before.
+        lines = [line for line in lines if all(key in line for key in rewards)]
         series = {key.removeprefix("reward/"): [line[key] for line in lines] for key in rewards}
         series |= {"LGMD": [line["lgmd"] for line in lines], "gradient norm": [line["grad_norm"] for line in lines]}
         curves = charts.draw([line["update"] for line in lines], series)

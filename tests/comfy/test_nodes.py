@@ -437,6 +437,13 @@ def test_training_from_a_graph(comfy: Any) -> None:
     Image.new("RGB", (96, 80), "red").save(comfy.base / "output" / "run one" / "samples" / "update-000003.png")
     shown = comfy.run({"1": node("TMPO_TrainingMonitor", run="run one"), "3": node("PreviewImage", images=["1", 1])})
     assert comfy.image(shown["3"]["images"][0]).shape == (80, 96, 3)
+    # Before it was resumed the run had another reward.
+    metrics = comfy.base / "output" / "run one" / "metrics.jsonl"
+    kept = metrics.read_text()
+    metrics.write_text(kept.replace("reward/shapes", "reward/sharpness", 1))
+    shown = comfy.run({"1": node("TMPO_TrainingMonitor", run="run one"), "2": node("PreviewImage", images=["1", 0])})
+    assert shown["1"]["text"][0].startswith("update 2 of 2\nshapes: ")
+    metrics.write_text(kept)
     config = (comfy.base / "output" / "run one" / "config.yaml").read_text()
     assert "run one/prompts.txt" in config and "report: false" in config
     # A run from elsewhere would be resumed with its own settings: hosts, paths, programs.

@@ -221,6 +221,8 @@ BAD: list[tuple[str, list[str]]] = [
         "run --reward remote --reward-models remote=http://127.0.0.1:1",
         ["reward remote has no prompt list of its own: give --prompts FILE"],
     ),
+    ("run --images 1", ["--images '1': input should be greater than or equal to 2"]),
+    ("run --steps none", ["--steps 'none': input should be a valid integer"]),
     ("run --features none", ["features none: no such folder"]),
     ("wide", ["transformer_blocks.0.attn.to_q is 8 x 8 and does not fit SD3Transformer2DModel, where it is 32 x 32"]),
     ("--model x/y", ["model x/y needs a CUDA GPU"]),

@@ -67,6 +67,22 @@ def test_a_list_with_metadata_is_kept_as_it_is(github: Path, monkeypatch: pytest
     check_prompts(["geneval"], read_prompts(path))
 
 
+def test_a_full_disk_is_one_line(
+    github: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(github, '["a dog"]', monkeypatch, "draw.json", "drawbench.txt")
+
+    def full(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main.main(["fetch", "--prompts", "drawbench"]) == 2
+    said = "prompts/drawbench.txt cannot be written (No space left on device): give another --output-dir"
+    assert said in capsys.readouterr().err.replace("\\", "/")
+    assert list(Path("prompts").iterdir()) == []
+
+
 def test_a_changed_or_missing_file_is_refused(
     github: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +185,8 @@ def test_the_hubs_lists_are_joined(hub: Path, tmp_path: Path) -> None:
         ("--reward picscore", "unknown reward picscore, did you mean pickscore?"),
         ("--reward remote", "reward remote runs on another machine"),
         ("--model nowhere", "model nowhere is not a folder"),
+        ("--model ~nobody-here/x", "the home folder ~nobody-here is not known"),
+        ("--features ~nobody-here/x", "the home folder ~nobody-here is not known"),
     ],
 )
 def test_bad_input(flags: str, blame: str, capsys: pytest.CaptureFixture[str]) -> None:

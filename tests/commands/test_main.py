@@ -19,7 +19,7 @@ from huggingface_hub import errors
 
 from tmpo_trainer import __version__
 from tmpo_trainer.backbones import hub_files
-from tmpo_trainer.commands import main
+from tmpo_trainer.commands import loading, main
 from tmpo_trainer.commands.flags import make_parser
 from tmpo_trainer.evaluation import appearance
 from tmpo_trainer.rewards import Parked
@@ -427,6 +427,35 @@ def test_values_of_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert (words["baseline"], words["anchor"], words["reward_norm"], words["max_batch"]) == (
         "none", "none", "none", None
     )  # fmt: skip
+    # An optional list: nothing, and not a list of nothing.
+    weighted = ["--reward", "shapes", "sharpness", "--reward-weights"]
+    assert printed(capsys, *weighted, "1", "2")["reward_weights"] == [1, 2]
+    assert printed(capsys, *weighted, "none")["reward_weights"] is None
+    assert printed(capsys, "--neutral", "none")["neutral"] == []
+
+
+def test_of_several_processes_one_describes_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for action in ("--print-config", "--dry-run"):
+            assert main.main([action]) == 0
+            said.append(capsys.readouterr().out)
+    assert said[0].startswith("model: demo") and said[1].startswith("model demo on ") and said[2:] == ["", ""]
+
+
+def test_a_gpu_that_is_full_while_scorers_are_loaded_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loading, "scorers", full)
+    assert main.main(["--updates", "1"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tmpo_trainer: ")]
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB.; another program may use the GPU" in line
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -153,6 +153,13 @@ def test_the_text_that_is_wanted(prompt: str, metadata: Any, text: str) -> None:
     assert ocr.target(prompt, metadata) == text
 
 
+def test_metadata_of_another_kind_is_an_error(scorer: ocr.OcrScorer) -> None:
+    for metadata in ("OPEN", ["OPEN"], 5):
+        with pytest.raises(ValueError, match=r'\{"target": "OPEN"\}, not ') as error:
+            scorer.score(np.zeros((1, 64, 64, 3), np.uint8), ['a sign "x"'], [metadata])
+        assert repr(metadata) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("prompt", "metadata"),
     [

@@ -284,6 +284,8 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     capsys.readouterr()
     for arguments, blame in (
         (["launch", "ddp"], "needs two GPUs or more, but torch sees 1"),
+        (["launch", "ddp", "--num-processes", "0"], "--num-processes 0: give 1 or more"),
+        (["launch", "ddp", "--num-processes", "2"], "--num-processes 2: torch sees 1 GPUs, give 1 to 1"),
         (["launch", "dpp"], "invalid choice: 'dpp'"),
         (["launch", "ddp", "--updatez", "3"], "unknown flag --updatez, did you mean --updates?"),
     ):

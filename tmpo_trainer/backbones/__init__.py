@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..hub import read_json, readable_errors
 from ..settings import discovery
 from ..settings.errors import ConfigError, one_line
+from ..settings.paths import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ def find_model(model: str, weights: bool = True, transformer: bool = True) -> Pa
     Raises:
         ConfigError: the model cannot be found or trained. It is raised before anything large is loaded.
     """
-    folder = DEMO_MODEL if model == "demo" else Path(model).expanduser()
+    folder = DEMO_MODEL if model == "demo" else Path(expanded(model))
     if is_hub_id(model):
         folder = _from_hub(model, weights, transformer)
     index = folder / "model_index.json"

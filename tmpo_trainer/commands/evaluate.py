@@ -54,13 +54,23 @@ def command(arguments: Sequence[str]) -> int:
     namespace, unknown = parser.parse_known_args(arguments)
     refuse_unknown(unknown, [f"--{name}" for name in (*EVALUATION, "preference-prompts")])
     flags = given(namespace, EVALUATION.values())
-    config = make_config([*_layers(namespace.lora, flags), ("flags", flags)])
+    try:
+        config = make_config([*_layers(namespace.lora, flags), ("flags", flags)])
+    except ConfigError as error:
+        raise ConfigError(_by_flag(str(error))) from None
     if namespace.preference_prompts and len(config.reward) < 2:
         raise ConfigError("--preference-prompts is for the rewards after the first: give two rewards or more")
     hush()
     from . import evaluation
 
     return exit_code(lambda: evaluation.run(config, namespace.lora, namespace.preference_prompts))
+
+
+def _by_flag(message: str) -> str:
+    """A message about a flag under the flag's name here, which may differ from its setting's."""
+    setting = message.removeprefix("flags: ").split(" ")[0]
+    flag = next((flag for flag, name in EVALUATION.items() if name == setting), None)
+    return message.replace(f"flags: {setting} ", f"--{flag} ", 1) if flag else message
 
 
 def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

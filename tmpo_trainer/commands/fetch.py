@@ -101,8 +101,12 @@ def fetch_prompts(name: str, folder: Path) -> list[Path]:
         content = _from_github(source) if isinstance(source, GitFile) else _from_hub(source)
         path = folder / file
         temporary = path.with_name(f".{file}")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ConfigError(f"{path} cannot be written ({error.strerror}): give another --output-dir") from None
         written.append(path)
     return written
 

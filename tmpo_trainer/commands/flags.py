@@ -118,10 +118,9 @@ def given(namespace: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]
     for key, value in flags.items():
         # Only for optional settings: in `--baseline none`, none is a value.
         optional = type(None) in typing.get_args(all_settings()[key].annotation)
-        if optional and isinstance(value, str) and value.lower() == "none":
-            flags[key] = None
-        elif value == ["none"]:
-            flags[key] = []
+        word = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if isinstance(word, str) and word.lower() == "none" and (optional or word is not value):
+            flags[key] = None if optional else []
     return flags
 
 

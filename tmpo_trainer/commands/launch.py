@@ -34,15 +34,19 @@ def command(arguments: Sequence[str]) -> int:
     actions, settings = parse(flags)
     if actions.resume is None:
         configure(actions, settings, None)
-    count = namespace.num_processes
-    if count is None:
-        import torch
+    import torch
 
-        count = torch.cuda.device_count()
+    count, here = namespace.num_processes, torch.cuda.device_count()
+    if count is None:
+        count = here
         if count < 2:
             raise ConfigError(
                 f"launch {namespace.name} needs two GPUs or more, but torch sees {count}: leave out `launch`"
             )
+    if count < 1:
+        raise ConfigError(f"--num-processes {count}: give 1 or more")
+    if 0 < here < count and settings.get("device") != "cpu":
+        raise ConfigError(f"--num-processes {count}: torch sees {here} GPUs, give 1 to {here}")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
     return _become([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])
 

@@ -52,10 +52,14 @@ def _run(arguments: Sequence[str]) -> int:
         flags["output_dir"] = str(checkpoint.parent)
     config, name = configure(actions, flags, checkpoint)
     if actions.print_config:
-        print(to_yaml(config), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print(to_yaml(config), end="")
         return 0
     hush()
     if actions.dry_run:
+        if os.environ.get("RANK", "0") != "0":
+            # `launch` and torchrun start one process per GPU, and all would print the same.
+            return 0
         from . import dry_run
 
         return dry_run.dry_run(config)
@@ -108,6 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):
             raise
         # diffusers raises RuntimeError for a module that it cannot import.
+        if type(error).__name__ == "OutOfMemoryError":
+            # What is loaded outside of `readable_errors`: scorers, features, the trainer's own tensors.
+            advice = "another program may use the GPU (nvidia-smi); --offload-scorers needs less, see docs/troubleshooting.md"
+            print(f"tmpo_trainer: {one_line(error)}; {advice}", file=sys.stderr)
+            return 1
         imports = isinstance(error, ImportError) or "import" in str(error)
         broken = broken_torchvision() if imports else None
         if broken is not None:

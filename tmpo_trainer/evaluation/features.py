@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..hub import checked_model, hub_file
 from ..settings.errors import ConfigError, suggest
+from ..settings.paths import expanded
 
 #: ImageNet's channel means and standard deviations.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -139,7 +140,7 @@ class DinoV2:
 
 def check_features(name: str) -> None:
     """Raises ConfigError for a name that is neither `efficientnet-lite0`, a folder, nor a hub id."""
-    if name != EfficientNetLite.name and not Path(name).expanduser().is_dir() and name.count("/") != 1:
+    if name != EfficientNetLite.name and not Path(expanded(name)).is_dir() and name.count("/") != 1:
         known = (EfficientNetLite.name, DINO)
         raise ConfigError(f"features {name}: no such folder{suggest(name, known)} (or one of {', '.join(known)})")
 
@@ -149,7 +150,7 @@ def load_features(name: str, device: torch.device) -> Features:
     check_features(name)
     if name == EfficientNetLite.name:
         return EfficientNetLite(device)
-    folder, label = Path(name).expanduser(), "DINOv2"
+    folder, label = Path(expanded(name)), "DINOv2"
     if not folder.is_dir():
         # Reports name the repository, but never a local path.
         files = [hub_file("features", name, file, "--features FOLDER") for file in FILES]

@@ -160,7 +160,7 @@ def _from_class(name: str) -> Reward:
 
     def load(device: torch.device, path: str | None) -> Scorer:
         try:
-            scorer = made(device) if path is None else made(device, path)
+            scorer: Any = made(device) if path is None else made(device, path)
         except ConfigError:
             raise
         except Exception as error:

@@ -73,8 +73,11 @@ def target(prompt: str, metadata: Mapping[str, Any] | None = None) -> str:
     """The text that a picture should show: `target` of the metadata, or the first text in quotation marks.
 
     Raises:
-        ValueError: neither of them gives a text.
+        ValueError: neither of them gives a text, or the metadata is no mapping.
     """
+    if metadata is not None and not isinstance(metadata, Mapping):
+        given = one_line(repr(metadata), 80)
+        raise ValueError(f'prompt {prompt!r}: the metadata must be an object such as {{"target": "OPEN"}}, not {given}')
     text = (metadata or {}).get("target")
     if text is None:
         quoted = next(filter(None, (pattern.search(prompt) for pattern in QUOTED)), None)

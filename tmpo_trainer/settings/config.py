@@ -256,7 +256,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"data_folder {self.data_folder} without data_weight: give the weight of the anchor too")
         if len(set(self.neutral)) != len(self.neutral):
             raise ValueError(f"neutral {' '.join(self.neutral)} names one twice")
-        if len(self.neutral_share) not in (1, len(self.neutral)):
+        # Without statistics, as with `--neutral none`, the preset's shares do not matter.
+        if self.neutral and len(self.neutral_share) not in (1, len(self.neutral)):
             raise ValueError(
                 f"neutral_share has {len(self.neutral_share)} values for {len(self.neutral)} statistics: give one, or one each"
             )
