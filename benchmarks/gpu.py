@@ -136,10 +136,22 @@ def part(name: str, tiny: bool, limit: float, rounds: int, log: Path) -> dict[st
 def finished(command: list[str], limit: float, output: IO[str]) -> int | None:
     """Runs a command. Returns its exit code, or None if it was killed after `limit` seconds with all that it had started:
     what outlives it would keep the GPU's memory and time from the next part."""
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True)
+    # torch's launcher gives its workers process groups of their own. It ends them itself when it is told to stop.
+    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True
+    )
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
+        end = time.monotonic() + 8
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+            # The launcher may outlive the process that has started it.
+            while time.monotonic() < end:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
         return None
     finally:
         with suppress(ProcessLookupError):

@@ -270,14 +270,19 @@ def test_launch_calls_accelerate(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     # Set first, so that what the command sets is undone as well.
     monkeypatch.setenv(launch.SHUTDOWN, "")
     monkeypatch.delenv(launch.SHUTDOWN)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launch, "_cores", lambda: 30)
     # In place of this process, whose signals it then gets.
     monkeypatch.setattr(launch.os, "execv", lambda program, command: calls.append(command) or 0)
     assert main.main(["launch", "fsdp2", "--num-processes", "4", "--seed", "3"]) == 0
     (command,) = calls
     assert os.environ[launch.SHUTDOWN] == "3600"
     config = str(launch.launch_configs()["fsdp2"])
-    assert command[1:] == ["-m", "accelerate.commands.launch", "--config_file", config,
-                           "--num_processes", "4", "-m", "tmpo_trainer", "--seed", "3"]  # fmt: skip
+    port = command[command.index("--main_process_port") + 1]
+    assert 1024 <= int(port) < 65536 and os.environ["OMP_NUM_THREADS"] == "7"
+    assert command[1:] == ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "4",
+                           "--main_process_port", port, "-m", "tmpo_trainer", "--seed", "3"]  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert main.main(["launch", "ddp", "--updates", "5"]) == 0 and "8" in calls[1]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

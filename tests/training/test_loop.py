@@ -314,6 +314,32 @@ def test_graphs_that_do_not_fit_are_not_kept_again(
     assert first["evaluations/replay"] == expected[0]["evaluations/replay"]
 
 
+def test_a_rollout_in_which_graphs_do_not_fit_is_made_again_without(
+    make_trainer: MakeTrainer, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second batch of the first update: what the first one has kept is dropped too."""
+    trainer, plain = (make_trainer(reuse_forward=reuse, prompts_per_batch=1) for reuse in (True, False))
+    original, tried = tree.rollout, []
+
+    def rollout(*args: Any, **kwargs: Any) -> Any:
+        tried.append(kwargs.get("graphs", False))
+        if len(tried) == 2:
+            raise torch.OutOfMemoryError("none left")
+        return original(*args, **kwargs)
+
+    expected = [plain.update() for _ in range(2)]
+    monkeypatch.setattr(tree, "rollout", rollout)
+    found = [trainer.update() for _ in range(2)]
+    assert tried == [True, True, *[False] * 4]
+    assert "out of memory with the activations of the rollout" in capsys.readouterr().err
+    for name in ("grad_norm", "reward/red", "evaluations/replay", "lgmd"):
+        assert [metrics[name] for metrics in found] == pytest.approx([metrics[name] for metrics in expected], rel=1e-4)
+    # Without graphs there is nothing to drop.
+    tried[:] = [False]
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.update()
+
+
 def test_figures_of_which_another_process_knows_nothing(make_trainer: MakeTrainer) -> None:
     """It ran out of memory and has made other calls."""
     trainer = make_trainer()

@@ -168,6 +168,12 @@ def test_what_a_method_keeps_is_seen_to(tiny_sd35: Path) -> None:
     lora, latents = "LoRA, optimiser, average", "latents kept"
     gardo = {"method": "gardo", "auxiliary": ("sharpness",), "kl_weight": 0.1}
     assert resident(lora, **gardo) * 5 == resident(lora) * 6
+    # NFT's old policy, which rolls out in the place of the current one unless it is the same.
+    nft = {"method": "nft", "kl_weight": 0.1}
+    assert resident(lora, **nft) * 5 == resident(lora) * 6
+    assert resident("LoRA kept aside", **nft, old_decay_rise=0.1) * 5 == resident(lora)
+    with pytest.raises(KeyError):
+        resident("LoRA kept aside", **nft, old_decay_rise=0)
     # 27 leaves, 12 parents with their means, 36 children; 12 means more.
     assert resident(latents, kl_weight=0.1) * 87 == resident(latents) * 99
 

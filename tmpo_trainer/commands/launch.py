@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,22 @@ def command(arguments: Sequence[str]) -> int:
     if 0 < here < count and settings.get("device") != "cpu":
         raise ConfigError(f"--num-processes {count}: torch sees {here} GPUs, give 1 to {here}")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
-    return _become([*command, "--num_processes", str(count), "-m", "tmpo_trainer", *flags])
+    # accelerate's own port is the same for all runs, of which `compare` may start two at once.
+    command += ["--num_processes", str(count), "--main_process_port", str(_free_port())]
+    # accelerate's own is one thread, in which the GPU would wait for the preparation of pictures.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    return _become([*command, "-m", "tmpo_trainer", *flags])
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def _cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _become(command: list[str]) -> int:

@@ -39,6 +39,11 @@ class Method(ABC):
     #: Copies of the adapter that it keeps: for the memory estimate.
     copies: ClassVar[int] = 0
 
+    @property
+    def swaps(self) -> bool:
+        """Whether it gives `rollout_weights`: for the memory estimate."""
+        return False
+
     def __init__(self, config: Any, sigmas: Tensor):
         self.config, self.sigmas = config, sigmas
 

@@ -57,12 +57,14 @@ class Network:
     Attributes:
         max_batch: most latents in one call with gradient, or None.
         evaluated: latents evaluated so far, by phase.
+        failed: whether a call has failed.
     """
 
     def __init__(self, velocity: tree.Velocity, clock: Clock, device: torch.device):
         self.device = device
         self.evaluated: defaultdict[str, int] = defaultdict(int)
         self.max_batch: int | None = None
+        self.failed = False
         self._velocity, self._clock, self._phase = velocity, clock, "rollout"
 
     @contextmanager
@@ -75,8 +77,12 @@ class Network:
             self._phase = before
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        with self._clock(self._phase):
-            predicted = self._velocity(x, sigma)
+        try:
+            with self._clock(self._phase):
+                predicted = self._velocity(x, sigma)
+        except BaseException:
+            self.failed = True
+            raise
         # Count only calls that succeeded.
         self.evaluated[self._phase] += len(x)
         return predicted

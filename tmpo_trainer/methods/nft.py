@@ -70,8 +70,12 @@ class Method(NoisedMethod):
     def keeps(self, plan: TreePlan) -> int:
         return super().keeps(plan) + plan.leaves * self.config.draws
 
-    def rollout_weights(self, weights: AdapterWeights) -> Mapping[str, Tensor]:
-        return self.old
+    @property
+    def swaps(self) -> bool:
+        return not self.on_policy
+
+    def rollout_weights(self, weights: AdapterWeights) -> Mapping[str, Tensor] | None:
+        return None if self.on_policy else self.old
 
     def begin(self, update: int, weights: AdapterWeights) -> None:
         super().begin(update, weights)

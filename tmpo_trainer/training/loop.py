@@ -247,9 +247,32 @@ class Trainer:
         ]
 
     def _roll_out(self, update: int, plan: TreePlan, clock: Clock, figures: Figures) -> Rolled:
-        """The rollouts of this process's prompts; all processes raise if one has an error."""
+        """The rollouts of this process's prompts; all processes raise if one has an error.
+
+        Out of memory, on any process, with graphs that were kept for the replay, they are made again without on all. Noise is
+        keyed, so that they are the same ones.
+        """
+        while True:
+            rolled, found, error = self._attempt(update, plan, clock)
+            full = self.roller.graphs and isinstance(error, torch.OutOfMemoryError)
+            self.processes.agree(None if full else error)
+            if not self.roller.graphs or not any(self.processes.gather(full)):
+                _extend(figures, found)
+                return rolled
+            batches = [batch for batch, _ in rolled]
+            # The error's traceback holds the graphs of the batch in which it was raised.
+            del rolled, error
+            self._drop_graphs(batches)
+
+    def _attempt(self, update: int, plan: TreePlan, clock: Clock) -> tuple[Rolled, Figures, Exception | None]:
+        """The rollouts as far as they come, their figures, and what has ended them early.
+
+        Raises:
+            Exception: in a call of a sharded transformer, in which the other processes wait for this one.
+        """
         slots, size = self._slots(update), self.config.prompts_per_batch
         rolled: Rolled = []
+        figures: defaultdict[str, list[float]] = defaultdict(list)
         # Batches whose scorers may still be at work. During a rollout it is at most one, because its pictures are kept.
         begun: deque[tuple[Callable[[], tuple[PromptBatch, Figures]], Network]] = deque()
         error: Exception | None = None
@@ -258,6 +281,7 @@ class Trainer:
             for first in range(0, len(slots), size):
                 chosen = slots[first : first + size]
                 last = first + size >= len(slots)
+                network: Network | None = None
                 try:
                     network = self.roller.network([prompt for _, prompt in chosen], clock)
                     begun.append((self.roller.roll_out(network, clock, plan, update, chosen, scoring), network))
@@ -267,7 +291,7 @@ class Trainer:
                         rolled.append((batch, network))
                         _extend(figures, found)
                 except Exception as caught:
-                    if sharded and isinstance(caught, torch.OutOfMemoryError):
+                    if sharded and network is not None and network.failed:
                         # The others wait for this one inside a block: the launcher has to end them.
                         raise
                     error = caught
@@ -276,8 +300,7 @@ class Trainer:
                     self.processes.agree(error)
                 elif error is not None:
                     break
-        self.processes.agree(error)
-        return rolled
+        return rolled, figures, error
 
     def _optimise(self, update: int, rolled: Rolled, figures: Figures) -> None:
         """The optimiser steps of an update."""

@@ -155,9 +155,11 @@ def estimate(
     }
     # From the rollout to the replay, which then has no forward pass.
     graphs = {"activations kept": backward} if kept else {}
+    # Those of the current policy, while another one's are in their place.
+    aside = {"LoRA kept aside": lora} if method.swaps else {}
     phases = {
-        f"rollout, {rollout} latents a call": resident | graphs | {"forward": forward},
-        f"decoding, {decode} latents a call": resident | graphs | {"decoder": decoding},
+        f"rollout, {rollout} latents a call": resident | graphs | aside | {"forward": forward},
+        f"decoding, {decode} latents a call": resident | graphs | aside | {"decoder": decoding},
         f"replay, {replay} latents a call": resident | {"forward and backward": backward},
         "optimiser": resident | {"temporaries": lora},
         # The trained weights are kept aside while the averaged ones draw.
