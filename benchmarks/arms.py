@@ -242,7 +242,7 @@ def measured_memory(arm: TrainerArm) -> dict[str, dict[str, float]]:
 
 def network_call(model: models.Model, config: TrainConfig) -> Any:
     """A function that makes one network call for one latent without gradient."""
-    velocity = model.backbone.velocity(model.prompts[:1], config.guidance)
+    velocity = model.backbone.velocity(model.prompts.texts[:1], config.guidance)
     x = torch.randn(1, *model.backbone.latent_shape(*config.resolution), device=model.backbone.device)
     sigma = torch.full((1,), 0.5, device=model.backbone.device)
 

@@ -15,6 +15,7 @@ same command continues where it stopped. It needs Linux or macOS; the full disk 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -38,6 +39,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import tmpo_trainer
 from tmpo_trainer import tree
 from tmpo_trainer.commands import main as command_line
 from tmpo_trainer.commands import serve, train  # noqa: F401  (imported before the first fork)
@@ -556,6 +558,12 @@ def tried(kind: str, number: int, total: int, seed: int, place: Path) -> tuple[b
     return True, note
 
 
+def code() -> str:
+    """A hash of the code that is tried, and of what tries it."""
+    files = sorted([*Path(tmpo_trainer.__file__).parent.rglob("*.py"), Path(__file__)])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def table(results: list[dict[str, object]]) -> str:
     rows = ["| kind | tried | survived | note |", "|---|---|---|---|"]
     for kind in KINDS:
@@ -581,15 +589,18 @@ def main(flags: list[str]) -> int:
     place = arguments.output_dir.resolve()
     place.mkdir(parents=True, exist_ok=True)
     file = place / f"results-{arguments.seed}.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {(result["kind"], result["number"]) for result in results}
+    kept = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    state, results = code(), []
     for kind in arguments.kinds:
         total = 1 if arguments.short else KINDS[kind][1]
         for number in range(total):
-            if (kind, number) in known:
+            case = {"kind": kind, "number": number, "of": total, "code": state}
+            # What failed, or was tried on other code, is tried again.
+            if done := [each for each in kept if case.items() <= each.items() and each["survived"]]:
+                results.append(done[0])
                 continue
             survived, note = tried(kind, number, total, arguments.seed, place)
-            results.append({"kind": kind, "number": number, "survived": survived, "note": note})
+            results.append(case | {"survived": survived, "note": note})
             with file.open("a") as out:
                 out.write(json.dumps(results[-1]) + "\n")
             print(f"{kind} {number}: {'survived' if survived else 'BROKEN'}, {note}", file=sys.stderr, flush=True)

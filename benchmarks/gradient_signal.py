@@ -29,6 +29,7 @@ from tmpo_trainer import tree
 from tmpo_trainer.commands import loading
 from tmpo_trainer.commands.flags import configure, parse
 from tmpo_trainer.methods.noised import NoisedMethod
+from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training.loop import Trainer
 
 #: For the gradient of the latents' standard deviation: Euler steps, batches, prompts and pictures each.
@@ -131,6 +132,10 @@ def contrast_gradient(trainer: Trainer, parameters: list[Tensor]) -> Tensor:
 
 def main(arguments: list[str]) -> int:
     actions, flags = parse(arguments)
+    if flags.get("method") == "gardo":
+        raise ConfigError(
+            "gradient-signal leaves out the KL penalty, without which there is no gardo: choose another method"
+        )
     flags = {
         "updates": "32",
         **flags,

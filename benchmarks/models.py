@@ -16,6 +16,7 @@ from tmpo_trainer.backbones.base import Backbone
 from tmpo_trainer.backbones.flux import FluxBackbone
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.commands import loading
+from tmpo_trainer.prompts.lists import PromptList, as_list
 from tmpo_trainer.settings.config import TrainConfig
 
 from . import random_model
@@ -74,7 +75,7 @@ class Model:
 
     backbone: Backbone
     folder: Path
-    prompts: list[str]
+    prompts: PromptList
 
     def skeleton(self, config: TrainConfig) -> Backbone:
         """The model without its weights, for `memory.estimate`."""
@@ -111,8 +112,8 @@ def make(kind: str, size: str, config: TrainConfig, device: torch.device, folder
     """
     if kind in ("demo", "own"):
         # All are encoded at once, as in a run, because the text encoders of a large model are then freed.
-        prompts = loading.train_prompts(config).texts[: 8 * config.prompts_per_update]
-        return Model(loading.load_model(config, device, prompts), find_model(config.model), prompts)
+        prompts = loading.train_prompts(config).first(8 * config.prompts_per_update)
+        return Model(loading.load_model(config, device, prompts.texts), find_model(config.model), prompts)
     family, transformer, scheduler, scale = FAMILIES[kind]
     chosen = SIZES[kind][size]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -139,7 +140,7 @@ def make(kind: str, size: str, config: TrainConfig, device: torch.device, folder
     for prompt in ["", *PROMPTS]:
         blank = backbone.blank_conditioning(folder)
         backbone.keep(prompt, {name: torch.randn(value.shape).to(value.dtype) for name, value in blank.items()})
-    return Model(backbone, folder, PROMPTS)
+    return Model(backbone, folder, as_list(PROMPTS))
 
 
 def _write_configs(pipeline: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tmpo_trainer import flow, objectives, tree
+from tmpo_trainer.prompts.lists import about
 from tmpo_trainer.rewards import combine
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.training.loop import Trainer
@@ -123,6 +124,10 @@ class PerLeaf:
                 "the per-leaf implementation has no KL penalty, anchor or siblings: leave out the arm per-leaf, or those "
                 "settings"
             )
+        if config.solver != "euler" or config.leaf_steps is not None:
+            raise ConfigError(
+                "the per-leaf implementation takes all steps by Euler: leave out the arm per-leaf, or solver and leaf_steps"
+            )
         self.trainer = trainer
         self.forwards = self.backwards = 0
 
@@ -143,11 +148,12 @@ class PerLeaf:
             noise = tree.keyed_noise((config.seed, update, slot), trainer.roller.latent_shape)
             with phases("rollout"):
                 leaves = rollout(velocity, lambda s, p, n=noise: n(s, p).to(backbone.device), sigmas, plan, **how)
+            metadata = about(trainer.judges.metadata, [prompt])
             with phases("decode"):
                 pictures = [backbone.decode(leaf.x, 1) for leaf in leaves]
             with phases("reward"):
                 scores = {
-                    scorer.name: torch.cat([scorer.score(picture, [prompt]) for picture in pictures])
+                    scorer.name: torch.cat([scorer.score(picture, [prompt], metadata) for picture in pictures])
                     for scorer in trainer.judges.rewards
                 }
             own = combine(scores, config.reward_weights, config.combining) if rewards is None else rewards[number]

@@ -21,7 +21,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,19 @@ def variant(text: str) -> tuple[str, list[str], dict[str, Any]]:
     if not colon or not name or not flags.strip():
         raise ConfigError(f'--variant {text}: write "NAME: FLAGS", for example "nine: --max-batch 9"')
     actions, given = trainer_flags.parse(shlex.split(flags))
+    check_flags(f"--variant {name}: ", actions, given)
     return name, actions.preset or [], given
+
+
+def check_flags(where: str, actions: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a flag of the trainer that would do nothing here."""
+    if actions.config or actions.resume or actions.dry_run or actions.print_config:
+        raise ConfigError(
+            f"{where}speed has no --config, --resume, --dry-run or --print-config: give presets and flags"
+        )
+    for key in ("branch_early", "branch_late"):
+        if key in settings:
+            raise ConfigError(f"{where}--{key.replace('_', '-')} is set by the benchmark: leave it out")
 
 
 def build(args: argparse.Namespace, model: models.Model, make: Any, folder: Path) -> tuple[list[Arm], dict[str, float]]:
@@ -183,6 +195,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str], dict[str
     args, rest = parser.parse_known_args(arguments)
     args.variants = [variant(text) for text in args.variant]
     actions, settings = trainer_flags.parse(rest)
+    check_flags("", actions, settings)
     if args.rounds < 1:
         raise ConfigError(f"--rounds {args.rounds}: at least 1")
     return args, actions.preset or [], settings

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from tmpo_trainer.demo.split import FOLDER
+from tmpo_trainer.settings.errors import ConfigError
 
 SEED = 100
 #: Where the sweep starts: what all variants share unless they say otherwise. Preset demo, below it, has other values by now.
@@ -68,6 +70,8 @@ def main(arguments: list[str]) -> int:
     for name in args.variants:
         folder = args.output / name
         if not (folder / "report.json").exists():
+            # A run that was interrupted has no checkpoint.
+            shutil.rmtree(folder, ignore_errors=True)
             settings = START | VARIANTS[name]
             flags = [part for key, value in settings.items() for part in (f"--{key}", *value.split())]
             fixed = {
@@ -75,8 +79,11 @@ def main(arguments: list[str]) -> int:
                 "sample-every": 0, "checkpoint-every": 0, "eval-solver": "euler", "eval-steps": 28,
             }  # fmt: skip
             flags += [part for key, value in fixed.items() for part in (f"--{key}", str(value))]
-            with open(args.output / f"{name}.log", "w") as log:
-                subprocess.run([sys.executable, "-m", "tmpo_trainer", *flags], check=True, stderr=log)
+            path = args.output / f"{name}.log"
+            with open(path, "w") as log:
+                code = subprocess.run([sys.executable, "-m", "tmpo_trainer", *flags], stderr=log).returncode
+            if code:
+                raise ConfigError(f"variant {name} ended with exit code {code}, see {path}")
         print(row(name, folder), flush=True)
     return 0
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gradient_signal, random_model
+from benchmarks import faults, gradient_signal, random_model
 from benchmarks.__main__ import COMMANDS, main
+from tmpo_trainer.commands import arms
+from tmpo_trainer.commands.flags import layers, parse
+from tmpo_trainer.settings.yaml_file import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -53,6 +58,69 @@ def test_a_written_model_is_measured(
     assert main(f"speed {flags} --rounds 1 --arms floor --no-memory".split()) == 0
     out = capsys.readouterr().out
     assert "FluxPipeline" in out and "FluxBackbone" in out and "96 F + 12 G" in out
+
+
+@pytest.mark.parametrize(
+    "table", sorted(Path(__file__).parents[2].glob("benchmarks/*.yaml")), ids=lambda path: path.stem
+)
+def test_no_two_arms_of_a_table_are_the_same(table: Path, tmp_path: Path) -> None:
+    """Presets move after a table has been measured: an arm that names what it is about stays what it was."""
+    actions, settings = parse(["--preset", "demo"])
+    made = arms.make_arms(read_yaml(table), [0], lambda own: layers(actions, settings, own), tmp_path, {})
+    found = {arm.name: arms.describe(arm) for arm in made}
+    for (one, first), (other, second) in itertools.combinations(found.items(), 2):
+        assert first != second, f"{one} is {other}"
+
+
+def test_the_sweep_of_the_rivals_is_as_it_was(tmp_path: Path) -> None:
+    table = read_yaml(Path(__file__).parents[2] / "benchmarks/sweep-rivals.yaml")
+    actions, settings = parse(["--preset", "demo"])
+    for arm in arms.make_arms(table, [0], lambda own: layers(actions, settings, own), tmp_path, {}):
+        rate = {"3e-3": 3e-3, "1e-2": 1e-2}.get(arm.name.partition("-lr-")[2], 1e-3)
+        prompts = 2 if arm.name.endswith("two-prompts") else 8
+        assert (arm.first.learning_rate, arm.first.prompts_per_update) == (rate, prompts)
+
+
+def test_a_variant_that_was_interrupted_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start/metrics.jsonl").write_text("{}\n")
+    asked: list[bool] = []
+
+    def run(command: list[str], stderr: Any) -> Any:
+        asked.append((tmp_path / "start").exists())
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["sweep", "start", "--output", str(tmp_path)]) == 2
+    assert asked == [False]
+    assert f"variant start ended with exit code 3, see {tmp_path / 'start.log'}" in capsys.readouterr().err
+
+
+def test_gardo_has_no_gradient_without_its_penalty(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gradient-signal", "--method", "gardo"]) == 2
+    assert "without which there is no gardo" in capsys.readouterr().err
+
+
+def test_a_case_is_tried_again_on_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries: list[int] = []
+    monkeypatch.setattr(faults, "tried", lambda kind, number, *more: (tries.append(number), (number != 1, "note"))[1])
+    kind = next(kind for kind, (_, count) in faults.KINDS.items() if count > 2)
+    command = ["--output-dir", str(tmp_path), "--kinds", kind]
+    count = faults.KINDS[kind][1]
+    assert faults.main(command) == 1 and tries == list(range(count))
+    tries.clear()
+    # Only what failed.
+    assert faults.main(command) == 1 and tries == [1]
+    tries.clear()
+    # The one case of the short form is another.
+    assert faults.main([*command, "--short"]) == 0 and tries == [0]
+    tries.clear()
+    monkeypatch.setattr(faults, "code", lambda: "other")
+    assert faults.main(command) == 1 and tries == list(range(count))
 
 
 def test_the_gradient_of_the_demo_is_measured(

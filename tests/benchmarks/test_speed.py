@@ -86,8 +86,9 @@ def test_the_per_leaf_gradient_in_float64() -> None:
 
 
 def test_the_per_leaf_implementation_refuses_what_it_does_not_have(make_trainer: Callable[..., Trainer]) -> None:
-    with pytest.raises(ConfigError, match="leave out the arm per-leaf"):
-        per_leaf.PerLeaf(make_trainer(kl_weight=0.1))
+    for settings in ({"kl_weight": 0.1}, {"solver": "ab2"}, {"leaf_steps": 1}):
+        with pytest.raises(ConfigError, match="leave out the arm per-leaf"):
+            per_leaf.PerLeaf(make_trainer(**settings))
 
 
 def test_a_record_makes_the_same_calls_again() -> None:
@@ -196,6 +197,10 @@ def test_arms_are_of_tmpo_over_a_preset_of_another_method(tmp_path: Path) -> Non
         (["--variant", "nine"], '--variant nine: write "NAME: FLAGS"'),
         (["--variant", "nine: --max-bath 9"], "unknown flag --max-bath, did you mean --max-batch"),
         (["--rounds", "0"], "--rounds 0: at least 1"),
+        (["--config", "run.yaml"], "speed has no --config"),
+        (["--variant", "nine: --dry-run"], "--variant nine: speed has no --config, --resume, --dry-run"),
+        (["--variant", "nine: --branch-early 1 2 4"], "--variant nine: --branch-early is set by the benchmark"),
+        (["--branch-late", "1", "2", "4"], "--branch-late is set by the benchmark"),
     ],
 )
 def test_bad_flags_are_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import methods
-from tmpo_trainer.commands import arms, main
+from tmpo_trainer.commands import arms, compare, comparison, main
+from tmpo_trainer.commands.flags import layers, parse
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training.lock import LOCK, Locked, locked
@@ -69,7 +71,7 @@ def test_the_most_updates_within_a_budget(load: Callable[..., Any], method: str)
     for budget in (total(1), 20_000, total(57)):
         found = arms.updates_within(config, sigmas, budget)
         assert total(found) <= budget < total(found + 1)
-    assert arms.updates_within(config, sigmas, 1) == 1
+    assert arms.updates_within(config, sigmas, total(1) - 1) == 0
 
 
 # -- whole comparisons ---------------------------------------------------------------------------------------------
@@ -186,6 +188,20 @@ def test_one_that_fails_does_not_stop_the_others(
     assert "reward no_number:NoNumber gave nan" in Path("out/bad-seed0/log.txt").read_text()
 
 
+def test_the_papers_protocols_with_all_methods(flags: list[str], tmp_path: Path) -> None:
+    """GARDO's has another scale of PickScore, and auxiliary scorers, which no other arm has."""
+    named = {name: {"method": name} for name in compare.RIVALS}
+    for preset in ("pickscore", "geneval"):
+        made = arms.make_arms(named, [0], partial(layers, *parse(["--preset", preset])), tmp_path, {})
+        assert {arm.name: arm.first.method for arm in made} == {name: name for name in named}
+    known: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "compare", lambda made, *more: known.extend(made) or 0)
+        Path("ir").mkdir()
+        assert start(["--preset", "pickscore"], "--methods", "tmpo", "gardo", "--reward-models", "imagereward=ir") == 0
+    assert [arm.first.reward_models for arm in known] == [(), (f"imagereward={tmp_path / 'ir'}",)]
+
+
 def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A run that still goes on, and one with other settings in a folder of that name."""
     other = Path("out/tmpo-seed0")
@@ -246,6 +262,10 @@ def test_a_run_that_cannot_be_measured_is_left_out(
         ("--arms steps.yaml", "eval_steps differs between a (4) and b (5)"),
         ("--arms unknown.yaml", "unknown key lerning_rate, did you mean learning_rate"),
         ("--methods tmpo --baseline group --kappa 0", "kappa"),
+        ("--methods tmpo --evaluations 9", "--evaluations 9: not even one update of tmpo costs as few, give more"),
+        ("--methods tmpo --ema-decay 0.9", "--ema-decay is set by the comparison: leave it out"),
+        ("--methods tmpo --report", "--report is set by the comparison: leave it out"),
+        ("--methods tmpo --reward-models imagereward=x", "imagereward is no reward of any arm"),
         ("--methods tmpo --resume latest", "no --resume"),
         ("--methods tmpo --nonsense 1", "unknown flag --nonsense"),
     ],

@@ -22,9 +22,10 @@ from ..training.lock import Locked, locked
 from . import loading
 from .children import Training
 
-#: Settings that all arms must share to be comparable.
+#: Settings that all arms must share to be comparable. The scale of PickScore is not one of them, because GARDO's protocol has
+#: its own: the first arm's is that of the evaluation.
 SHARED = (
-    "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "reward_models", "pickscore_scale", "prompts",
+    "model", "transformer", "quantize", "dtype", "reward", "reward_weights", "reward_models", "prompts",
     "eval_prompts", "eval_images", "eval_limit", "eval_steps", "eval_solver", "features", "guidance", "resolution",
     "max_sequence_length",
 )  # fmt: skip
@@ -52,7 +53,7 @@ class Arm:
 
 
 def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
-    """The largest number of updates whose network evaluations (`methods.cost`, one process) fit a budget; at least 1."""
+    """The largest number of updates whose network evaluations (`methods.cost`, one process) fit a budget."""
 
     def total(updates: int) -> float:
         method = methods.make(config.model_copy(update={"updates": updates}), sigmas)
@@ -60,6 +61,8 @@ def updates_within(config: TrainConfig, sigmas: Tensor, budget: float) -> int:
             methods.cost(methods.evaluations(method, method.shape(update))) for update in range(updates)
         )
 
+    if total(1) > budget:
+        return 0
     low, high = 1, 2
     while total(high) <= budget and high < MOST:
         low, high = high, 2 * high
@@ -95,7 +98,10 @@ def plan(folder: Path, arms: Sequence[Arm], budget: Mapping[str, float], trainin
             updates[arm.name] = config.updates
         else:
             sigmas = skeleton.sigmas(config.rollout_steps, *config.resolution)
-            updates[arm.name] = min(updates_within(run, sigmas, calls) for run in arm.runs.values())
+            most = min(updates_within(run, sigmas, calls) for run in arm.runs.values())
+            if not most and "evaluations" in budget:
+                raise ConfigError(f"--evaluations {calls:g}: not even one update of {arm.name} costs as few, give more")
+            updates[arm.name] = max(most, 1)
         run = config.model_copy(update={"updates": updates[arm.name]})
         loading.check_text(run, skeleton, device, loading.drawn_prompts(run, train, heldout) + heldout.texts)
     return updates
@@ -152,12 +158,20 @@ def make_arms(
         arms.append(arm)
     for arm in arms[1:]:
         for key in SHARED:
-            one, other = getattr(arms[0].first, key), getattr(arm.first, key)
+            one, other = _shared(arms[0].first, key), _shared(arm.first, key)
             if one != other:
                 raise ConfigError(
                     f"{key} differs between {arms[0].name} ({one}) and {arm.name} ({other}): all need the same"
                 )
     return arms
+
+
+def _shared(config: TrainConfig, key: str) -> Any:
+    value = getattr(config, key)
+    if key != "reward_models":
+        return value
+    # Where a method's auxiliary scorers are is its own matter.
+    return tuple(entry for entry in value if entry.partition("=")[0] in config.reward)
 
 
 def describe(arm: Arm) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..settings.errors import ConfigError
+from ..settings.errors import ConfigError, one_line
 from ..settings.presets import make_config
 from ..settings.yaml_file import read_yaml
 from .flags import Parser, command_parser, exit_code, hush, parse, path_flag
@@ -111,15 +111,29 @@ def command(arguments: Sequence[str]) -> int:
     # --seed sets the evaluation's noise; --seeds sets the training's.
     evaluation_seed = make_config([("flags", {"seed": flags.pop("seed", 0)})]).seed
 
+    places = {entry.partition("=")[0]: entry for entry in flags.pop("reward_models", [])}
+    used: set[str] = set()
+
     def layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        return preset_layers_of(actions, flags, settings)
+        if not places:
+            return preset_layers_of(actions, flags, settings)
+        # Each arm gets the places of its own scorers: only some methods have auxiliary ones.
+        arm = make_config([*preset_layers_of(actions, flags, settings), ("arm", settings)])
+        own = [name for name in (*arm.reward, *arm.extra_rewards) if name in places]
+        used.update(own)
+        return preset_layers_of(actions, flags | {"reward_models": [places[name] for name in own]}, settings)
 
     hush()
     from . import arms, comparison
 
+    for key in arms.FIXED.keys() & flags.keys():
+        if getattr(make_config([("flags", {key: flags[key]})]), key) != arms.FIXED[key]:
+            raise ConfigError(f"--{key.replace('_', '-')} is set by the comparison: leave it out")
     folder = namespace.output_dir
     budget = {k: getattr(namespace, k) for k in ("evaluations", "seconds") if getattr(namespace, k) is not None}
     made = arms.make_arms(named, namespace.seeds, layers, folder.resolve(), budget)
+    if unused := [name for name in places if name not in used]:
+        raise ConfigError(f"--reward-models {one_line(places[unused[0]], 80)}: {unused[0]} is no reward of any arm")
     return exit_code(
         lambda: comparison.compare(made, folder.resolve(), budget, namespace.jobs, namespace.launch, evaluation_seed)
     )

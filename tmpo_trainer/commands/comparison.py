@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def compare(
     except ConfigError:
         if training.stopped:
             return _stopped(folder)
+        with suppress(OSError):
+            # If nothing is in it.
+            folder.rmdir()
         raise
     for name, updates in planned.items():
         known["arms"][name] = {"updates": updates, "settings": settings[name]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import sys
@@ -73,6 +74,8 @@ def train_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[dict[str, Any
 
 def run(seeds: int, updates: int, learning_rate: float, folder: Path, controls: bool, workers: int) -> int:
     """Pretrains, trains every arm with every seed, writes toy.md, toy.json and toy.png. Returns the exit code."""
+    # It draws the picture in the end.
+    importlib.import_module("matplotlib")
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -84,9 +87,9 @@ def run(seeds: int, updates: int, learning_rate: float, folder: Path, controls: 
     jobs = [(arm, base, target, seed, updates, learning_rate) for arm in arms for seed in range(seeds)]
     results: Results = {arm.name: [] for arm in arms}
     pictures = {"base": sample(base, SAMPLES, seed=3)}
-    pictures["target"] = pool[
-        torch.multinomial(tilt(reward(pool)), SAMPLES, generator=torch.Generator().manual_seed(4))
-    ]
+    # With replacement: without it, a large part of a finite pool comes too near to the pool itself.
+    drawn = torch.multinomial(tilt(reward(pool)), SAMPLES, replacement=True, generator=torch.Generator().manual_seed(4))
+    pictures["target"] = pool[drawn]
     for job, (figures, samples) in zip(jobs, train_all(jobs, workers), strict=True):
         name = job[0].name
         results[name].append(figures)
