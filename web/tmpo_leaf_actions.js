@@ -2,6 +2,7 @@
 
 import { address, notify } from "./tmpo_dom.js";
 import { openLightbox } from "./tmpo_lightbox.js";
+import { regrow } from "./tmpo_regrow.js";
 import { resample } from "./tmpo_resample.js";
 
 function named(view, leaf) {
@@ -55,6 +56,7 @@ function showMenu(view, leaf, event) {
     },
     null,
     { content: "Re-sample only this leaf", callback: () => resample(view, leaf) },
+    { content: "Grow variations of this leaf", callback: () => regrow(view, leaf) },
   ];
   new window.LiteGraph.ContextMenu(items, { event, title: `Leaf ${leaf.index}` });
 }

@@ -220,6 +220,41 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   assert.equal(same.values.branch_steps, "1, 4, 5");
   assert.ok(same.pixels === 4 * 64 * 64 && same.difference <= 1, JSON.stringify(same));
 
+  // Variations of a leaf: a tree that begins at it, below the first one, which is not sampled again.
+  await menu(5, "Grow variations of this leaf");
+  const grew = await page.evaluate(async () => {
+    const { app } = window;
+    const done = new Promise((resolve, reject) => {
+      app.api.addEventListener("execution_success", resolve, { once: true });
+      app.api.addEventListener("execution_error", ({ detail }) => reject(new Error(detail.exception_message)), { once: true });
+    });
+    const ran = [];
+    app.api.addEventListener("executing", ({ detail }) => ran.push(String(detail)));
+    app.queuePrompt(0, 1);
+    await done;
+    const [first, second] = app.graph.nodes.filter((node) => node.type === "TMPO_TreeView").map((node) => node.tmpoTree.tree);
+    const [old, sampler] = app.graph.nodes.filter((node) => node.type === "TMPO_TreeSampler");
+    return { again: ran.includes(String(old.id)), seeds: [first.seed, second.seed], leaves: second.leaves.length,
+      scored: second.score, title: sampler.title, scores: second.leaves.every((leaf) => "shapes" in leaf.scores) };
+  });
+  assert.deepEqual(grew, { again: false, seeds: [String(seed), String(seed + 1)], leaves: 27, scored: "shapes",
+    title: "Variations of 0, 1, 2", scores: true });
+  await page.evaluate(() => {
+    const { canvas, graph } = window.app;
+    canvas.ds.scale = 0.6;
+    const { pos } = graph.nodes.findLast((node) => node.type === "LatentFromBatch");
+    canvas.ds.offset = [60 - pos[0], 120 - pos[1]];
+    canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(800);
+  await page.screenshot({ path: file("regrow") });
+  await page.evaluate(() => {
+    const { graph } = window.app;
+    const top = graph.nodes.findLast((each) => each.type === "LatentFromBatch").pos[1];
+    for (const node of graph.nodes.filter((each) => each.pos[1] >= top)) graph.remove(node);
+  });
+  await frame();
+
   // The leaf of a sampler whose noise has another seed by now gets the tree's seed.
   await page.evaluate((other) => {
     const { app, view, LiteGraph } = window;

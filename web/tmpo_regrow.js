@@ -1,0 +1,47 @@
+// "Grow variations of this leaf": a second tree that begins at the leaf's latent, with some noise. Its sampler has the inputs of
+// the first one; what was sampled is not sampled again.
+
+import { extend, inputNode, join, rightOf, sameLink, sameVae, samplerOf, set } from "./tmpo_graph.js";
+
+const DENOISE = 0.6;
+
+export function regrow(view, leaf) {
+  const { node, tree } = view;
+  const sampler = samplerOf(view, ["TMPO_TreeSampler"]);
+  if (!sampler) return;
+  extend(node.graph, (add) => {
+    const start = add("LatentFromBatch", sampler.pos[0]);
+    join(sampler, 0, start, "samples");
+    set(start, "batch_index", leaf.index);
+    set(start, "length", 1);
+    start.title = `Leaf ${leaf.path.join(", ")}`;
+    const grown = add("TMPO_TreeSampler", rightOf(start));
+    for (const { name } of grown.inputs ?? []) if (!["seed", "latent_image"].includes(name)) sameLink(sampler, grown, name);
+    for (const widget of sampler.widgets ?? []) set(grown, widget.name, widget.value);
+    join(start, 0, grown, "latent_image");
+    // With the tree's own noise one of them would be the leaf itself.
+    set(grown, "seed", Number(tree.seed) + 1);
+    set(grown, "control_after_generate", "fixed");
+    set(grown, "denoise", DENOISE);
+    grown.title = `Variations of ${leaf.path.join(", ")}`;
+    const decode = add("VAEDecode", rightOf(grown));
+    join(grown, 0, decode, "samples");
+    sameVae(node, decode);
+    const scorer = inputNode(node, "scores");
+    let scores = null;
+    // Scores of several prompts belong to the places of their latents, of which one is left.
+    if (scorer?.type === "TMPO_ScoreImages" && tree.prompts === 1) {
+      scores = add("TMPO_ScoreImages", decode.pos[0], 130);
+      for (const { name } of scores.inputs ?? []) if (!["images", "tree"].includes(name)) sameLink(scorer, scores, name);
+      for (const widget of scorer.widgets ?? []) set(scores, widget.name, widget.value);
+      join(decode, 0, scores, "images");
+    }
+    const shown = add("TMPO_TreeView", rightOf(scores ?? decode));
+    join(grown, 1, shown, "tree");
+    join(decode, 0, shown, "images");
+    if (scores) join(scores, 0, shown, "scores");
+    sameLink(node, shown, "vae");
+    for (const name of ["theme", "beta"]) set(shown, name, node.widgets.find((widget) => widget.name === name)?.value);
+    return { selected: grown, shown };
+  });
+}
