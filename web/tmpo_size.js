@@ -66,6 +66,7 @@ app.registerExtension({
     const widget = node.addDOMWidget(NAME, NAME, line, options);
     // Or a workflow would keep a value for it, which an input that is added later would get.
     widget.serialize = false;
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
     const again = () => update(node, widget);
     for (const each of node.widgets) {
       if (!["branch_steps", "branching", "steps"].includes(each.name)) continue;

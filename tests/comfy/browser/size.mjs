@@ -31,7 +31,12 @@ export async function check(page, tools) {
     ["TMPO_TreeSamplerAdvanced", { branching: 2, branch_steps: "1, 3, 5" }, "8 pictures"],
     ["TMPO_TreeSamplerSelect", { branching: 2, branch_steps: "2" }, "2 pictures"],
   ]) {
-    assert.equal(await page.evaluate(said, await page.evaluate(place, [type, values])), line);
+    const id = await page.evaluate(place, [type, values]);
+    assert.equal(await page.evaluate(said, id), line);
+    assert.ok(await page.evaluate((made) => {
+      const node = window.app.graph.getNodeById(made);
+      return node.size[1] >= node.computeSize()[1];
+    }, id));
   }
   // A workflow's values count once they are set, and an input that comes over a link is not known.
   await tools.load();
