@@ -70,8 +70,10 @@ def main(arguments: list[str]) -> int:
     for name in args.variants:
         folder = args.output / name
         if not (folder / "report.json").exists():
-            # A run that was interrupted has no checkpoint.
-            shutil.rmtree(folder, ignore_errors=True)
+            # A run that was told to stop, or that ended before its report, has saved.
+            begun = any(folder.glob("checkpoint-*"))
+            if not begun:
+                shutil.rmtree(folder, ignore_errors=True)
             settings = START | VARIANTS[name]
             flags = [part for key, value in settings.items() for part in (f"--{key}", *value.split())]
             fixed = {
@@ -79,8 +81,9 @@ def main(arguments: list[str]) -> int:
                 "sample-every": 0, "checkpoint-every": 0, "eval-solver": "euler", "eval-steps": 28,
             }  # fmt: skip
             flags += [part for key, value in fixed.items() for part in (f"--{key}", str(value))]
+            flags = ["--resume", str(folder)] if begun else flags
             path = args.output / f"{name}.log"
-            with open(path, "w") as log:
+            with open(path, "a") as log:
                 code = subprocess.run([sys.executable, "-m", "tmpo_trainer", *flags], stderr=log).returncode
             if code:
                 raise ConfigError(f"variant {name} ended with exit code {code}, see {path}")

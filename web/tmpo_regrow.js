@@ -1,7 +1,8 @@
-// "Grow variations of this leaf": a second tree that begins at the leaf's latent, with some noise. Its sampler has the inputs of
-// the first one; what was sampled is not sampled again.
+// "Grow variations of this leaf": a second tree that begins at the leaf's latent, with some noise. The leaf is sampled alone by
+// a node of its own, so that it stays what it is whatever the first sampler draws next.
 
 import { extend, inputNode, join, rightOf, sameLink, sameVae, samplerOf, set } from "./tmpo_graph.js";
+import { leafNode } from "./tmpo_resample.js";
 
 const DENOISE = 0.6;
 
@@ -10,11 +11,15 @@ export function regrow(view, leaf) {
   const sampler = samplerOf(view, ["TMPO_TreeSampler"]);
   if (!sampler) return;
   extend(node.graph, (add) => {
-    const start = add("LatentFromBatch", sampler.pos[0]);
-    join(sampler, 0, start, "samples");
-    set(start, "batch_index", leaf.index);
-    set(start, "length", 1);
-    start.title = `Leaf ${leaf.path.join(", ")}`;
+    let start = leafNode(view, leaf, sampler, add);
+    if (tree.prompts > 1) {
+      // It is sampled for each latent of the batch.
+      const all = start;
+      start = add("LatentFromBatch", rightOf(all));
+      join(all, 0, start, "samples");
+      set(start, "batch_index", leaf.prompt);
+      set(start, "length", 1);
+    }
     const grown = add("TMPO_TreeSampler", rightOf(start));
     for (const { name } of grown.inputs ?? []) if (!["seed", "latent_image"].includes(name)) sameLink(sampler, grown, name);
     for (const widget of sampler.widgets ?? []) set(grown, widget.name, widget.value);

@@ -62,7 +62,7 @@ app.registerExtension({
     if (!NODES.includes(node.comfyClass)) return;
     const line = element("div", "tmpo-size");
     const height = () => HEIGHT;
-    const options = { serialize: false, hideOnZoom: false, getMinHeight: height, getMaxHeight: height };
+    const options = { serialize: false, hideOnZoom: false, margin: 0, getMinHeight: height, getMaxHeight: height };
     const widget = node.addDOMWidget(NAME, NAME, line, options);
     // Or a workflow would keep a value for it, which an input that is added later would get.
     widget.serialize = false;

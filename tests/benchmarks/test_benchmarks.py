@@ -66,7 +66,7 @@ def test_a_written_model_is_measured(
 def test_no_two_arms_of_a_table_are_the_same(table: Path, tmp_path: Path) -> None:
     """Presets move after a table has been measured: an arm that names what it is about stays what it was."""
     actions, settings = parse(["--preset", "demo"])
-    made = arms.make_arms(read_yaml(table), [0], lambda own: layers(actions, settings, own), tmp_path, {})
+    made = arms.make_arms(read_yaml(table), [0], lambda name, own: layers(actions, settings, own), tmp_path, {})
     found = {arm.name: arms.describe(arm) for arm in made}
     for (one, first), (other, second) in itertools.combinations(found.items(), 2):
         assert first != second, f"{one} is {other}"
@@ -75,7 +75,7 @@ def test_no_two_arms_of_a_table_are_the_same(table: Path, tmp_path: Path) -> Non
 def test_the_sweep_of_the_rivals_is_as_it_was(tmp_path: Path) -> None:
     table = read_yaml(Path(__file__).parents[2] / "benchmarks/sweep-rivals.yaml")
     actions, settings = parse(["--preset", "demo"])
-    for arm in arms.make_arms(table, [0], lambda own: layers(actions, settings, own), tmp_path, {}):
+    for arm in arms.make_arms(table, [0], lambda name, own: layers(actions, settings, own), tmp_path, {}):
         rate = {"3e-3": 3e-3, "1e-2": 1e-2}.get(arm.name.partition("-lr-")[2], 1e-3)
         prompts = 2 if arm.name.endswith("two-prompts") else 8
         assert (arm.first.learning_rate, arm.first.prompts_per_update) == (rate, prompts)
@@ -87,14 +87,20 @@ def test_a_variant_that_was_interrupted_is_run_again(
     (tmp_path / "start").mkdir()
     (tmp_path / "start/metrics.jsonl").write_text("{}\n")
     asked: list[bool] = []
+    commands: list[list[str]] = []
 
     def run(command: list[str], stderr: Any) -> Any:
         asked.append((tmp_path / "start").exists())
+        commands.append(command)
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", run)
     assert main(["sweep", "start", "--output", str(tmp_path)]) == 2
     assert asked == [False]
+    # One that has saved goes on.
+    (tmp_path / "start/checkpoint-60").mkdir(parents=True)
+    assert main(["sweep", "start", "--output", str(tmp_path)]) == 2
+    assert asked == [False, True] and "--resume" in commands[1] and "--resume" not in commands[0]
     assert f"variant start ended with exit code 3, see {tmp_path / 'start.log'}" in capsys.readouterr().err
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +191,8 @@ def test_the_papers_protocols_with_all_methods(flags: list[str], tmp_path: Path)
     """GARDO's has another scale of PickScore, and auxiliary scorers, which no other arm has."""
     named = {name: {"method": name} for name in compare.RIVALS}
     for preset in ("pickscore", "geneval"):
-        made = arms.make_arms(named, [0], partial(layers, *parse(["--preset", preset])), tmp_path, {})
+        of = parse(["--preset", preset])
+        made = arms.make_arms(named, [0], lambda name, own, of=of: layers(*of, own), tmp_path, {})
         assert {arm.name: arm.first.method for arm in made} == {name: name for name in named}
     known: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -200,6 +200,41 @@ def test_the_papers_protocols_with_all_methods(flags: list[str], tmp_path: Path)
         Path("ir").mkdir()
         assert start(["--preset", "pickscore"], "--methods", "tmpo", "gardo", "--reward-models", "imagereward=ir") == 0
     assert [arm.first.reward_models for arm in known] == [(), (f"imagereward={tmp_path / 'ir'}",)]
+    # Rollouts are drawn on one scale.
+    lines = [{"reward/pickscore": 0.8, "update": 1}, {"reward/ocr": 1}]
+    assert comparison._on_scale(lines, "flow", "raw") == [
+        {"reward/pickscore": 0.8 * 26, "update": 1},
+        {"reward/ocr": 1},
+    ]
+    assert comparison._on_scale(lines, "raw", "raw") is lines
+
+
+def test_the_places_of_scorers(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known: list[Any] = []
+    monkeypatch.setattr(comparison, "compare", lambda made, *more: known.extend(made) or 0)
+    Path("file.yaml").write_text("reward_models: [sharpness=elsewhere]\n")
+    # They stay in the order in which they are given, and `none` takes back those of a file.
+    rewards = ["--reward", "hpsv2", "pickscore", "--reward-models", "pickscore=a", "hpsv2=b"]
+    assert main.main(["compare", "--methods", "tmpo", "--output-dir", "out", *rewards]) == 0
+    assert known.pop().first.reward_models == ("pickscore=a", "hpsv2=b")
+    assert start([*flags, "--config", "file.yaml", "--reward-models", "none"], "--methods", "tmpo") == 0
+    assert known.pop().first.reward_models == ()
+    # An arm with places of its own, and one with a typing error.
+    Path("arms.yaml").write_text("a: {reward_models: [sharpness=own]}\n")
+    capsys.readouterr()
+    assert start([*flags, "--reward-models", "sharpness=b"], "--arms", "arms.yaml") == 2
+    assert "--reward-models sharpness=b: sharpness is no reward of any arm" in complaint(capsys)
+    Path("arms.yaml").write_text("a: {}\nb: {lerning_rate: 1}\n")
+    assert start([*flags, "--reward-models", "sharpness=b"], "--arms", "arms.yaml") == 2
+    assert "arm b: unknown key lerning_rate" in complaint(capsys)
+
+
+def test_a_folder_that_was_there_stays(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    assert start(flags, "--methods", "tmpo", "--evaluations", "9") == 2
+    assert Path("out").is_dir()
 
 
 def test_what_is_not_its_own_is_left_alone(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -222,6 +222,10 @@ class Numbers(Base):
     give = lambda self, images: [0.5] * len(images)
 class Forgets(Base):
     give = lambda self, images: {}["colour"]
+class Elsewhere(Base):
+    give = lambda self, images: __import__("json").loads(images)
+class Full:
+    def __init__(self, device): raise __import__("torch").OutOfMemoryError("CUDA out of memory.")
 number = 3
 """
 
@@ -237,6 +241,9 @@ number = 3
         ("mine:Array", 1, "reward mine:Array gave ndarray: score must return a torch.Tensor, float32 [N]"),
         ("mine:Numbers", 1, "reward mine:Numbers gave list: score must return a torch.Tensor, float32 [N]"),
         ("mine:Forgets", 1, "reward mine:Forgets failed with KeyError: 'colour' (mine.py, line 16)"),
+        # Raised in a library, by a line of the class.
+        ("mine:Elsewhere", 1, "not ndarray (mine.py, line 18)"),
+        ("mine:Full", 1, "--offload-scorers needs less, see docs/troubleshooting.md"),
     ],
 )  # fmt: skip
 def test_mistakes_in_a_class_of_ones_own_are_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import threading
@@ -319,17 +320,25 @@ def test_a_rollout_in_which_graphs_do_not_fit_is_made_again_without(
 ) -> None:
     """The second batch of the first update: what the first one has kept is dropped too."""
     trainer, plain = (make_trainer(reuse_forward=reuse, prompts_per_batch=1) for reuse in (True, False))
-    original, tried = tree.rollout, []
+    original, tried, held = tree.rollout, [], []
 
     def rollout(*args: Any, **kwargs: Any) -> Any:
         tried.append(kwargs.get("graphs", False))
         if len(tried) == 2:
+            graph = torch.zeros(3)
+            held.append(weakref.ref(graph))
             raise torch.OutOfMemoryError("none left")
+        # Before anything is rolled out again, what the failed one held is gone, also without the garbage collector.
+        assert not held or held[0]() is None
         return original(*args, **kwargs)
 
     expected = [plain.update() for _ in range(2)]
     monkeypatch.setattr(tree, "rollout", rollout)
-    found = [trainer.update() for _ in range(2)]
+    gc.disable()
+    try:
+        found = [trainer.update() for _ in range(2)]
+    finally:
+        gc.enable()
     assert tried == [True, True, *[False] * 4]
     assert "out of memory with the activations of the rollout" in capsys.readouterr().err
     for name in ("grad_norm", "reward/red", "evaluations/replay", "lgmd"):

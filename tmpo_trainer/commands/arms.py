@@ -140,7 +140,8 @@ def make_arms(
     """The arms with the settings of every run.
 
     Args:
-        named: {name: its own settings}. layers: settings -> layers of settings for `make_config`, presets included.
+        named: {name: its own settings}. layers: (name, settings) -> layers of settings for `make_config`, presets
+            included.
 
     Raises:
         ConfigError: settings contradict each other, or the arms cannot be compared.
@@ -154,7 +155,9 @@ def make_arms(
         for seed in seeds:
             own = {"seed": seed, "output_dir": folder / f"{name}-seed{seed}", **FIXED}
             # Absolute, because the same command may be given again from another folder.
-            arm.runs[seed] = absolute(make_config([*layers(settings), (f"arm {name}", settings), ("compare", own)]))
+            arm.runs[seed] = absolute(
+                make_config([*layers(name, settings), (f"arm {name}", settings), ("compare", own)])
+            )
         arms.append(arm)
     for arm in arms[1:]:
         for key in SHARED:

@@ -111,17 +111,18 @@ def command(arguments: Sequence[str]) -> int:
     # --seed sets the evaluation's noise; --seeds sets the training's.
     evaluation_seed = make_config([("flags", {"seed": flags.pop("seed", 0)})]).seed
 
-    places = {entry.partition("=")[0]: entry for entry in flags.pop("reward_models", [])}
+    places = {entry.partition("=")[0]: entry for entry in flags.get("reward_models", ())}
     used: set[str] = set()
 
-    def layers(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    def layers(name: str, settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         if not places:
             return preset_layers_of(actions, flags, settings)
         # Each arm gets the places of its own scorers: only some methods have auxiliary ones.
-        arm = make_config([*preset_layers_of(actions, flags, settings), ("arm", settings)])
-        own = [name for name in (*arm.reward, *arm.extra_rewards) if name in places]
-        used.update(own)
-        return preset_layers_of(actions, flags | {"reward_models": [places[name] for name in own]}, settings)
+        others = {key: value for key, value in flags.items() if key != "reward_models"}
+        arm = make_config([*preset_layers_of(actions, others, settings), (f"arm {name}", settings)])
+        own = [known for known in places if known in (*arm.reward, *arm.extra_rewards)]
+        used.update(own if "reward_models" not in settings else ())
+        return preset_layers_of(actions, flags | {"reward_models": [places[known] for known in own]}, settings)
 
     hush()
     from . import arms, comparison

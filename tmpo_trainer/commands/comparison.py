@@ -41,6 +41,7 @@ def compare(
     stored = folder / "compare.yaml"
     settings = {arm.name: describe(arm) for arm in arms}
     known = read_known(stored, settings, budget)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     training = Training(jobs, launch)
     try:
@@ -49,9 +50,10 @@ def compare(
     except ConfigError:
         if training.stopped:
             return _stopped(folder)
-        with suppress(OSError):
-            # If nothing is in it.
-            folder.rmdir()
+        if new:
+            with suppress(OSError):
+                # If nothing is in it.
+                folder.rmdir()
         raise
     for name, updates in planned.items():
         known["arms"][name] = {"updates": updates, "settings": settings[name]}
@@ -78,6 +80,17 @@ def compare(
     if any(measured[arm.name] for arm in arms):
         compare_report.write(folder, measured, budget, sorted(lost))
     return 1 if lost else 0
+
+
+def _on_scale(metrics: list[dict[str, Any]], scale: str, wanted: str) -> list[dict[str, Any]]:
+    """A run's metrics with PickScore on the comparison's scale: GARDO's protocol trains on another one."""
+    if scale == wanted:
+        return metrics
+    from ..rewards.pickscore import DIVISORS
+
+    by_name: dict[str, float] = {**DIVISORS}
+    key, factor = "reward/pickscore", by_name[scale] / by_name[wanted]
+    return [line | ({key: line[key] * factor} if key in line else {}) for line in metrics]
 
 
 def _stopped(folder: Path) -> int:
@@ -149,6 +162,7 @@ def measure(
                     continue
                 finally:
                     backbone.pipeline.unload_lora_weights()
-                course = compare_report.Course(read_metrics(path / "metrics.jsonl"), run.prompts_per_update)
+                metrics = _on_scale(read_metrics(path / "metrics.jsonl"), run.pickscore_scale, config.pickscore_scale)
+                course = compare_report.Course(metrics, run.prompts_per_update)
                 found[arm.name].append(compare_report.Measured(evaluation, course))
     return found

@@ -33,8 +33,9 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument("--num-processes", type=int, help="number of processes; by default one per GPU")
     namespace, flags = parser.parse_known_args(arguments)
     actions, settings = parse(flags)
+    device = settings.get("device", "auto")
     if actions.resume is None:
-        configure(actions, settings, None)
+        device = configure(actions, settings, None)[0].device
     import torch
 
     count, here = namespace.num_processes, torch.cuda.device_count()
@@ -46,7 +47,7 @@ def command(arguments: Sequence[str]) -> int:
             )
     if count < 1:
         raise ConfigError(f"--num-processes {count}: give 1 or more")
-    if 0 < here < count and settings.get("device") != "cpu":
+    if 0 < here < count and device != "cpu" and actions.resume is None:
         raise ConfigError(f"--num-processes {count}: torch sees {here} GPUs, give 1 to {here}")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[namespace.name])]
     # accelerate's own port is the same for all runs, of which `compare` may start two at once.

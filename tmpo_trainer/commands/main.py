@@ -111,12 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, RuntimeError) as error:
         if (getattr(error, "name", None) or "").startswith("tmpo_trainer"):
             raise
-        # diffusers raises RuntimeError for a module that it cannot import.
         if type(error).__name__ == "OutOfMemoryError":
             # What is loaded outside of `readable_errors`: scorers, features, the trainer's own tensors.
             advice = "another program may use the GPU (nvidia-smi); --offload-scorers needs less, see docs/troubleshooting.md"
             print(f"tmpo_trainer: {one_line(error)}; {advice}", file=sys.stderr)
             return 1
+        # diffusers raises RuntimeError for a module that it cannot import.
         imports = isinstance(error, ImportError) or "import" in str(error)
         broken = broken_torchvision() if imports else None
         if broken is not None:

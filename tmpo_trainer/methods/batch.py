@@ -57,14 +57,14 @@ class Network:
     Attributes:
         max_batch: most latents in one call with gradient, or None.
         evaluated: latents evaluated so far, by phase.
-        failed: whether a call has failed.
+        rolled_out: whether the rollout has made its last call.
     """
 
     def __init__(self, velocity: tree.Velocity, clock: Clock, device: torch.device):
         self.device = device
         self.evaluated: defaultdict[str, int] = defaultdict(int)
         self.max_batch: int | None = None
-        self.failed = False
+        self.rolled_out = False
         self._velocity, self._clock, self._phase = velocity, clock, "rollout"
 
     @contextmanager
@@ -77,12 +77,8 @@ class Network:
             self._phase = before
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        try:
-            with self._clock(self._phase):
-                predicted = self._velocity(x, sigma)
-        except BaseException:
-            self.failed = True
-            raise
+        with self._clock(self._phase):
+            predicted = self._velocity(x, sigma)
         # Count only calls that succeeded.
         self.evaluated[self._phase] += len(x)
         return predicted

@@ -161,11 +161,12 @@ def _from_class(name: str) -> Reward:
     def load(device: torch.device, path: str | None) -> Scorer:
         try:
             scorer: Any = made(device) if path is None else made(device, path)
-        except ConfigError:
+        except (ConfigError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             call = f"{attribute}(device)" if path is None else f"{attribute}(device, path)"
-            raise ConfigError(f"reward {name}: {call} failed with {failure(error)}") from None
+            said = failure(error, inspect.getsourcefile(module))
+            raise ConfigError(f"reward {name}: {call} failed with {said}") from None
         if not callable(getattr(scorer, "score", None)):
             raise ConfigError(f"reward {name}: {attribute}(device) has no method score(images, prompts, metadata)")
         return scorer
@@ -403,7 +404,8 @@ def _score(
         raise
     except Exception as error:
         # A mistake in a scorer of the user's own, which ends a run like any other failure of a scorer.
-        raise ValueError(f"reward {name} failed with {failure(error)}") from error
+        said = failure(error, inspect.getsourcefile(type(scorer)))
+        raise ValueError(f"reward {name} failed with {said}") from error
     if not isinstance(scores, Tensor):
         raise ValueError(f"reward {name} gave {type(scores).__name__}: score must return a torch.Tensor, float32 [N]")
     return scores

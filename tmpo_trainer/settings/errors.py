@@ -28,11 +28,13 @@ def one_line(text: object, shown: int = SHOWN) -> str:
     return whole if len(whole) <= shown else f"{whole[: shown - 3]}..."
 
 
-def failure(error: BaseException) -> str:
-    """An error in code that we called, as a part of one line: its kind, its text, and the line of code that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    # With one frame our call itself failed, for instance by its arguments.
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+def failure(error: BaseException, file: str | None = None) -> str:
+    """An error in code that we called, as a part of one line: its kind, its text, and where it was raised: the innermost line
+    of `file`, or without one of all code."""
+    # The first frame is our call, which may have failed by itself, for instance by its arguments.
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if frame.filename == file] or frames
+    where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
     return f"{type(error).__name__}: {one_line(error)}{where}"
 
 

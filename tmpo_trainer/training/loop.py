@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -259,16 +260,19 @@ class Trainer:
             if not self.roller.graphs or not any(self.processes.gather(full)):
                 _extend(figures, found)
                 return rolled
-            batches = [batch for batch, _ in rolled]
-            # The error's traceback holds the graphs of the batch in which it was raised.
-            del rolled, error
-            self._drop_graphs(batches)
+            if error is not None:
+                # Its traceback holds the graphs of the batch in which it was raised, in a cycle.
+                traceback.clear_frames(error.__traceback__)
+                error = None
+            self._drop_graphs([batch for batch, _ in rolled])
+            rolled.clear()
 
     def _attempt(self, update: int, plan: TreePlan, clock: Clock) -> tuple[Rolled, Figures, Exception | None]:
         """The rollouts as far as they come, their figures, and what has ended them early.
 
         Raises:
-            Exception: in a call of a sharded transformer, in which the other processes wait for this one.
+            Exception: before the last network call of a batch with a sharded transformer, in which the other processes wait for
+                this one.
         """
         slots, size = self._slots(update), self.config.prompts_per_batch
         rolled: Rolled = []
@@ -291,7 +295,7 @@ class Trainer:
                         rolled.append((batch, network))
                         _extend(figures, found)
                 except Exception as caught:
-                    if sharded and network is not None and network.failed:
+                    if sharded and (network is None or not network.rolled_out):
                         # The others wait for this one inside a block: the launcher has to end them.
                         raise
                     error = caught

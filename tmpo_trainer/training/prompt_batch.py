@@ -96,6 +96,7 @@ class Roller:
             graphs=self.graphs,
             **self.method.transition,
         )
+        network.rolled_out = True
         for name, value in (("latent", run.leaves), ("log-probability", run.log_probs)):
             if not torch.isfinite(value).all():
                 raise Diverged(f"non-finite {name} in the rollout of update {update + 1}, prompts {prompts}")

@@ -220,7 +220,7 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   assert.equal(same.values.branch_steps, "1, 4, 5");
   assert.ok(same.pixels === 4 * 64 * 64 && same.difference <= 1, JSON.stringify(same));
 
-  // Variations of a leaf: a tree that begins at it, below the first one, which is not sampled again.
+  // Variations of a leaf: a tree that begins at it, below the first one, which is not sampled again. Its sampler may have moved on.
   await menu(5, "Grow variations of this leaf");
   const grew = await page.evaluate(async () => {
     const { app } = window;
@@ -242,7 +242,7 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   await page.evaluate(() => {
     const { canvas, graph } = window.app;
     canvas.ds.scale = 0.6;
-    const { pos } = graph.nodes.findLast((node) => node.type === "LatentFromBatch");
+    const { pos } = graph.nodes.findLast((node) => node.title === "Leaf 0, 1, 2");
     canvas.ds.offset = [60 - pos[0], 120 - pos[1]];
     canvas.setDirty(true, true);
   });
@@ -250,7 +250,7 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
   await page.screenshot({ path: file("regrow") });
   await page.evaluate(() => {
     const { graph } = window.app;
-    const top = graph.nodes.findLast((each) => each.type === "LatentFromBatch").pos[1];
+    const top = graph.nodes.findLast((each) => each.title === "Leaf 0, 1, 2").pos[1];
     for (const node of graph.nodes.filter((each) => each.pos[1] >= top)) graph.remove(node);
   });
   await frame();
