@@ -8,6 +8,13 @@ export function allNodes() {
   return [app.graph, ...(app.graph.subgraphs?.values() ?? [])].flatMap((graph) => graph.nodes);
 }
 
+/** The node that a run calls by this id: before its own stand the ids of the subgraphs around it, as in 12:5. */
+export function nodeOf(id) {
+  const path = String(id).split(":");
+  const graph = path.slice(0, -1).reduce((outer, part) => outer?.getNodeById(Number(part))?.subgraph, app.graph);
+  return graph?.getNodeById(Number(path.at(-1))) ?? null;
+}
+
 /**
  * Whether a run is of the workflow that is open. Node ids alone would also be found in another one. What was queued without a
  * workflow is shown where it was queued.

@@ -2,18 +2,17 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { allNodes, isHere } from "./tmpo_dom.js";
+import { allNodes, isHere, nodeOf } from "./tmpo_dom.js";
 
 const EVENT = "tmpo.growing";
 
-/** Views whose tree comes from a node. Its id has the ids of the subgraphs around it before it. */
+/** Views whose tree comes from the sampler with this id. */
 function viewsOf(id) {
-  const own = String(id).split(":").at(-1);
+  const sampler = nodeOf(id);
+  if (!String(sampler?.comfyClass ?? sampler?.type).startsWith("TMPO_TreeSampler")) return [];
   return allNodes().filter((node) => {
-    if (!node.tmpoTree) return false;
-    const slot = node.inputs?.findIndex((input) => input.name === "tree") ?? -1;
-    const sampler = slot < 0 ? null : node.getInputNode(slot);
-    return String(sampler?.id) === own && String(sampler.comfyClass ?? sampler.type).startsWith("TMPO_TreeSampler");
+    const slot = node.tmpoTree ? node.inputs.findIndex((input) => input.name === "tree") : -1;
+    return slot >= 0 && node.getInputNode(slot) === sampler;
   }).map((node) => node.tmpoTree);
 }
 

@@ -2,7 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { addStyle, allNodes, element, isHere, notify } from "./tmpo_dom.js";
+import { addStyle, allNodes, element, isHere, nodeOf, notify } from "./tmpo_dom.js";
 
 const EVENT = "tmpo.waiting";
 const CSS = `
@@ -46,8 +46,7 @@ function show(waiting) {
   for (const node of allNodes()) {
     const view = node.tmpoTree;
     if (!view) continue;
-    // A node in a subgraph has the ids of the subgraphs before its own.
-    const found = here.find((each) => String(each.node).split(":").at(-1) === String(node.id));
+    const found = here.find((each) => nodeOf(each.node) === node);
     const id = found?.id;
     if (id === view.pause?.dataset.id) continue;
     view.pause = found ? barOf(node, id) : null;

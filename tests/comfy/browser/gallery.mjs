@@ -306,9 +306,20 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
     resample({ node, tree: { seed: "4" } }, { path: [0, 1, 2] });
     const [leaf, decode] = ["TMPO_Leaf", "VAEDecode"].map((type) => subgraph.nodes.findLast((each) => each.type === type));
     const source = (made, name) => subgraph.getLink(made.inputs.find((input) => input.name === name).link)?.origin_id;
-    return [source(leaf, "model"), source(decode, "vae"), source(leaf, "positive") > 0, subgraph.inputNode.id];
+    // Another subgraph may have a node with the same number.
+    const around = app.graph.nodes.find((each) => each.subgraph === subgraph).id;
+    const sampler = subgraph.nodes.find(({ type }) => type === "TMPO_TreeSampler").id;
+    const nodes = [around + 1, around].map((id) => {
+      const tree = { growing: true, nodes: [], leaves: [], stars: [] };
+      node.tmpoTree.draw = () => {};
+      app.api.dispatchEvent(new CustomEvent("tmpo.growing", {
+        detail: { node: `${id}:${sampler}`, workflow: app.graph.id, tree, pictures: {} },
+      }));
+      return Boolean(node.tmpoTree.tree?.growing);
+    });
+    return [source(leaf, "model"), source(decode, "vae"), source(leaf, "positive") > 0, nodes, subgraph.inputNode.id];
   });
-  assert.deepEqual(inside, [inside[3], inside[3], true, inside[3]]);
+  assert.deepEqual(inside, [inside[4], inside[4], true, [false, true], inside[4]]);
 
   // Buttons keep their keys and leave the page's own to it; a finger adds leaves one by one.
   await load();
