@@ -92,3 +92,10 @@ print(len(names))
 
 def test_no_module_uses_the_network_when_it_is_imported(installed: Path, tmp_path: Path) -> None:
     assert int(run(installed, tmp_path, code=IMPORT_ALL)) > 90
+
+
+def test_every_workflow_has_a_thumbnail() -> None:
+    """ComfyUI's template browser shows the picture of the same name, without it a placeholder."""
+    folder = Path(__file__).parents[1] / "workflows"
+    names = {file.stem for file in folder.glob("*.json")}
+    assert len(names) > 6 and {file.stem for file in folder.glob("*.jpg")} == names
