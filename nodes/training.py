@@ -67,6 +67,10 @@ def missing_packages(python: str) -> str | None:
     return None if tried.returncode == 0 else ((tried.stdout or tried.stderr).strip().splitlines() or ["it failed"])[-1]
 
 
+#: Pixels of a sample grid's longer side, as it is shown.
+MOST_SIDE = 4096
+
+
 class Train(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -305,18 +309,26 @@ class TrainingMonitor(io.ComfyNode):
         series = {key.removeprefix("reward/"): [line[key] for line in lines] for key in rewards}
         series |= {"LGMD": [line["lgmd"] for line in lines], "gradient norm": [line["grad_norm"] for line in lines]}
         curves = charts.draw([line["update"] for line in lines], series)
-        grids = sample_grids(folder)
-        samples = to_image(read_picture(grids[-1])) if grids else blank()
+        samples, unread = blank(), ""
+        if grids := sample_grids(folder):
+            try:
+                grid = read_picture(grids[-1])
+                # That of a large model has more pixels than a node shows.
+                grid.thumbnail((MOST_SIDE, MOST_SIDE))
+                samples = to_image(grid)
+            except ValueError as error:
+                unread = f"\n{error}"
         text = f"update {lines[-1]['update']} of {planned(folder)}\n" + "\n".join(
             f"{name}: {values[0]:.4f} -> {np.mean(values[-max(1, len(values) // 10) :]):.4f}"
             for name, values in series.items()
         )
+        text += unread
         return io.NodeOutput(to_image(curves), samples, text, ui=ui.PreviewText(text))
 
 
 def sample_grids(folder: Path) -> list[Path]:
     """The sample grids of a run, newest last. Their names count the updates."""
-    return sorted((folder / "samples").glob("*.png"))
+    return sorted((folder / "samples").glob("[!.]*.png"))
 
 
 def blank() -> Tensor:

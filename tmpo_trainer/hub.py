@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ def verify(path: Path) -> str | None:
     Raises:
         ConfigError: the file has another hash.
     """
-    wanted = path.resolve().name
+    # The name of the first link's target: the blob may itself be a link, to a store that names files by another hash.
+    wanted = Path(os.readlink(path)).name if path.is_symlink() else path.name
     if re.fullmatch("[0-9a-f]{64}", wanted):
         with path.open("rb") as file:
             found, kind = hashlib.file_digest(file, "sha256").hexdigest(), "SHA-256"
@@ -49,8 +51,19 @@ def verify(path: Path) -> str | None:
     else:
         return None
     if found != wanted:
-        raise ConfigError(f"{path} is damaged ({kind} {found}, the hub has {wanted}): delete it and fetch again")
+        raise ConfigError(f"{path} is damaged ({kind} {found}, the hub has {wanted}): {_again(path)}")
     return kind
+
+
+def _again(path: Path) -> str:
+    """How to download a cached file anew. If it is deleted, the hub's library links to the same content again."""
+    for place, folder in enumerate(path.parts):
+        kind, _, repository = folder.partition("--")
+        if kind in ("models", "datasets") and path.parts[place + 1 : place + 2] == ("snapshots",):
+            name = "/".join(path.parts[place + 3 :])
+            more = " --repo-type dataset" if kind == "datasets" else ""
+            return f"run `hf download {repository.replace('--', '/')} {name} --force-download{more}`"
+    return "delete it and fetch again"
 
 
 def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None = None) -> Path:
@@ -65,20 +78,21 @@ def hub_file(what: str, repository: str, name: str, flag: str, kind: str | None 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HTTPError
 
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    more = " --repo-type dataset" if kind == "dataset" else ""
     try:
         return Path(hf_hub_download(repository, name, repo_type=kind))
     except GatedRepoError:
         raise ConfigError(
-            f"{what}: {repository} is gated: accept its licence at https://huggingface.co/{repository}, then run "
-            "`hf auth login`"
+            f"{what}: {repository} is gated: accept its licence at {page}, then run `hf auth login`"
         ) from None
     # A transfer that breaks off is a RuntimeError of hf_xet, or an HTTPError.
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         reason = one_line(str(error).partition("\n")[0])
         raise ConfigError(
-            f"{what} needs {name} of https://huggingface.co/{repository}, which is not in the hub's cache and cannot be "
-            f"downloaded ({reason}): on a machine that can, run `hf download {repository} {name}`, then copy it here and "
-            f"give {flag}, or copy its whole cache to {hub_cache()}"
+            f"{what} needs {name} of {page}, which is not in the hub's cache and cannot be downloaded ({reason}): on a "
+            f"machine that can, run `hf download {repository} {name}{more}`, then copy it here and give {flag}, or copy its "
+            f"whole cache to {hub_cache()}"
         ) from None
 
 

@@ -444,6 +444,15 @@ def test_training_from_a_graph(comfy: Any) -> None:
     shown = comfy.run({"1": node("TMPO_TrainingMonitor", run="run one"), "2": node("PreviewImage", images=["1", 0])})
     assert shown["1"]["text"][0].startswith("update 2 of 2\nshapes: ")
     metrics.write_text(kept)
+    # A grid that cannot be read leaves the curves; one that is being written is none. A large one is shown smaller.
+    samples = metrics.parent / "samples"
+    (samples / ".tmp-update-000009.png").write_bytes(b"half")
+    Image.new("RGB", (5000, 2500), "red").save(samples / "update-000004.png")
+    both = {"1": node("TMPO_TrainingMonitor", run="run one"), "3": node("PreviewImage", images=["1", 1])}
+    assert comfy.image(comfy.run(both)["3"]["images"][0]).shape == (2048, 4096, 3)
+    (samples / "update-000005.png").write_bytes(b"no picture")
+    assert "update-000005.png cannot be read as a picture" in comfy.run(both)["1"]["text"][0]
+    (samples / "update-000005.png").unlink()
     config = (comfy.base / "output" / "run one" / "config.yaml").read_text()
     assert "run one/prompts.txt" in config and "report: false" in config
     # A run from elsewhere would be resumed with its own settings: hosts, paths, programs.

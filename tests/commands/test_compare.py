@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from tmpo_trainer import methods
 from tmpo_trainer.commands import arms, compare, comparison, main
+from tmpo_trainer.commands.children import Training
 from tmpo_trainer.commands.flags import layers, parse
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.presets import make_config
@@ -167,6 +168,19 @@ def test_a_trial_run_is_stopped_with_the_comparison(flags: list[str], tmp_path: 
     # Nothing of it lives.
     with locked(tmp_path / "out/trials/tmpo.lock", tmp_path):
         assert not Path("out/compare.yaml").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_signal_reaches_every_run(tmp_path: Path) -> None:
+    """Also while the main thread starts one, and if another has just ended."""
+    training = Training(1, None)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    over, alive = (subprocess.Popen(command, start_new_session=True) for command in ([sys.executable, "-c", ""], sleep))
+    over.wait()
+    training._running |= {over, alive}
+    with training._lock:
+        training._stop(signal.SIGTERM, None)
+    assert alive.wait(20) == -signal.SIGTERM and training.stopped == signal.SIGTERM
 
 
 def test_one_that_fails_does_not_stop_the_others(

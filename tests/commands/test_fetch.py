@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tmpo_trainer.commands import fetch, main
-from tmpo_trainer.hub import git_blob, verify
+from tmpo_trainer.hub import git_blob, hub_file, verify
 from tmpo_trainer.prompts.lists import read_prompts
 from tmpo_trainer.rewards import check_prompts
 from tmpo_trainer.settings.errors import ConfigError
@@ -146,6 +146,30 @@ def test_a_scorers_files_are_checked(hub: Path, capsys: pytest.CaptureFixture[st
     weights.write_bytes(b"something else")
     assert main.main(["fetch", "--reward", "hpsv2"]) == 2
     assert "is damaged (SHA-256" in capsys.readouterr().err
+
+
+def test_a_blob_may_be_a_link_to_a_store_by_another_hash(tmp_path: Path) -> None:
+    """As the hub's library makes it after a download by Xet."""
+    snapshot = tmp_path / "models--owner--name/snapshots/c0ffee/deep"
+    blobs, store = tmp_path / "models--owner--name/blobs", tmp_path / "blobs/ab"
+    for folder in (snapshot, blobs, store):
+        folder.mkdir(parents=True)
+    (store / ("ab" * 32)).write_bytes(b"weights")
+    blob = blobs / hashlib.sha256(b"weights").hexdigest()
+    blob.symlink_to(store / ("ab" * 32))
+    path = snapshot / "weights.bin"
+    path.symlink_to(Path("../../../blobs") / blob.name)
+    assert verify(path) == "SHA-256"
+    (store / ("ab" * 32)).write_bytes(b"others")
+    with pytest.raises(ConfigError, match=r"run `hf download owner/name deep/weights\.bin --force-download`"):
+        verify(path)
+
+
+def test_a_data_set_is_named_as_one(hub: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        hub_file("prompts", "owner/list", "a.json", "--prompts FILE", "dataset")
+    assert "a.json of https://huggingface.co/datasets/owner/list, which" in str(error.value)
+    assert "`hf download owner/list a.json --repo-type dataset`" in str(error.value)
 
 
 def test_a_file_that_cannot_be_had_says_which_and_where_to_put_it(

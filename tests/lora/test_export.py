@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tmpo_trainer import __version__
+from tmpo_trainer.backbones import load_backbone
+from tmpo_trainer.backbones.base import LoadOptions
 from tmpo_trainer.evaluation import held_out
+from tmpo_trainer.lora.adapter import attach
 from tmpo_trainer.lora.export import FILE_NAME, export_lora
 from tmpo_trainer.training.loop import Trainer
 
@@ -145,6 +148,25 @@ def test_keys_and_metadata(trained: Trainer, tiny_model: Path, tmp_path: Path) -
     everything = json.dumps(metadata)
     for secret in (str(tiny_model), str(tmp_path), str(Path.home()), "/tmp", socket.gethostname(), *trained.prompts):
         assert secret not in everything
+
+
+def test_a_layer_that_was_left_out_is_not_claimed(
+    tiny_flux: Callable[[bool], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """FLUX's last layer is named like one of each single-stream block: peft would miss it in the file."""
+    model = str(tiny_flux(True))
+    options = LoadOptions(torch.float32, torch.device("cpu"), 8, prompts=PROMPTS)
+    backbone = load_backbone(model, options)
+    attach(backbone.transformer, backbone.adapter("all-linear", 2, 2))
+    export_lora(backbone, tmp_path, ABOUT)
+    with safe_open(tmp_path / FILE_NAME, "pt") as file:
+        adapter = json.loads(file.metadata()["lora_adapter_metadata"])
+    targets = adapter["transformer.target_modules"]
+    assert "single_transformer_blocks.0.proj_out" in targets and not {"proj_out", "to_q"} & {*targets}
+    stock = load_backbone(model, options).pipeline
+    recwarn.clear()
+    stock.load_lora_weights(tmp_path)
+    assert not [str(one.message) for one in recwarn if "inconsistency" in str(one.message)]
 
 
 def test_a_lora_that_is_zero_is_reported(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,7 +19,7 @@ from torch import Tensor
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.commands import main
-from tmpo_trainer.lora import adapter, attach
+from tmpo_trainer.lora import adapter, attach, layers
 from tmpo_trainer.settings.errors import ConfigError
 
 State = dict[str, Tensor]
@@ -190,6 +192,27 @@ def test_float8_is_computed_in_float32(backbone: Backbone, tmp_path: Path, capsy
     assert torch.isfinite(out).all()
     assert main.main(["inspect", str(file)]) == 0
     assert "float8_e4m3fn" in capsys.readouterr().out
+
+
+def test_layers_that_a_converter_drops_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """diffusers says it in a warning alone, and ours must not be the only one who reads that."""
+    file = tmp_path / "lora.safetensors"
+    shapes = {"double_blocks_0_img_attn_proj": 32, "guidance_in_in_layer": 32, "single_stream_modulation_lin": 96}
+    save_file({
+        f"lora_unet_{name}.{half}.weight": torch.ones(*shape)
+        for name, outputs in shapes.items()
+        for half, shape in (("lora_down", (4, 32)), ("lora_up", (outputs, 4)))
+    }, file)  # fmt: skip
+    logger = logging.getLogger("diffusers.loaders.lora_conversion_utils")
+    before = (logger.level, logger.propagate, list(logger.handlers), diffusers.utils.logging.get_verbosity())
+    read = layers.read(file, diffusers.Flux2Pipeline)
+    assert list(read.pairs) == ["transformer_blocks.0.attn.to_out.0"]
+    assert read.left_out.endswith(
+        ": 1 layers of the transformer are applied; 2 that diffusers does not place (lora_unet_guidance_in_in_layer, "
+        "lora_unet_single_stream_modulation_lin) are left out"
+    )
+    assert before == (logger.level, logger.propagate, logger.handlers, diffusers.utils.logging.get_verbosity())
+    assert not caplog.records
 
 
 def test_what_is_left_out_is_named(backbone: Backbone, tmp_path: Path) -> None:

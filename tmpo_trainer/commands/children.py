@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -36,7 +36,8 @@ class Training:
         self.jobs, self.command = jobs, [sys.executable, "-m", "tmpo_trainer", *(["launch", launch] if launch else [])]
         self.stopped: int | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
+        # The signal handler runs in the main thread, which may hold it.
+        self._lock = threading.RLock()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -58,12 +59,14 @@ class Training:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = number
         with self._lock:
-            for process in self._running:
-                if os.name == "nt":
-                    process.terminate()
-                else:
-                    # With a launcher, its workers must get the signal too, so that they save.
-                    os.killpg(process.pid, signal.SIGTERM)
+            for process in list(self._running):
+                # One that has just ended must not keep the signal from the others.
+                with suppress(OSError):
+                    if os.name == "nt":
+                        process.send_signal(signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined]
+                    else:
+                        # With a launcher, its workers must get the signal too, so that they save.
+                        os.killpg(process.pid, signal.SIGTERM)
 
     def _one(self, settings: Path, folder: Path, bar: tqdm[Any]) -> bool:
         """Starts or continues one run. Returns False if it failed, or if it must be left alone; a log line then says why."""
@@ -109,14 +112,16 @@ class Training:
             with self._lock:
                 if self.stopped:
                     return 130
-                # A session of its own, because the terminal's Ctrl-C would otherwise reach the child too.
+                windows = os.name == "nt"
+                # A session of its own, on Windows a group, because the terminal's Ctrl-C would otherwise reach the child too.
                 process = subprocess.Popen(
                     [*self.command, *flags],
                     stdout=out,
                     stderr=out,
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
-                    pass_fds=() if lock is None or os.name == "nt" else (lock.fileno(),),
+                    creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if windows else 0,  # type: ignore[attr-defined]
+                    pass_fds=() if lock is None or windows else (lock.fileno(),),
                 )
                 self._running.add(process)
             code = process.wait()

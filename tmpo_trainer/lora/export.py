@@ -47,7 +47,11 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
     if not write:
         return changed
     # No more of peft's config: diffusers hands all of it to peft, and an older one refuses fields that it does not know.
-    adapter = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(config.target_modules)}
+    # Where a pattern of names leaves modules out, the names themselves: a reader of the pattern would miss those.
+    targets = config.target_modules
+    if config.exclude_modules:
+        targets = {name.removesuffix(".lora_A.weight") for name in layers if name.endswith(".lora_A.weight")}
+    adapter = {"r": config.r, "lora_alpha": config.r, "target_modules": sorted(targets)}
     expected = {f"transformer.{name}": value for name, value in layers.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # A name of its own, so that what a kill leaves is found here the next time.

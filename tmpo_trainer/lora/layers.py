@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers.loaders import FluxLoraLoaderMixin, lora_conversion_utils
 from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def convert(lora: LoraFile, pipeline_class: Any) -> Layers:
         raise ConfigError(
             f"{file} is a DoRA, and diffusers would drop its magnitudes ({named(dora, 1)}): give a plain LoRA"
         )
-    state, alphas = _diffusers_names(lora, pipeline_class)
+    state, alphas, unplaced = _diffusers_names(lora, pipeline_class)
     own = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
     downs = {k.removesuffix(".lora_A.weight"): v for k, v in own.items() if k.endswith(".lora_A.weight")}
     ups = {k.removesuffix(".lora_B.weight"): v for k, v in own.items() if k.endswith(".lora_B.weight")}
@@ -119,7 +120,7 @@ def convert(lora: LoraFile, pipeline_class: Any) -> Layers:
         pairs[module] = (down, up if factor == 1 else up.float() * factor)
         if factor != 1 and module in biases:
             biases[module] = biases[module].float() * factor
-    found = Layers(file, pairs, biases, magnitudes, _left_out(lora, state, len(pairs)))
+    found = Layers(file, pairs, biases, magnitudes, _left_out(lora, state, unplaced, len(pairs)))
     lora_file.check_finite(file, found.state())
     return found
 
@@ -134,7 +135,7 @@ def readers(lora: LoraFile) -> list[str]:
         for kind in discovery.load("backbones", name).PIPELINES.values():
             layers = tuple(f".{ending}.lora_A.weight" for ending in kind.lora_targets["all-linear"])
             with contextlib.suppress(ConfigError):
-                state, _ = _diffusers_names(lora, kind.pipeline_class)
+                state, *_ = _diffusers_names(lora, kind.pipeline_class)
                 if any(key.startswith(PREFIX) and key.endswith(layers) for key in state):
                     found[kind.family] = None
     return list(found)
@@ -150,21 +151,52 @@ def _check_kohya(lora: LoraFile) -> None:
             )
 
 
-def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors under the names that diffusers makes of them, and the alphas that it has not folded in.
+class _Unplaced(logging.Handler):
+    """Notes the layers that diffusers' converters drop, which they say in a warning alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.layers: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text.startswith("Unsupported keys"):
+            self.layers |= {re.split(r"\.(?:lora_|alpha)", key)[0] for key in re.findall(r"'([^']+)'", text)}
+
+
+@contextlib.contextmanager
+def _converting() -> Iterator[set[str]]:
+    """Diffusers without its messages. Yields the layers that its converters drop, which are known afterwards."""
+    logger, handler = logging.getLogger(lora_conversion_utils.__name__), _Unplaced()
+    verbosity, level, propagate = diffusers.utils.logging.get_verbosity(), logger.level, logger.propagate
+    diffusers.utils.logging.set_verbosity_error()
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield handler.layers
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        diffusers.utils.logging.set_verbosity(verbosity)
+
+
+def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    """The tensors under the names that diffusers makes of them, the alphas that it has not folded in, and the layers that its
+    converter has dropped.
 
     Raises:
         ConfigError: diffusers cannot, or finds no layers of a transformer.
     """
     if issubclass(pipeline_class, FluxLoraLoaderMixin):
         _check_kohya(lora)
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
     try:
         # FLUX's function returns alphas, SD3's leaves them among the tensors.
-        state, *alphas, _ = pipeline_class.lora_state_dict(
-            dict(lora.state), return_alphas=True, return_lora_metadata=True
-        )
+        with _converting() as unplaced:
+            state, *alphas, _ = pipeline_class.lora_state_dict(
+                dict(lora.state), return_alphas=True, return_lora_metadata=True
+            )
         state = {**state, **(alphas[0] or {})} if alphas else state
         folded = {key: value for key, value in state.items() if key.endswith(".alpha") and value.numel() == 1}
         state = {key: value for key, value in state.items() if key not in folded}
@@ -178,17 +210,15 @@ def _diffusers_names(lora: LoraFile, pipeline_class: Any) -> tuple[dict[str, Ten
             f"{lora.file} cannot be converted by diffusers ({type(error).__name__}: {one_line(error)}): give a LoRA of the "
             "same model, or rename its keys as diffusers does"
         ) from None
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
     if not any(key.startswith(PREFIX) and ".lora_A." in key for key in state):
         raise ConfigError(
             f"{lora.file}: {pipeline_class.__name__} of diffusers finds no layers of a transformer among its names, such as "
             f"{named(list(lora.layers), 1)}: rename its keys as diffusers does"
         )
-    return {key: value.contiguous() for key, value in state.items()}, folded
+    return {key: value.contiguous() for key, value in state.items()}, folded, unplaced
 
 
-def _left_out(lora: LoraFile, state: Mapping[str, Tensor], applied: int) -> str:
+def _left_out(lora: LoraFile, state: Mapping[str, Tensor], unplaced: set[str], applied: int) -> str:
     """What of a file is not applied."""
     text = len(lora.text)
     others = [
@@ -196,6 +226,7 @@ def _left_out(lora: LoraFile, state: Mapping[str, Tensor], applied: int) -> str:
         for key in state
         if ".lora_A." in key and not key.startswith((PREFIX, *lora_file.TEXT))
     ]
+    others += sorted(unplaced - set(lora.text))
     parts = [f"{text} of text encoders"] if text else []
     parts += [f"{len(others)} that diffusers does not place ({named(others)})"] if others else []
     if not parts:
