@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -270,6 +271,15 @@ def test_mistakes_in_a_class_of_ones_own_are_one_line(
     # In training, too, what a method returns is seen after a rollout at the earliest.
     assert main.main([*short, "--reward", name, "--prompts", "prompts.txt", "--eval-prompts", "prompts.txt"]) == code
     assert blame.partition(": SyntaxError")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_mistake_in_a_parked_scorer_is_found_in_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    (tmp_path / "mine.py").write_text(f"{MISTAKES}\nForgets.to = lambda self, device: None\n")
+    parked = Parked(load_scorer("mine:Forgets"), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"mine:Forgets failed with KeyError: 'colour' \(mine\.py, line 16\)"):
+        rewards.score_all([("mine:Forgets", parked)], np.zeros((1, 8, 8, 3), np.uint8), ["a"], None)
 
 
 def test_only_a_reward_on_a_server_may_be_several() -> None:

@@ -21,6 +21,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ def _from_class(name: str) -> Reward:
             raise
         except Exception as error:
             call = f"{attribute}(device)" if path is None else f"{attribute}(device, path)"
-            said = failure(error, inspect.getsourcefile(module))
+            said = failure(error, module.__file__)
             raise ConfigError(f"reward {name}: {call} failed with {said}") from None
         if not callable(getattr(scorer, "score", None)):
             raise ConfigError(f"reward {name}: {attribute}(device) has no method score(images, prompts, metadata)")
@@ -404,7 +405,8 @@ def _score(
         raise
     except Exception as error:
         # A mistake in a scorer of the user's own, which ends a run like any other failure of a scorer.
-        said = failure(error, inspect.getsourcefile(type(scorer)))
+        own = scorer.scorer if isinstance(scorer, Parked) else scorer
+        said = failure(error, getattr(sys.modules.get(type(own).__module__), "__file__", None))
         raise ValueError(f"reward {name} failed with {said}") from error
     if not isinstance(scores, Tensor):
         raise ValueError(f"reward {name} gave {type(scores).__name__}: score must return a torch.Tensor, float32 [N]")
