@@ -44,6 +44,8 @@ ASKED = "asked.yaml"
 SAVING = 120
 #: Seconds between two looks at a run.
 LOOK = 0.5
+#: Pixels of a sample grid's longer side, as it is shown.
+MOST_SIDE = 4096
 #: Of the runs' LoRAs.
 CHANGES = Changes()
 
@@ -65,10 +67,6 @@ def missing_packages(python: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"python {python} cannot be run ({error}): give the path of an interpreter") from None
     return None if tried.returncode == 0 else ((tried.stdout or tried.stderr).strip().splitlines() or ["it failed"])[-1]
-
-
-#: Pixels of a sample grid's longer side, as it is shown.
-MOST_SIDE = 4096
 
 
 class Train(io.ComfyNode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -99,3 +100,12 @@ def test_every_workflow_has_a_thumbnail() -> None:
     folder = Path(__file__).parents[1] / "workflows"
     names = {file.stem for file in folder.glob("*.json")}
     assert len(names) > 6 and {file.stem for file in folder.glob("*.jpg")} == names
+
+
+def test_the_page_knows_the_largest_tree() -> None:
+    root = Path(__file__).parents[1]
+    known = [
+        re.findall(r"^(?:const )?MOST_LEAVES = (\d+)", (root / file).read_text(encoding="utf-8"), re.MULTILINE)
+        for file in ("nodes/tree_sampler.py", "web/tmpo_size.js")
+    ]
+    assert known[0] == known[1] and len(known[0]) == 1

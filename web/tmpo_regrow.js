@@ -24,8 +24,8 @@ export function regrow(view, leaf) {
     for (const { name } of grown.inputs ?? []) if (!["seed", "latent_image"].includes(name)) sameLink(sampler, grown, name);
     for (const widget of sampler.widgets ?? []) set(grown, widget.name, widget.value);
     join(start, 0, grown, "latent_image");
-    // With the tree's own noise one of them would be the leaf itself.
-    set(grown, "seed", Number(tree.seed) + 1);
+    // With the tree's own noise one of them would be the leaf itself. Above 2^53 the next number would be the same one.
+    set(grown, "seed", (Number(tree.seed) + 1) % 2 ** 50);
     set(grown, "control_after_generate", "fixed");
     set(grown, "denoise", DENOISE);
     grown.title = `Variations of ${leaf.path.join(", ")}`;

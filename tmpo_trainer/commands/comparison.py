@@ -21,6 +21,7 @@ from ..evaluation.held_out import HeldOut
 from ..files import read_metrics, write_text
 from ..lora import export
 from ..lora.attach import attach
+from ..rewards.pickscore import DIVISORS, Scale
 from ..settings.config import to_yaml
 from ..settings.errors import ConfigError
 from ..settings.presets import current
@@ -82,14 +83,11 @@ def compare(
     return 1 if lost else 0
 
 
-def _on_scale(metrics: list[dict[str, Any]], scale: str, wanted: str) -> list[dict[str, Any]]:
+def _on_scale(metrics: list[dict[str, Any]], scale: Scale, wanted: Scale) -> list[dict[str, Any]]:
     """A run's metrics with PickScore on the comparison's scale: GARDO's protocol trains on another one."""
     if scale == wanted:
         return metrics
-    from ..rewards.pickscore import DIVISORS
-
-    by_name: dict[str, float] = {**DIVISORS}
-    key, factor = "reward/pickscore", by_name[scale] / by_name[wanted]
+    key, factor = "reward/pickscore", DIVISORS[scale] / DIVISORS[wanted]
     return [line | ({key: line[key] * factor} if key in line else {}) for line in metrics]
 
 

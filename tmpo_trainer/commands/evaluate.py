@@ -82,10 +82,9 @@ def _layers(lora: Path | None, flags: dict[str, Any]) -> list[tuple[str, dict[st
         return [defaults, *preset_layers(measured | flags), ("measures", measured)]
     # The evaluation gets an output folder of its own; the run's folder keeps only the run's files. Where this machine keeps
     # text features, and where it sends pictures, is not a stranger's choice.
-    wanted = set(EVALUATION.values()) - {"output_dir", "text_cache", "remote_hosts"}
-    settings = read_yaml(saved)
-    kept = valid(str(saved), settings, wanted)
-    _refuse_foreign(saved, kept | valid(str(saved), settings, ["remote_hosts"]), flags)
+    settings = valid(str(saved), read_yaml(saved), set(EVALUATION.values()) - {"output_dir", "text_cache"})
+    _refuse_foreign(saved, settings, flags)
+    kept = {key: value for key, value in settings.items() if key != "remote_hosts"}
     if "reward" not in flags and kept.get("model", "demo") != "demo":
         # The first one is what the run was trained for: the limit is about it.
         own = kept.get("reward", ())
