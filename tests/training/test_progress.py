@@ -1,4 +1,4 @@
-"""What the reporter writes and says about drift."""
+"""What the reporter writes and says about drift, and about the velocity's error."""
 
 from __future__ import annotations
 
@@ -45,3 +45,28 @@ def test_drift_of_a_grid_is_written_and_warned_of_once(tmp_path: Path, capsys: p
     assert [(line["update"], line["contrast"]["shift"]["mean"]) for line in lines] == [
         (2, 0), (4, pytest.approx(1)), (6, pytest.approx(1.2))
     ]  # fmt: skip
+
+
+def test_a_rising_error_of_the_velocity_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a run that is resumed; a method without such an error has no warning."""
+
+    def run(folder: Path, done: int, errors: dict[int, float | None]) -> list[str]:
+        unasked: Any = None
+        reporter = Reporter(folder, 99, done, ["red"], unasked, unasked, Accelerator(cpu=True))
+        for update, error in errors.items():
+            line = {"update": update, "reward/red": 0.5, "lgmd": 0.1}
+            reporter.update(line | ({} if error is None else {"velocity_mse": error}))
+        reporter.close()
+        return [line for line in capsys.readouterr().err.splitlines() if "velocity_mse" in line]
+
+    level = dict.fromkeys(range(1, 41), 0.25)
+    # The mean of the last 20 is 1.5 times the first 20's at update 50, and more at 51.
+    risen = dict.fromkeys(range(41, 61), 0.5)
+    (said,) = run(tmp_path / "whole", 0, level | risen)
+    assert "update 51: velocity_mse" in said and "is 1.6 times that of the first 20 updates" in said
+    assert not run(tmp_path / "part", 0, level | dict.fromkeys(range(41, 51), 0.5))
+    (said,) = run(tmp_path / "part", 50, dict.fromkeys(range(51, 61), 0.5))
+    assert "update 51: velocity_mse" in said
+    assert not run(tmp_path / "part", 60, dict.fromkeys(range(61, 71), 0.5))
+    assert not run(tmp_path / "other", 0, dict.fromkeys(range(1, 61), None))
+    assert not run(tmp_path / "short", 0, {update: float(update) for update in range(1, 40)})

@@ -16,6 +16,9 @@ from . import drift, limit
 from .held_out import Evaluation
 from .statistics import Interval, interval, markdown_table, paired_gain, summary, verdict
 
+#: Updates at a run's beginning and end whose velocity errors are compared, and the rise that is warned of.
+WINDOW, RISE = 20, 1.5
+
 
 @dataclass
 class Intervals:
@@ -76,6 +79,8 @@ def curves(
     # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
     if all("kl_reference" in line for line in metrics):
         series.append(("kl_reference", "KL to the reference, per dimension"))
+    if all("velocity_mse" in line for line in metrics):
+        series.append(("velocity_mse", "error of the velocity on the leaves"))
     if any(line.get("ratio_mean", 1) != 1 for line in metrics):
         series.append(("ratio_mean", "mean ratio"))
     panels = len(series) + bool(evaluations)
@@ -93,6 +98,25 @@ def curves(
         axis.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
+
+
+def error_warning(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """A line if the network's error on its own leaves is by now far above that of the first updates, or "".
+
+    Args:
+        metrics: lines of metrics.jsonl; those of methods on transitions have no such error.
+    """
+    errors = [line["velocity_mse"] for line in metrics if isinstance(line.get("velocity_mse"), int | float)]
+    if len(errors) < 2 * WINDOW:
+        return ""
+    rise = float(np.mean(errors[-WINDOW:]) / np.mean(errors[:WINDOW]))
+    if not rise > RISE:
+        return ""
+    return (
+        f"velocity_mse, the network's error on the pictures that it is trained on, is {rise:.1f} times that of the first "
+        f"{WINDOW} updates: it goes on drawing what it is pushed away from, and further updates gain little. It is held by "
+        "`rollout: chains` in place of a tree, a larger `kl_weight` or a smaller `learning_rate`."
+    )
 
 
 def running_mean(values: np.ndarray, share: int) -> np.ndarray:
@@ -167,7 +191,8 @@ def write_report(
     checks = verdict(base, trained, target)
     moved = drift.drifts(base.statistics, trained.statistics, base.prompts)
     content = {"prompts": len(base.prompts), **figures, "drift": drift.content(moved), "verdict": checks}
-    sections = [_markdown(figures, checks, about, drift.section(moved, neutral))]
+    warnings = [text for text in (drift.section(moved, neutral), error_warning(metrics)) if text]
+    sections = [_markdown(figures, checks, about, "\n\n".join(warnings))]
     curve = limit.front(base)
     if curve is not None:
         text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})

@@ -13,7 +13,7 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..evaluation import drift
+from ..evaluation import drift, report
 from ..evaluation.held_out import Evaluation
 from ..evaluation.statistics import summary
 from ..files import read_metrics, replacing, write_text
@@ -67,11 +67,15 @@ class Reporter:
         if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
-        for path in (run / "metrics.jsonl", run / "evaluations.jsonl", run / "drift.jsonl"):
+        for name in ("metrics.jsonl", "evaluations.jsonl", "drift.jsonl"):
+            path = run / name
             kept = [line for line in read_metrics(path) if line["update"] <= done]
             # Lines after the checkpoint are about to be written again.
             if path.exists():
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.lines = read_metrics(run / "metrics.jsonl")
+        #: Whether a resumed run has been warned before.
+        self.warned_of_error = bool(report.error_warning(self.lines))
         self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
 
     def update(self, metrics: dict[str, Any]) -> None:
@@ -86,6 +90,10 @@ class Reporter:
         shown += [f"{short}={metrics[name]:.3f}" for short, name in more.items() if name in metrics]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
+        self.lines.append(metrics)
+        if not self.warned_of_error and (text := report.error_warning(self.lines)):
+            self.bar.write(f"update {metrics['update']}: {text}", file=sys.stderr)
+            self.warned_of_error = True
 
     def shown(self, update: int) -> set[str]:
         """What a run that is resumed has of an update already: samples, evaluation."""
