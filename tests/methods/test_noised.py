@@ -211,6 +211,37 @@ def test_gradient_of_nft_is_that_of_its_loss_written_out(adaptive: bool, rise: f
     assert made.network.evaluated["reference"] == len(x) * (2 if rise else 1)
 
 
+@pytest.mark.parametrize("kl", [0, 0.3])
+def test_a_limit_on_the_error_of_what_is_pushed_away(kl: float) -> None:
+    """Such a row keeps its KL alone, once its error is above that many times the pretrained model's, whatever the weights.
+    A row that attracts has no limit."""
+    settings = {"negative_limit": 1.2, "kl_weight": kl, "noise_weight": 1, "adaptive_weight": False}
+    made = set_up("awm", **settings)
+    _, x, t, v, weight = all_rows(made)
+    with torch.no_grad(), made.weights.pretrained():
+        reference = made.transformer(x, t)
+    advantage = torch.stack(made.batch.rewards, 1).repeat(DRAWS, 1).flatten()
+    halts = []
+    for _ in range(2):
+        velocity = made.transformer(x, t)
+        error, other = ((velocity - v).square().mean((1, 2, 3)), (reference - v).square().mean((1, 2, 3)))
+        wrong = error > 1.2 * other
+        halts.append(wrong & (advantage < 0))
+        rows = advantage * error * ~halts[-1] + kl * (velocity - reference).square().mean((1, 2, 3))
+        (expected,) = torch.autograd.grad((weight * rows).mean() * COUNT / 4, made.transformer.adapter)
+        assert halts[-1].any() and (wrong & (advantage > 0)).any() and (~wrong & (advantage < 0)).any()
+        for name, more in (("awm", {}), ("nft", {"old_decay_rise": 0, "strength": 0.4})):
+            same = set_up(name, **settings, **more)
+            same.weights.read(made.weights.lora)
+            got, figures = found(same)
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+            assert figures["negative_halted"] == [halts[-1][p::COUNT].double().mean().item() for p in range(COUNT)]
+        assert made.method.needs_reference and not set_up("awm").method.needs_reference
+        move(made, 0.3)
+    # It is looked at anew wherever the weights are.
+    assert not torch.equal(*halts)
+
+
 # -- exact facts ---------------------------------------------------------------------------------------------------
 
 
@@ -364,11 +395,14 @@ def settings_of(method: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("method", "more"),
-    [*((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0}), ("nft", {"old_decay_max": 0})],
-)
+    [
+        *((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0}), ("nft", {"old_decay_max": 0}),
+        ("nft", {"old_decay_rise": 0, "kl_weight": 0, "negative_limit": 1.2}),
+    ],
+)  # fmt: skip
 def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
     """Rows of the transformer's own calls, against what is promised and what metrics.jsonl says; with two optimiser steps."""
-    trainer = make(**settings_of(method), inner_updates=2, **more)
+    trainer = make(**settings_of(method) | {"inner_updates": 2} | more)
     counts = {"forward": 0, "with gradient": 0}
 
     def count(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -390,7 +424,7 @@ def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("method", "more"), [*((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0})])
 def test_batches_change_nothing(check_batches: Callable[..., None], method: str, more: dict[str, Any]) -> None:
-    check_batches(**settings_of(method), noise_weight=1, **more)
+    check_batches(**settings_of(method), noise_weight=1, negative_limit=1.0001, **more)
 
 
 def test_nft_on_policy_after_an_attempt_that_ran_out_of_memory(make: Make) -> None:

@@ -83,6 +83,7 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "draws",
         "noise_shift",
         "noise_weight",
+        "negative_limit",
         "rollout",
         "strength",
         "reward_range",

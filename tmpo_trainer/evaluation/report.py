@@ -115,7 +115,7 @@ def error_warning(metrics: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"velocity_mse, the network's error on the pictures that it is trained on, is {rise:.1f} times that of the first "
         f"{WINDOW} updates: it goes on drawing what it is pushed away from, and further updates gain little. It is held by "
-        "`rollout: chains` in place of a tree, a larger `kl_weight` or a smaller `learning_rate`."
+        "a `negative_limit`, such as 2, by `rollout: chains` in place of a tree, or by a larger `kl_weight`."
     )
 
 

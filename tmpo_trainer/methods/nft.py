@@ -111,6 +111,9 @@ class Method(NoisedMethod):
         positive, negative = (trained_error(part, old + sign * step, config.adaptive_weight) for sign in (1, -1))
         return (good * positive + (1 - good) * negative) * config.reward_range / config.strength
 
+    def repelled(self, batch: PromptBatch, rows: slice) -> Tensor:
+        return batch.own["optimality"][rows] < 0.5
+
     def end(self, figures: Mapping[str, float]) -> None:
         decay = min(self.done * self.config.old_decay_rise, self.config.old_decay_max)
         for name, value in self.weights.copy().items():

@@ -46,6 +46,10 @@ class NoisedSettings(StochasticSettings):
     adaptive_weight: bool = False
     """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
     worse than its group then pushes with a bounded gradient."""
+    negative_limit: float | None = Field(None, gt=1, le=1000)
+    """Stop pushing away from a leaf, at a noise level, once the network's error there is more than this many times the
+    pretrained model's. Nothing else bounds that error: where a policy goes on drawing what it is pushed away from, it grows
+    until the network is worse on all its leaves. By default there is no limit, as in the papers."""
     rollout: Literal["chains", "tree"] = "chains"
     """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that leaves share
     early steps and cost less."""
@@ -170,7 +174,7 @@ class NoisedMethod(Method):
     @property
     def needs_reference(self) -> bool:
         """Whether the pretrained model's velocities are needed."""
-        return bool(self.config.kl_weight)
+        return bool(self.config.kl_weight) or self.config.negative_limit is not None
 
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
         """Rollout, reference, replay; see `Method`."""
@@ -201,6 +205,10 @@ class NoisedMethod(Method):
         """`[n]`, from the network's velocity at a part's rows, `[n, ...latent]`. A prompt's loss is the mean over its rows,
         times their weights."""
 
+    @abstractmethod
+    def repelled(self, batch: PromptBatch, rows: slice) -> Tensor:
+        """`[n]`, bool: the rows whose error the loss raises."""
+
     def backward(self, batch: PromptBatch, network: Network, inner: int) -> Figures:
         import torch
 
@@ -210,7 +218,7 @@ class NoisedMethod(Method):
             with network.phase("reference"), self.weights.pretrained():
                 batch.own["reference"], batch.own["reference_errors"] = evaluated(noised, network)
         figures = self.prepare(batch, noised, network, inner)
-        losses, errors, kl = (torch.zeros_like(noised.t) for _ in range(3))
+        losses, errors, kl, halted = (torch.zeros_like(noised.t) for _ in range(4))
         scale = batch.share / len(noised.t)
         with network.phase("replay"):
             for part in noised.parts(network.max_batch):
@@ -218,6 +226,11 @@ class NoisedMethod(Method):
                 loss = self.row_loss(batch, part, velocity)
                 losses[part.rows] = part.weight * loss.detach()
                 errors[part.rows] = mean_square(velocity.detach() - part.v)
+                if config.negative_limit is not None:
+                    most = config.negative_limit * mean_square(batch.own["reference"][part.rows] - part.v)
+                    stop = self.repelled(batch, part.rows) & (errors[part.rows] > most)
+                    halted[part.rows] = stop.to(halted)
+                    loss = loss.masked_fill(stop, 0)
                 if config.kl_weight:
                     off = mean_square(velocity - batch.own["reference"][part.rows])
                     kl[part.rows] = off.detach()
@@ -228,6 +241,8 @@ class NoisedMethod(Method):
         found = {"loss": losses, "velocity_mse": errors}
         if config.kl_weight:
             found["kl_reference"] = kl
+        if config.negative_limit is not None:
+            found["negative_halted"] = halted
         # Row % P is the prompt.
         return {name: rows.view(-1, batch.count).mean(0).tolist() for name, rows in found.items()} | figures
 
@@ -297,6 +312,9 @@ class ErrorMethod(NoisedMethod):
 
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
         return batch.own["weights"][part.rows] * trained_error(part, velocity, self.config.adaptive_weight)
+
+    def repelled(self, batch: PromptBatch, rows: slice) -> Tensor:
+        return batch.own["weights"][rows] < 0
 
 
 def advantage(rewards: Tensor) -> Tensor:
