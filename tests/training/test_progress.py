@@ -60,13 +60,13 @@ def test_a_rising_error_of_the_velocity_is_warned_of_once(tmp_path: Path, capsys
         return [line for line in capsys.readouterr().err.splitlines() if "velocity_mse" in line]
 
     level = dict.fromkeys(range(1, 41), 0.25)
-    # The mean of the last 20 is 1.5 times the first 20's at update 50, and more at 51.
-    risen = dict.fromkeys(range(41, 61), 0.5)
+    # The mean of the last 20 is twice the first 20's at update 50, and more at 51.
+    risen = dict.fromkeys(range(41, 61), 0.75)
     (said,) = run(tmp_path / "whole", 0, level | risen)
-    assert "update 51: velocity_mse" in said and "is 1.6 times that of the first 20 updates" in said
-    assert not run(tmp_path / "part", 0, level | dict.fromkeys(range(41, 51), 0.5))
-    (said,) = run(tmp_path / "part", 50, dict.fromkeys(range(51, 61), 0.5))
+    assert "update 51: velocity_mse" in said and "is 2.1 times that of the first 20 updates" in said
+    assert not run(tmp_path / "part", 0, level | dict.fromkeys(range(41, 51), 0.75))
+    (said,) = run(tmp_path / "part", 50, dict.fromkeys(range(51, 61), 0.75))
     assert "update 51: velocity_mse" in said
-    assert not run(tmp_path / "part", 60, dict.fromkeys(range(61, 71), 0.5))
+    assert not run(tmp_path / "part", 60, dict.fromkeys(range(61, 71), 0.75))
     assert not run(tmp_path / "other", 0, dict.fromkeys(range(1, 61), None))
     assert not run(tmp_path / "short", 0, {update: float(update) for update in range(1, 40)})

@@ -17,7 +17,7 @@ from .held_out import Evaluation
 from .statistics import Interval, interval, markdown_table, paired_gain, summary, verdict
 
 #: Updates at a run's beginning and end whose velocity errors are compared, and the rise that is warned of.
-WINDOW, RISE = 20, 1.5
+WINDOW, RISE = 20, 2.0
 
 
 @dataclass
@@ -114,7 +114,7 @@ def error_warning(metrics: Sequence[Mapping[str, Any]]) -> str:
         return ""
     return (
         f"velocity_mse, the network's error on the pictures that it is trained on, is {rise:.1f} times that of the first "
-        f"{WINDOW} updates: it goes on drawing what it is pushed away from, and further updates gain little. It is held by "
+        f"{WINDOW} updates: it goes on drawing what it is pushed away from, and the reward may stop rising. It is held by "
         "a `negative_limit`, such as 2, by `rollout: chains` in place of a tree, or by a larger `kl_weight`."
     )
 
