@@ -236,7 +236,6 @@ def test_a_limit_on_the_error_of_what_is_pushed_away(kl: float) -> None:
             got, figures = found(same)
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
             assert figures["negative_halted"] == [halts[-1][p::COUNT].double().mean().item() for p in range(COUNT)]
-        assert made.method.needs_reference and not set_up("awm").method.needs_reference
         move(made, 0.3)
     # It is looked at anew wherever the weights are.
     assert not torch.equal(*halts)

@@ -100,13 +100,13 @@ def curves(
         figure.savefig(temporary, dpi=110)
 
 
-def error_warning(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """A line if the network's error on its own leaves is by now far above that of the first updates, or "".
+def velocity_errors(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The errors of the network on its own leaves in lines of metrics.jsonl; methods on transitions have none."""
+    return [line["velocity_mse"] for line in metrics if isinstance(line.get("velocity_mse"), int | float)]
 
-    Args:
-        metrics: lines of metrics.jsonl; those of methods on transitions have no such error.
-    """
-    errors = [line["velocity_mse"] for line in metrics if isinstance(line.get("velocity_mse"), int | float)]
+
+def error_warning(errors: Sequence[float]) -> str:
+    """A line if `velocity_errors` are by now far above those of the first updates, or ""."""
     if len(errors) < 2 * WINDOW:
         return ""
     rise = float(np.mean(errors[-WINDOW:]) / np.mean(errors[:WINDOW]))
@@ -115,7 +115,7 @@ def error_warning(metrics: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"velocity_mse, the network's error on the pictures that it is trained on, is {rise:.1f} times that of the first "
         f"{WINDOW} updates: it goes on drawing what it is pushed away from, and the reward may stop rising. It is held by "
-        "a `negative_limit`, such as 2, by `rollout: chains` in place of a tree, or by a larger `kl_weight`."
+        "a `negative_limit`, such as 2, or a larger `kl_weight`."
     )
 
 
@@ -191,8 +191,8 @@ def write_report(
     checks = verdict(base, trained, target)
     moved = drift.drifts(base.statistics, trained.statistics, base.prompts)
     content = {"prompts": len(base.prompts), **figures, "drift": drift.content(moved), "verdict": checks}
-    warnings = [text for text in (drift.section(moved, neutral), error_warning(metrics)) if text]
-    sections = [_markdown(figures, checks, about, "\n\n".join(warnings))]
+    parts = drift.section(moved, neutral), error_warning(velocity_errors(metrics))
+    sections = [_markdown(figures, checks, about, "\n\n".join(part for part in parts if part))]
     curve = limit.front(base)
     if curve is not None:
         text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})

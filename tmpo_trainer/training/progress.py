@@ -73,9 +73,9 @@ class Reporter:
             # Lines after the checkpoint are about to be written again.
             if path.exists():
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.lines = read_metrics(run / "metrics.jsonl")
-        #: Whether a resumed run has been warned before.
-        self.warned_of_error = bool(report.error_warning(self.lines))
+        self.errors = report.velocity_errors(read_metrics(run / "metrics.jsonl"))
+        #: Whether a rise of the errors has been warned of; a resumed run has been, before.
+        self.warned_of_error = bool(report.error_warning(self.errors))
         self.file = (run / "metrics.jsonl").open("a", encoding="utf-8")
 
     def update(self, metrics: dict[str, Any]) -> None:
@@ -90,8 +90,8 @@ class Reporter:
         shown += [f"{short}={metrics[name]:.3f}" for short, name in more.items() if name in metrics]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
-        self.lines.append(metrics)
-        if not self.warned_of_error and (text := report.error_warning(self.lines)):
+        self.errors += report.velocity_errors([metrics])
+        if not self.warned_of_error and (text := report.error_warning(self.errors)):
             self.bar.write(f"update {metrics['update']}: {text}", file=sys.stderr)
             self.warned_of_error = True
 
