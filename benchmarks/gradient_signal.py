@@ -4,7 +4,7 @@ Takes the flags of `python -m tmpo_trainer`. It computes the gradients of `--upd
 model (the weights never move; `--prompts-per-update` is the batch) and prints, for the gradient with respect to lora_B
 (lora_A has none while lora_B is 0):
 
-- signal to noise: |E g|^2 over the trace of Cov g, unbiased, from pairs of updates; and the same after dividing each
+- noise: the trace of Cov g; signal to noise: |E g|^2 over it, unbiased, from pairs of updates; and the same after dividing each
   coordinate by its root mean square, which is what Adam sees;
 - contrast: the cosine between the signal and the gradient of the latents' standard deviation in deterministic sampling.
   Near 1, training mostly makes pictures harsher;
@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> int:
     cosine = -(gradients.mean(0) @ contrast).item() / (max(signal, 1e-30) ** 0.5 * contrast.norm().item())
     print(f"preset {preset}, {config.updates} updates, seed {config.seed}, {sum(seconds) / config.updates:.2f} s each")
     print(f"reward in the rollouts {sum(rewards) / len(rewards):.3f}")
-    print(f"signal to noise per update {ratio:+.4f}, as Adam sees it {as_adam:+.4f}")
+    print(f"signal to noise per update {ratio:+.4f}, as Adam sees it {as_adam:+.4f}, noise {signal / ratio:.3g}")
     if by_level:
         print(*by_level.rows(), sep="\n")
     print(f"contrast: cosine of the signal with the gradient of the latents' standard deviation {cosine:+.2f}")

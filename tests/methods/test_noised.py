@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tmpo_trainer import methods, objectives, tree
 from tmpo_trainer.methods import data
 from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
-from tmpo_trainer.methods.noised import NoisedLeaves
+from tmpo_trainer.methods.noised import NoisedLeaves, advantage_shares, concentrated
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import checkpoint
@@ -314,6 +314,93 @@ def test_draws() -> None:
     assert not torch.equal(all_rows(made).t, t)
 
 
+def test_importance_of_noise_levels() -> None:
+    """Levels have the density, and values that weigh its inverse have the mean over even levels, from little to all of it."""
+    places = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    for share in (0.0, 0.3, 0.95):
+        t, weight = concentrated(places, share)
+        edges = torch.linspace(0, 1, 11, dtype=torch.float64)
+        expected = (1 - share) * edges + share * (4 * edges**3 - 3 * edges**4)
+        counted = torch.bucketize(t, edges[1:-1]).bincount() / len(t)
+        torch.testing.assert_close(counted.double(), expected.diff(), rtol=0, atol=2e-5)
+        for power in range(4):
+            assert (weight * t**power).mean() == pytest.approx(1 / (power + 1), rel=1e-3)
+    rows = all_rows(set_up("awm", level_importance=0.6, noise_shift=1, noise_weight=1, draws=40))
+    density = 0.4 + 0.6 * 12 * rows.t**2 * (1 - rows.t)
+    torch.testing.assert_close(rows.weight, 2 * (1 - rows.t) / density)
+    assert rows.t.mean() == pytest.approx(0.4 / 2 + 0.6 * 0.6, abs=0.01)
+    shifted = all_rows(set_up("awm", level_importance=0.6, draws=40)).t
+    torch.testing.assert_close(shifted, 2 * rows.t / (1 + rows.t))
+
+
+def test_importance_of_leaves() -> None:
+    """Every leaf has the rows of its share, or one less or more; weighed, all leaves count alike on average."""
+    rewards = torch.tensor([[0.0] * 6 + [3, 1, 1], [0.5] * 9], dtype=torch.float64)
+    made = set_up("nft", rewards, leaf_importance=0.7, draws=4)
+    sizes = (made.batch.rewards[0] - made.batch.rewards[0].mean()).abs()
+    share = 0.3 / LEAVES + 0.7 * sizes / sizes.sum()
+    counted = []
+    for made.batch.update in range(300):
+        noised = made.method.noised(made.batch)
+        rows = all_parts(noised)
+        torch.testing.assert_close(rows.x - rows.t.view(-1, 1, 1, 1) * rows.v, made.batch.rollout.leaves[noised.leaf])
+        leaf, prompt = noised.leaf // COUNT, noised.leaf % COUNT
+        assert prompt.tolist() == [0, 1] * (4 * LEAVES)
+        counted.append(leaf[prompt == 0].bincount(minlength=LEAVES))
+        assert ((counted[-1] - 4 * LEAVES * share).abs() < 1).all()
+        # Rewards that are all the same say nothing of a leaf.
+        assert leaf[prompt == 1].bincount().tolist() == [4] * LEAVES
+        torch.testing.assert_close(noised.importance, torch.where(prompt == 0, 1 / (LEAVES * share[leaf]), 1.0))
+    means = torch.stack(counted).double().mean(0) / (4 * LEAVES * share)
+    torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=0.04)
+    # The same, whichever prompts share a batch.
+    alone = NoisedLeaves(
+        made.batch.rollout.leaves[1::2],
+        SLOTS[1:],
+        (0, 299),
+        4,
+        2.0,
+        shares=advantage_shares(made.batch.rewards[1:], 0.7),
+    )
+    assert torch.equal(all_parts(alone).x, rows.x[1::2])
+
+
+@pytest.mark.parametrize(("method", "most"), [("nft", 0.7), ("awm", 0.7)])
+def test_importance_sampling_keeps_the_gradient_and_takes_noise_from_it(method: str, most: float) -> None:
+    """On average over the noise, with the KL penalty, against the same draws without it."""
+    rewards = torch.tensor([[0.0] * 6 + [3, 0.5, 0.5], [1, 2, 3, 1, 1, 1, 1, 1, 1]], dtype=torch.float64)
+
+    def gradients(**settings: Any) -> Tensor:
+        made = set_up(method, rewards, kl_weight=0.2, noise_shift=1, draws=1, **settings)
+        made.network.max_batch = None
+        rows = []
+        for update in range(1500):
+            made.batch.update, made.batch.own = update, {}
+            rows.append(found(made)[0].flatten())
+        return torch.stack(rows)
+
+    even, chosen = gradients(), gradients(leaf_importance=0.7, level_importance=0.3)
+    difference = even.mean(0) - chosen.mean(0)
+    error = ((even.var(0) + chosen.var(0)) / len(even)).sqrt()
+    assert (difference / error).square().mean() < 1.6
+    assert (even.mean(0) / error).square().mean() > 20
+    assert chosen.var(0).sum() < most * even.var(0).sum()
+
+
+def test_errors_that_are_logged_are_of_even_leaves_and_levels() -> None:
+    made = set_up("nft", leaf_importance=0.7, level_importance=0.5, kl_weight=0.3, draws=3)
+    _, figures = found(made)
+    noised = made.method.noised(made.batch)
+    rows = all_parts(noised)
+    with torch.no_grad():
+        velocity = made.transformer(rows.x, rows.t)
+        with made.weights.pretrained():
+            reference = made.transformer(rows.x, rows.t)
+    for name, other in (("velocity_mse", rows.v), ("kl_reference", reference)):
+        value = noised.importance * (velocity - other).square().mean((1, 2, 3))
+        assert figures[name] == pytest.approx([value[p::COUNT].mean().item() for p in range(COUNT)])
+
+
 def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model() -> None:
     """Written out: its Euler steps, noise and loss; the same pictures at every optimiser step, others in the next update."""
     made = set_up("awm", data_weight=0.6, data_images=3, rollout_steps=6, noise_weight=1)
@@ -396,7 +483,7 @@ def settings_of(method: str) -> dict[str, Any]:
     ("method", "more"),
     [
         *((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0}), ("nft", {"old_decay_max": 0}),
-        ("nft", {"old_decay_rise": 0, "kl_weight": 0, "negative_limit": 1.2}),
+        ("nft", {"old_decay_rise": 0, "kl_weight": 0, "negative_limit": 1.2, "leaf_importance": 0.8}),
     ],
 )  # fmt: skip
 def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
@@ -421,7 +508,13 @@ def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
     assert promised == {"rollout": rolled, "reference": reference * rows, "ratio": ratio * rows, "replay": 2 * rows}
 
 
-@pytest.mark.parametrize(("method", "more"), [*((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0})])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *((name, {"level_importance": 0.5}) for name in METHODS),
+        ("nft", {"old_decay_rise": 0, "leaf_importance": 0.8}), ("awm", {"leaf_importance": 0.8}),
+    ],
+)  # fmt: skip
 def test_batches_change_nothing(check_batches: Callable[..., None], method: str, more: dict[str, Any]) -> None:
     check_batches(**settings_of(method), noise_weight=1, negative_limit=1.0001, **more)
 

@@ -84,6 +84,8 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "noise_shift",
         "noise_weight",
         "negative_limit",
+        "level_importance",
+        "leaf_importance",
         "rollout",
         "strength",
         "reward_range",

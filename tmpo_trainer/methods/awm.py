@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import ClipSettings
-from .noised import ErrorMethod, NoisedSettings, advantage
+from .noised import AdvantageSettings, ErrorMethod, advantage, advantage_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from .batch import PromptBatch
 
 
-class Settings(NoisedSettings, ClipSettings):
+class Settings(AdvantageSettings, ClipSettings):
     """Settings of awm."""
 
 
 class Method(ErrorMethod):
     needs_errors: ClassVar[bool] = False
+
+    def shares(self, batch: PromptBatch) -> Tensor | None:
+        return advantage_shares(batch.rewards, self.config.leaf_importance)
 
     def loss(
         self, batch: PromptBatch, p: int, errors: Tensor, old: Tensor, reference: Tensor | None

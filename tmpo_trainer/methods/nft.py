@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..settings.errors import ConfigError
-from .noised import NoisedMethod, NoisedSettings, advantage, evaluated, trained_error
+from .noised import AdvantageSettings, NoisedMethod, advantage, advantage_shares, evaluated, trained_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .noised import NoisedLeaves, Part
 
 
-class Settings(NoisedSettings):
+class Settings(AdvantageSettings):
     """Settings of nft."""
 
     strength: float = Field(1.0, ge=1e-3, le=1000)
@@ -83,10 +83,13 @@ class Method(NoisedMethod):
         if not self.old or self.on_policy:
             self.old = weights.copy()
 
+    def shares(self, batch: PromptBatch) -> Tensor | None:
+        return advantage_shares(batch.rewards, self.config.leaf_importance)
+
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         import torch
 
-        own, draws = batch.own, self.config.draws
+        own = batch.own
         if "old" not in own:
             if self.on_policy:
                 # The replay's own velocities at the first optimiser step.
@@ -95,12 +98,13 @@ class Method(NoisedMethod):
                 with network.phase("reference"), self.weights.using(self.old):
                     old, _ = evaluated(noised, network)
             share = torch.stack([advantage(rewards) for rewards in batch.rewards], 1) / self.config.reward_range
-            own["optimality"] = (0.5 + share.clamp(-1, 1) / 2).repeat(draws, 1).flatten().to(noised.t)
+            optimality = (0.5 + share.clamp(-1, 1) / 2).to(noised.t)
+            own["spread"] = optimality.std(0, correction=0)
+            own["optimality"] = optimality.flatten()[noised.leaf]
             # Last: an attempt that fails before is made again.
             own["old"] = old
         self.first = inner == 0
-        spread = own["optimality"].view(draws, -1, batch.count)[0].std(0, correction=0)
-        return {"optimality_std": spread.tolist()}
+        return {"optimality_std": own["spread"].tolist()}
 
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
         config, good = self.config, batch.own["optimality"][part.rows]

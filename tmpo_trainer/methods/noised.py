@@ -46,6 +46,10 @@ class NoisedSettings(StochasticSettings):
     adaptive_weight: bool = False
     """Train on the squared error of the clean latent, divided by its mean absolute error, of every noised leaf. A leaf that is
     worse than its group then pushes with a bounded gradient."""
+    level_importance: float = Field(0.0, ge=0, lt=1)
+    """Importance sampling of noise levels: this share of them is drawn where most of the gradient's noise is, with density
+    12 t^2 (1 - t) before the shift, and the rest evenly. Rows weigh the inverse of their density, so that what is minimised
+    stays the same."""
     negative_limit: float | None = Field(None, gt=1, le=1000)
     """Stop pushing away from a leaf, at a noise level, once the network's error there is more than this many times the
     pretrained model's. Nothing else bounds that error: where a policy goes on drawing what it is pushed away from, it grows
@@ -55,8 +59,17 @@ class NoisedSettings(StochasticSettings):
     early steps and cost less."""
 
 
+class AdvantageSettings(NoisedSettings):
+    """Settings of methods on noised leaves whose gradient of a leaf is proportional to its advantage."""
+
+    leaf_importance: float = Field(0.0, ge=0, lt=1)
+    """Importance sampling of leaves: this share of the draws goes to leaves in proportion to the size of their advantages, and
+    the rest evenly (Neyman's allocation). Rows weigh the inverse of their leaf's share, so that what is minimised stays the
+    same. `draws` is then the mean over the leaves."""
+
+
 class Part(NamedTuple):
-    """Some rows of a batch's noised leaves. Row (d * K + l) * P + p is draw d of leaf l of prompt p.
+    """Some rows of a batch's noised leaves, see `NoisedLeaves`.
 
     rows: which. x: `[n, ...latent]`, noised. t: `[n]`. v: `[n, ...latent]`, the true velocity. weight: `[n]`.
     """
@@ -71,15 +84,21 @@ class Part(NamedTuple):
 class NoisedLeaves:
     """The noised leaves of some prompts, drawn part by part, always the same.
 
-    Noise levels are stratified over the K leaves of a prompt: before the shift, in every draw, each of K equal intervals of
-    0..1 has one leaf. All is a pure function of (key, place of the prompt, draw, leaf), like the noise of a rollout.
+    Row (d * K + l) * P + p is draw d of leaf l of prompt p, or with unequal `shares` of another leaf of that prompt. Noise
+    levels are stratified: in every draw, each of K intervals of 0..1 that are equally probable has one row of a prompt. All is
+    a pure function of (key, place of the prompt, row, shares), like the noise of a rollout.
 
     Args:
         leaves: `[K * P, ...latent]`, row l * P + p is leaf l of prompt p. slots: places of the P prompts.
-        key: such as (seed, update). draws: D. shift, power: `noise_shift` and `noise_weight` of the settings.
+        key: such as (seed, update). draws: D. shift, power, concentration: `noise_shift`, `noise_weight` and
+            `level_importance` of the settings.
+        shares: `[K, P]`, the share of a prompt's rows that each leaf has on average, positive, with sums of 1. By default all
+            have D rows.
 
     Attributes:
-        t, weight: `[D * K * P]`, the noise level and the weight of every row.
+        t: `[D * K * P]`, the noise level of every row. leaf: the row of its leaf in `leaves`.
+        importance: what a row must weigh for means over the rows to be means over leaves and even levels.
+        weight: importance times the weight of its noise level.
     """
 
     def __init__(
@@ -90,6 +109,8 @@ class NoisedLeaves:
         draws: int = 1,
         shift: float = 1.0,
         power: float = 0.0,
+        concentration: float = 0.0,
+        shares: Tensor | None = None,
     ):
         import torch
 
@@ -98,13 +119,24 @@ class NoisedLeaves:
         self.leaves, self.slots, self.count, self._key = leaves, slots, len(slots), key
         each = len(leaves) // self.count
         levels = torch.empty(draws, each, self.count, dtype=torch.float64)
+        chosen = torch.arange(each)[:, None].repeat(draws, self.count)
         for p, slot in enumerate(self.slots):
             for d in range(draws):
                 order, place = tree.keyed_noise((*self._key, slot, "levels", d), (2, each))(0, ())
                 levels[d, :, p] = (order.argsort() + torch.special.ndtr(place.double())) / each
+            if shares is not None:
+                # Systematic sampling: a leaf has the whole number of rows below or above its share.
+                start = tree.keyed_noise((*self._key, slot, "shares"), (1,))(0, ())
+                places = (torch.arange(draws * each) + torch.special.ndtr(start.double())) / (draws * each)
+                chosen[:, p] = torch.searchsorted(shares[:, p].cpu().double().cumsum(0), places).clamp_max(each - 1)
+        levels, importance = concentrated(levels.flatten(), concentration)
+        if shares is not None:
+            importance = importance / (each * shares.cpu().double().gather(0, chosen)).flatten()
         levels = shift * levels / (1 + (shift - 1) * levels)
-        self.t = levels.flatten().to(self.leaves)
-        self.weight = ((1 + power) * (1 - levels) ** power).flatten().to(self.leaves)
+        self.leaf = (chosen * self.count + torch.arange(self.count)).flatten()
+        self.t = levels.to(self.leaves)
+        self.importance = importance.to(self.leaves)
+        self.weight = (importance * (1 + power) * (1 - levels) ** power).to(self.leaves)
 
     def parts(self, max_batch: int | None) -> Iterator[Part]:
         """All rows, at most `max_batch` at a time, in whole multiples of the prompts."""
@@ -115,12 +147,18 @@ class NoisedLeaves:
         size = tree.chunk_size(len(self.t), self.count, max_batch)
         for first in range(0, len(self.t), size):
             rows = range(first, min(first + size, len(self.t)))
-            x0 = self.leaves[[row % len(self.leaves) for row in rows]]
+            x0 = self.leaves[self.leaf[first : rows.stop]]
             eps = torch.stack([self._noise(row) for row in rows]).to(x0)
             t = self.t[first : rows.stop]
             level = flow.per_row(t, x0)
             chosen = slice(first, rows.stop)
             yield Part(chosen, (1 - level) * x0 + level * eps, t, eps - x0, self.weight[chosen])
+
+    def leaf_means(self, rows: Tensor) -> Tensor:
+        """Means over a leaf's draws of values that have been weighed: `[D * K * P]` -> `[K, P]`, on the CPU, where sums have
+        one order."""
+        total = rows.new_zeros(len(self.leaves), device="cpu").index_add_(0, self.leaf, rows.cpu())
+        return (total / (len(rows) / len(total))).view(-1, self.count)
 
     def _noise(self, row: int) -> Tensor:
         from .. import tree
@@ -128,6 +166,26 @@ class NoisedLeaves:
         (d, place), p = divmod(row, len(self.leaves)), row % self.count
         key = *self._key, self.slots[p], "noised", d
         return tree.keyed_noise(key, self.leaves.shape[1:])(0, (place // self.count,))
+
+
+def concentrated(places: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Places in 0..1, uniform, to noise levels of density 1 - share + share * 12 t^2 (1 - t); and the inverse of the density
+    there. `[n]` -> `[n]` each.
+
+    On the demo model the gradient's standard deviation has about this form (docs/demo-settings.md, "A short run"): a row at .7
+    has four times that of one at .3.
+    """
+    import torch
+
+    if not share:
+        return places, torch.ones_like(places)
+    low, high = torch.zeros_like(places), torch.ones_like(places)
+    # Bisection to the last bit of float64.
+    for _ in range(54):
+        middle = (low + high) / 2
+        below = (1 - share) * middle + share * middle**3 * (4 - 3 * middle) < places
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low, 1 / (1 - share + share * 12 * low**2 * (1 - low))
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -194,7 +252,20 @@ class NoisedMethod(Method):
         config = self.config
         key = config.seed, batch.update
         leaves = batch.rollout.leaves
-        return NoisedLeaves(leaves, batch.slots, key, config.draws, config.noise_shift, config.noise_weight)
+        return NoisedLeaves(
+            leaves,
+            batch.slots,
+            key,
+            config.draws,
+            config.noise_shift,
+            config.noise_weight,
+            config.level_importance,
+            self.shares(batch),
+        )
+
+    def shares(self, batch: PromptBatch) -> Tensor | None:
+        """`[K, P]`, the share of a prompt's draws that each leaf has, or None for equal ones; see `NoisedLeaves`."""
+        return None
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
@@ -237,19 +308,14 @@ class NoisedMethod(Method):
                     loss = loss + config.kl_weight * off
                 network.backward((part.weight * loss).sum() * scale)
         if inner == 0:
-            batch.own["errors"] = leaf_means(noised.weight * errors, batch)
-        found = {"loss": losses, "velocity_mse": errors}
+            batch.own["errors"] = noised.leaf_means(noised.weight * errors)
+        found = {"loss": losses, "velocity_mse": noised.importance * errors}
         if config.kl_weight:
-            found["kl_reference"] = kl
+            found["kl_reference"] = noised.importance * kl
         if config.negative_limit is not None:
             found["negative_halted"] = halted
         # Row % P is the prompt.
         return {name: rows.view(-1, batch.count).mean(0).tolist() for name, rows in found.items()} | figures
-
-
-def leaf_means(rows: Tensor, batch: PromptBatch) -> Tensor:
-    """Means over the draws: `[D * K * P]` -> `[K, P]`, on the CPU."""
-    return rows.view(-1, batch.plan.leaves, batch.count).mean(0).cpu()
 
 
 def evaluated(noised: NoisedLeaves, network: Network) -> tuple[Tensor, Tensor]:
@@ -294,11 +360,11 @@ class ErrorMethod(NoisedMethod):
         own = batch.own
         if inner or self.needs_errors:
             with network.phase("ratio"):
-                errors = leaf_means(evaluated(noised, network)[1], batch)
+                errors = noised.leaf_means(evaluated(noised, network)[1])
         else:
             errors = torch.zeros(batch.plan.leaves, batch.count, dtype=noised.t.dtype)
         old = own["errors"] if inner else errors
-        reference = leaf_means(own["reference_errors"], batch) if self.needs_reference else None
+        reference = noised.leaf_means(own["reference_errors"]) if self.needs_reference else None
         weights, figures = [], defaultdict(list)
         for p in range(batch.count):
             current = errors[:, p].clone().requires_grad_()
@@ -307,7 +373,7 @@ class ErrorMethod(NoisedMethod):
             weights.append(objectives.edge_coefficients(loss, current) * len(current))
             for name, value in (logged | {"loss": loss.item()}).items():
                 figures[name].append(value)
-        own["weights"] = torch.stack(weights, 1).repeat(self.config.draws, 1).flatten().to(noised.t)
+        own["weights"] = torch.stack(weights, 1).flatten()[noised.leaf].to(noised.t)
         return figures
 
     def row_loss(self, batch: PromptBatch, part: Part, velocity: Tensor) -> Tensor:
@@ -323,3 +389,16 @@ def advantage(rewards: Tensor) -> Tensor:
 
     wide = objectives.widened(rewards)
     return (wide - wide.mean()).clamp(-objectives.ADVANTAGE_LIMIT, objectives.ADVANTAGE_LIMIT).to(rewards.dtype)
+
+
+def advantage_shares(rewards: Sequence[Tensor], importance: float) -> Tensor | None:
+    """The shares of the draws that leaves have by the sizes of their advantages, see `AdvantageSettings`. P of `[K]` ->
+    `[K, P]`, or None for equal ones."""
+    import torch
+
+    if not importance:
+        return None
+    sizes = torch.stack([advantage(each).double() for each in rewards], 1).abs()
+    total = sizes.sum(0)
+    even = 1 / len(sizes)
+    return torch.where(total > 0, (1 - importance) * even + importance * sizes / total.clamp_min(1e-300), even)
