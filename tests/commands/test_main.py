@@ -526,7 +526,8 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
     """`demo-long` is written for nft, whose settings for the demo model are those of short runs."""
     short, long = printed(capsys, "--method", "nft"), printed(capsys, "--preset", "demo-long")
     assert short["method"] == long["method"] == "nft"
-    assert (short["draws"], long["draws"], short["noise_weight"], long["noise_weight"]) == (1, 3, 1, 0)
+    assert (short["draws"], long["draws"], short["noise_weight"], long["noise_weight"]) == (2, 3, 1, 0)
+    assert (short["rollout"], long["rollout"]) == ("chains", "tree")
     assert printed(capsys, "--preset", "demo-long", "--method", "nft") == long
     # A file for the same method changes nothing of that.
     Path("own.yaml").write_text("method: nft\n")
@@ -538,13 +539,17 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
         assert (other["rollout"], other["neutral"]) == ("chains", [])
     # So are they than the file of a run.
     Path("run.yaml").write_text(yaml.safe_dump(short))
+    Path("long.yaml").write_text(yaml.safe_dump(long))
+    own = "rollout", "noise_weight", "adaptive_weight", "level_importance", "negative_limit"
     for name, expected in (
-        ("awm", ["chains", 0, False]),
-        ("crd", ["chains", 0, False]),
-        ("tmpo-leaf", ["tree", 0, True]),
+        ("awm", ["chains", 0, False, 0, None]),
+        ("crd", ["chains", 0, False, 0, None]),
+        ("tmpo-leaf", ["tree", 0, True, 0, None]),
     ):
-        other = printed(capsys, "--config", "run.yaml", "--method", name)
-        assert [other[key] for key in ("rollout", "noise_weight", "adaptive_weight")] == expected
+        for file in ("run.yaml", "long.yaml"):
+            other = printed(capsys, "--config", file, "--method", name)
+            assert [other[key] for key in own] == expected
+            assert other.get("leaf_importance", 0) == 0
     settings = printed(capsys, "--preset", "demo", "--method", "tmpo")
     assert [settings[key] for key in ("solver", "leaf_steps", "lora_targets")] == ["ab2", 3, "attention"]
     for name in ("tmpo", *RIVALS, *NOISED):
