@@ -353,6 +353,10 @@ def test_importance_of_leaves() -> None:
         torch.testing.assert_close(noised.importance, torch.where(prompt == 0, 1 / (LEAVES * share[leaf]), 1.0))
     means = torch.stack(counted).double().mean(0) / (4 * LEAVES * share)
     torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=0.04)
+    # Prompts with the same rewards do not choose alike.
+    twins = set_up("nft", rewards[[0, 0]], leaf_importance=0.7, draws=4)
+    leaf = (twins.method.noised(twins.batch).leaf // COUNT).view(-1, COUNT)
+    assert not torch.equal(leaf[:, 0], leaf[:, 1])
     # The same, whichever prompts share a batch.
     alone = NoisedLeaves(
         made.batch.rollout.leaves[1::2],
