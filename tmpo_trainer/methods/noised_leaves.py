@@ -114,7 +114,7 @@ def concentrated(places: Tensor, share: float) -> tuple[Tensor, Tensor]:
     there. `[n]` -> `[n]` each.
 
     On the demo model the gradient's standard deviation has about this form (docs/demo-settings.md, "A short run"): a row at .7
-    has four times that of one at .3.
+    has three to four times that of one at .3.
     """
     import torch
 
