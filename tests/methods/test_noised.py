@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tmpo_trainer import methods, objectives, tree
 from tmpo_trainer.methods import data
 from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
+from tmpo_trainer.methods.leaves import NoisedLeaves, concentrated
 from tmpo_trainer.methods.noised import advantage_shares
-from tmpo_trainer.methods.noised_leaves import NoisedLeaves, concentrated
 from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import checkpoint

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .base import Method
 
 #: Files that are no methods, see `settings.discovery`.
-SHARED = ("base", "batch", "data", "noised", "noised_leaves")
+SHARED = ("base", "batch", "data", "leaves", "noised")
 
 
 def make(config: TrainConfig, sigmas: Tensor) -> Method:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..prompts.lists import prompt_index
-from .noised_leaves import NoisedLeaves, mean_square
+from .leaves import NoisedLeaves, mean_square
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..tree import TreePlan
     from .base import Figures
     from .batch import AdapterWeights, Network, PromptBatch
-    from .noised_leaves import NoisedLeaves, Part
+    from .leaves import NoisedLeaves, Part
 
 
 class Settings(AdvantageSettings):

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from ..settings.errors import ConfigError
 from .base import Figures, Method, StochasticSettings
-from .noised_leaves import NoisedLeaves, Part, mean_square
+from .leaves import NoisedLeaves, Part, mean_square
 
 if TYPE_CHECKING:
     from torch import Tensor
