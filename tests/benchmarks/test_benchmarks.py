@@ -16,6 +16,7 @@ from benchmarks import faults, gradient_signal, random_model
 from benchmarks.__main__ import COMMANDS, main
 from tmpo_trainer.commands import arms
 from tmpo_trainer.commands.flags import layers, parse
+from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.settings.yaml_file import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,6 +71,23 @@ def test_no_two_arms_of_a_table_are_the_same(table: Path, tmp_path: Path) -> Non
     found = {arm.name: arms.describe(arm) for arm in made}
     for (one, first), (other, second) in itertools.combinations(found.items(), 2):
         assert first != second, f"{one} is {other}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "file", "expected"),
+    [
+        ("demo", "nft-tree", (100, 2, 1, 3e-3, 0.1, 1, 0)),
+        ("demo-long", "nft-tree-long", (220, 3, 3, 5e-3, 0.3, 0, 0.001)),
+    ],
+)
+def test_a_former_run_of_a_preset_is_as_it_was(preset: str, file: str, expected: tuple[float, ...]) -> None:
+    actions, settings = parse(["--preset", preset, "--config", str(REPOSITORY / f"benchmarks/settings/{file}.yaml")])
+    made: Any = make_config(layers(actions, settings, {}))
+    assert (
+        made.updates, made.leaf_steps, made.draws, made.learning_rate, made.kl_weight, made.noise_weight, made.old_decay_rise
+    ) == expected  # fmt: skip
+    assert (made.method, made.rollout, made.branch_early) == ("nft", "tree", (1, 4, 5))
+    assert (made.level_importance, made.leaf_importance, made.negative_limit) == (0, 0, None)
 
 
 def test_the_sweep_of_the_rivals_is_as_it_was(tmp_path: Path) -> None:
