@@ -74,6 +74,23 @@ def test_the_most_updates_within_a_budget(load: Callable[..., Any], method: str)
     assert arms.updates_within(config, sigmas, total(1) - 1) == 0
 
 
+def test_arms_that_differ_in_a_weight_alone_are_a_front() -> None:
+    """In the order of the weight, under the shortest of their names; another difference, or two weights, and they are apart."""
+    own = {"kl_weight": 0.0, "tilt_weight": 1.0, "baseline": "none"}
+    named: dict[str, dict[str, Any]] = {
+        "a-1": own | {"kl_weight": 1.0}, "b": own | {"baseline": "group"}, "a": own | {"kl_weight": 0.03}, "a-0": own,
+        "c": {"tilt_weight": 1.0}, "d-2": {"draws": 1, "tilt_weight": 2.0, "kl_weight": 1.0}, "c-10": {"tilt_weight": 10.0},
+        "d": {"draws": 1, "tilt_weight": 1.0, "kl_weight": 3.0},
+    }  # fmt: skip
+    assert arms.fronts(named) == {
+        "a: kl_weight 0, 0.03, 1": ["a-0", "a", "a-1"],
+        "b": ["b"],
+        "c: tilt_weight 1, 10": ["c", "c-10"],
+        "d-2": ["d-2"],
+        "d": ["d"],
+    }
+
+
 # -- whole comparisons ---------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tmpo_trainer.diversity import MEASURES, Measure
@@ -101,4 +102,26 @@ def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest
     assert "| x | +0.00, 0.90, 0.90 |" in text and arm["drift"][0]["saturation"]["slope"]["high"] == pytest.approx(0.9)
     assert arm["largest"]["mean"] == pytest.approx(0.3) and arm["gain"]["largest"]["mean"] == pytest.approx(-0.1)
     width, height = Image.open(tmp_path / "pareto.png").size
-    assert width / height == pytest.approx(1.1 * (len(MEASURES) + 1))
+    assert width / height == pytest.approx(1.1 * (len(MEASURES) + 1) + 0.75)
+
+
+def test_arms_along_a_front_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the front, whatever that of the table; a failed arm is left out. The limit does not stretch the axes."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    base = measured(0.4, 0.4)
+    base.evaluation.scores = {"right": base.evaluation.scores["right"] - np.array([0.3, 0.1])}
+    base.evaluation.distances = np.full((3, 2, 2), 0.4)
+    runs = {"base": [base], "x": [measured(0.4, 0.3, 5)], "z": [measured(0.2, 0.2, 5)], "y": [measured(0.3, 0.1, 5)]}
+    comparison.write(tmp_path, runs, {}, ["lost"], {"x": ["x"], "y: kl_weight 0, 1, 2": ["y", "lost", "z"], "u": ["u"]})
+    pareto, curves = figures
+    panel = pareto.axes[list(MEASURES).index("cosine diversity")]
+    lines = {str(line.get_label()): np.transpose(line.get_data()) for line in panel.get_lines()}
+    assert list(lines) == ["base", "x", "y: kl_weight 0, 1, 2", "limit"]
+    assert lines["y: kl_weight 0, 1, 2"] == pytest.approx(np.array([[0.1, 0.3], [0.2, 0.2]]))
+    assert lines["limit"].max() > 0.55 > panel.get_ylim()[1]
+    (legend,) = pareto.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(lines)
+    assert [line.get_label() for line in curves.axes[0].get_lines()] == ["x", "y", "z"]
+    one, two = curves.axes[0].get_lines()[1:]
+    assert one.get_color() == two.get_color() and one.get_linestyle() != two.get_linestyle()

@@ -33,6 +33,9 @@ SHARED = (
 #: Settings that the comparison fixes for every run. It measures final weights: averages lag more in runs of few updates.
 FIXED = {"report": False, "sample_every": 0, "checkpoints_kept": 1, "ema_every": 1, "ema_decay": 0.0}
 
+#: Weights that hold a policy to its pretrained model, or to data: arms that differ in nothing else lie along one front.
+HOLDING = ("kl_weight", "anchor_weight", "tilt_weight", "data_weight")
+
 #: Updates of a trial run; the first is not counted.
 TRIAL = 4
 
@@ -181,3 +184,25 @@ def describe(arm: Arm) -> dict[str, Any]:
     """An arm's settings as plain values, without those that may differ between its runs or between starts."""
     apart = ("seed", "output_dir", "threads", "device")
     return {key: value for key, value in yaml.safe_load(to_yaml(arm.first)).items() if key not in apart}
+
+
+def fronts(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """By label, the names of arms that differ in nothing but a weight of `HOLDING`, in its order; any other arm alone.
+
+    Args:
+        settings: by name, as `describe` gives them.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, own in settings.items():
+        groups.setdefault(repr({key: value for key, value in own.items() if key not in HOLDING}), []).append(name)
+    found: dict[str, list[str]] = {}
+    for names in groups.values():
+        differing = [key for key in HOLDING if len({settings[name].get(key) for name in names}) > 1]
+        if len(differing) != 1:
+            found |= {name: [name] for name in names}
+            continue
+        (key,) = differing
+        names = sorted(names, key=lambda name: settings[name][key])
+        weights = ", ".join(f"{settings[name][key]:g}" for name in names)
+        found[f"{min(names, key=len)}: {key} {weights}"] = names
+    return found

@@ -27,7 +27,7 @@ from ..settings.errors import ConfigError
 from ..settings.presets import current
 from ..settings.yaml_file import read_yaml
 from . import loading
-from .arms import Arm, describe, plan
+from .arms import Arm, describe, fronts, plan
 from .children import Training
 
 
@@ -79,7 +79,7 @@ def compare(
     lost = {path.name for path in failed}
     measured = measure(arms, folder, evaluation_seed, lost)
     if any(measured[arm.name] for arm in arms):
-        compare_report.write(folder, measured, budget, sorted(lost))
+        compare_report.write(folder, measured, budget, sorted(lost), fronts(settings))
     return 1 if lost else 0
 
 

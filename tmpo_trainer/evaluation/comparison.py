@@ -25,6 +25,9 @@ PHASES = ("rollout", "reference", "ratio", "replay", "backward")
 #: The number of prompts shown, and of pictures of each.
 PROMPTS, PICTURES = 4, 4
 
+#: Lines of the arms along one front.
+STYLES = ("-", "--", ":", "-.")
+
 
 @dataclass(frozen=True)
 class Course:
@@ -110,12 +113,17 @@ def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) 
 
 
 def write(
-    folder: Path, runs: Mapping[str, Sequence[Measured]], budget: Mapping[str, float], failed: Sequence[str] = ()
+    folder: Path,
+    runs: Mapping[str, Sequence[Measured]],
+    budget: Mapping[str, float],
+    failed: Sequence[str] = (),
+    fronts: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Writes table.md, table.json, pareto.png, curves.png and samples.png, and prints the table.
 
     Args:
-        runs: {arm: its runs}, with the base as the arm `base`. failed: names of the missing runs.
+        runs: {arm: its runs}, with the base as the arm `base`. failed: names of the missing runs. fronts: by label, arms
+            that lie along one line, in its order; by default every arm is its own.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
@@ -151,9 +159,11 @@ def write(
         arms[arm]["drift"] = [drift.content(one) for one in found_drifts]
     content = {"budget": dict(budget), "failed": list(failed), "arms": arms, "limit": costs}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    colours = {name: f"C{i % 10}" for i, name in enumerate(name for name in runs if name != "base")} | {"base": "black"}
-    pareto(folder / "pareto.png", found, next(iter(base.scores)), colours, curve)
-    curves(folder / "curves.png", {name: group for name, group in runs.items() if name != "base"}, colours)
+    lines = {name: [name] for name in runs if name != "base"} if fronts is None else fronts
+    lines = {label: [name for name in names if name in runs] for label, names in lines.items()}
+    lines = {label: names for label, names in lines.items() if names}
+    pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve)
+    curves(folder / "curves.png", runs, lines)
     samples(folder / "samples.png", runs)
     print(f"{text}\n\n{table}" if table else text)
 
@@ -170,47 +180,68 @@ def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str])
     return about + (f" Failed and not in the table: {', '.join(failed)}." if failed else "")
 
 
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return list(colormaps["tab10" if count <= 10 else "tab20"].colors)
+
+
 def pareto(
     path: Path,
     found: Mapping[str, Mapping[str, Any]],
     target: str,
-    colours: Mapping[str, str],
+    fronts: Mapping[str, Sequence[str]],
     curve: limit.Front | None = None,
 ) -> None:
     """The target score against every measure of diversity, and against time: a point per run, a larger one for their mean.
 
-    Against the cosine diversity also the limit.
+    The means of a front are joined. Against the cosine diversity also the limit.
     """
     from matplotlib.figure import Figure
 
     against = {**{name: name for name in MEASURES}, "s/update": "seconds per update"}
-    figure = Figure(figsize=(4.4 * len(against), 4), layout="constrained")
-    axes = figure.subplots(1, len(against))
-    for axis, (key, label) in zip(axes, against.items(), strict=True):
-        for name, row in found.items():
-            if key not in row:
-                continue
-            style = {"color": colours[name], "marker": "X" if name == "base" else "o"}
-            axis.scatter(row[key]["runs"], row[target]["runs"], s=14, alpha=0.5, linewidths=0, **style)
-            axis.scatter(row[key]["mean"], row[target]["mean"], s=70, label=name, **style)
-        if key == limit.COSINE and curve is not None:
-            limit.draw(axis, curve)
-            axis.legend(handles=axis.lines, fontsize=8)
-        axis.set_xlabel(label)
-        axis.set_ylabel(f"{target}, held out")
+    figure = Figure(figsize=(4.4 * len(against) + 3, 4), layout="constrained")
+    axes = figure.subplots(1, len(against), sharey=True)
+    palette = _colours(len(fronts))
+    labelled: list[tuple[str, Sequence[str], Any]] = [("base", ["base"], "black")]
+    labelled += [(label, names, palette[i % len(palette)]) for i, (label, names) in enumerate(fronts.items())]
+    for axis, (key, title) in zip(axes, against.items(), strict=True):
+        for label, names, colour in labelled:
+            rows = [found[name] for name in names if key in found[name]]
+            style: dict[str, Any] = {"color": colour, "marker": "X" if names == ["base"] else "o"}
+            for row in rows:
+                axis.scatter(row[key]["runs"], row[target]["runs"], s=14, alpha=0.5, linewidths=0, **style)
+            means = [[row[name]["mean"] for row in rows] for name in (key, target)]
+            axis.plot(*means, markersize=8, linewidth=1.5, label=label, **style)
+        axis.set_xlabel(title)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel(f"{target}, held out")
+    handles = axes[0].get_lines()
+    if curve is not None:
+        axis = axes[list(against).index(limit.COSINE)]
+        # The limit goes on far beyond what runs reach.
+        shown = axis.axis()
+        limit.draw(axis, curve)
+        axis.axis(shown)
+        handles = [*handles, axis.get_lines()[-1]]
+    figure.legend(handles=handles, fontsize=8, loc="outside left upper")
     figure.savefig(path, dpi=110)
 
 
-def curves(path: Path, arms: Mapping[str, Sequence[Measured]], colours: Mapping[str, str]) -> None:
+def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Mapping[str, Sequence[str]]) -> None:
     """The first reward in the rollouts, over network evaluations and over seconds: each arm's mean over its runs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for name, group in arms.items():
-        courses = [run.course for run in group]
+    palette = _colours(len(fronts))
+    styles = {
+        name: {"color": palette[i % len(palette)], "linestyle": STYLES[k % len(STYLES)]}
+        for i, names in enumerate(fronts.values())
+        for k, name in enumerate(names)
+    }
+    for name, style in styles.items():
+        courses = [run.course for run in runs[name]]
         reward = next(key for key in courses[0].metrics[0] if key.startswith("reward/"))
         updates = min(len(course.metrics) for course in courses)
         smooth = running_mean(np.mean([[line[reward] for line in c.metrics[:updates]] for c in courses], 0), 10)
@@ -219,11 +250,11 @@ def curves(path: Path, arms: Mapping[str, Sequence[Measured]], colours: Mapping[
             "seconds of training": [course.seconds[:updates] for course in courses],
         }
         for axis, (label, values) in zip(axes, spent.items(), strict=True):
-            axis.plot(np.mean(values, 0)[-len(smooth) :], smooth, label=name, color=colours[name])
+            axis.plot(np.mean(values, 0)[-len(smooth) :], smooth, label=name, **style)
             axis.set_xlabel(label)
             axis.set_ylabel(f"{reward.removeprefix('reward/')} in rollouts")
             axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(handles=axes[0].get_lines(), fontsize=8, loc="outside left upper")
     figure.savefig(path, dpi=110)
 
 
