@@ -183,7 +183,8 @@ def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str])
 def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    return list(colormaps["tab10" if count <= 10 else "tab20"].colors)
+    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    return [palette(i % palette.N) for i in range(count)]
 
 
 def pareto(
@@ -204,7 +205,7 @@ def pareto(
     axes = figure.subplots(1, len(against), sharey=True)
     palette = _colours(len(fronts))
     labelled: list[tuple[str, Sequence[str], Any]] = [("base", ["base"], "black")]
-    labelled += [(label, names, palette[i % len(palette)]) for i, (label, names) in enumerate(fronts.items())]
+    labelled += [(label, names, palette[i]) for i, (label, names) in enumerate(fronts.items())]
     for axis, (key, title) in zip(axes, against.items(), strict=True):
         for label, names, colour in labelled:
             rows = [found[name] for name in names if key in found[name]]
@@ -236,7 +237,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Mapping[s
     axes = figure.subplots(1, 2)
     palette = _colours(len(fronts))
     styles = {
-        name: {"color": palette[i % len(palette)], "linestyle": STYLES[k % len(STYLES)]}
+        name: {"color": palette[i], "linestyle": STYLES[k % len(STYLES)]}
         for i, names in enumerate(fronts.values())
         for k, name in enumerate(names)
     }
