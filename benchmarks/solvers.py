@@ -22,11 +22,11 @@ from torch import Tensor
 from tmpo_trainer import tree
 from tmpo_trainer.backbones import load_backbone
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
+from tmpo_trainer.commands.flags import configure, parse
 from tmpo_trainer.demo.split import FOLDER
 from tmpo_trainer.evaluation.features import EfficientNetLite
 from tmpo_trainer.prompts.lists import read_prompts
 from tmpo_trainer.rewards.shapes import ShapesScorer
-from tmpo_trainer.settings.presets import make_config, preset
 from tmpo_trainer.tree import TreePlan, Velocity
 
 #: How many velocities each solver uses.
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         for steps in counts:
             print(row(name, steps, whole(name, steps), reference), flush=True)
 
-    config = make_config([("demo", preset("demo"))])
+    config, _ = configure(*parse(["--preset", "demo", "--method", "tmpo"]), None)
     plan = TreePlan.tmpo(config.rollout_steps, config.branch_early, config.branching)
     last, sigmas = max(plan.fanout), backbone.sigmas(config.rollout_steps, *SIZE)
     stem = TreePlan(last, plan.roots, plan.fanout)
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             leaves.setdefault((name, steps), []).append(judge(end, chosen))
     exact = joined(leaves.pop(("ab2", EXACT)))
     print(
-        f"\ntrees of preset demo, {plan.leaves} leaves, steps after the last branch (the preset's sigmas have 5)\n{HEAD}"
+        f"\nTMPO's trees in preset demo, {plan.leaves} leaves, steps after the last branch (its sigmas have 5)\n{HEAD}"
     )
     print(row("exact", EXACT, exact, exact))
     for (name, steps), parts in leaves.items():
