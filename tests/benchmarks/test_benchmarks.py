@@ -86,7 +86,7 @@ def test_a_former_run_of_a_preset_is_as_it_was(preset: str, file: str, expected:
     assert (
         made.updates, made.leaf_steps, made.draws, made.learning_rate, made.kl_weight, made.noise_weight, made.old_decay_rise
     ) == expected  # fmt: skip
-    assert (made.method, made.rollout, made.branch_early) == ("nft", "tree", (1, 4, 5))
+    assert (made.method, made.rollout, made.rollout_steps, made.branch_early) == ("nft", "tree", 10, (1, 4, 5))
     assert (made.level_importance, made.leaf_importance, made.negative_limit) == (0, 0, None)
 
 

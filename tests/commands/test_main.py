@@ -526,6 +526,7 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
     short, long = printed(capsys, "--method", "nft"), printed(capsys, "--preset", "demo-long")
     assert short["method"] == long["method"] == "nft"
     assert (short["draws"], long["draws"], short["noise_weight"], long["noise_weight"]) == (2, 3, 1, 0)
+    assert (short["rollout_steps"], long["rollout_steps"]) == (6, 10)
     same = "rollout", "neutral", "level_importance", "leaf_importance", "negative_limit", "old_decay_rise"
     assert [short[key] for key in same] == [long[key] for key in same]
     assert printed(capsys, "--preset", "demo-long", "--method", "nft") == long
@@ -555,6 +556,10 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
     for name in ("tmpo", *RIVALS, *NOISED):
         targets = "paper" if name == "nft" else "attention"
         assert printed(capsys, "--preset", "demo-long", "--method", name)["lora_targets"] == targets
+        # Six steps are nft's in preset demo, also where a run's file says so.
+        if name != "nft":
+            for flags in (("--preset", "demo"), ("--preset", "demo-long"), ("--config", "run.yaml")):
+                assert printed(capsys, *flags, "--method", name)["rollout_steps"] == 10
     assert printed(capsys, "--preset", "pickscore", "recommended", "--method", "nft")["kl_weight"] == 1e-4
     assert printed(capsys, "--preset", "pickscore", "flux-24gb", "--method", "nft")["kl_weight"] == 1e-4
     # recommended is written for tmpo, on any model, and so are the protocols.
