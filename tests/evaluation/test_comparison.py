@@ -113,12 +113,12 @@ def test_arms_along_a_front_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     base.evaluation.scores = {"right": base.evaluation.scores["right"] - np.array([0.3, 0.1])}
     base.evaluation.distances = np.full((3, 2, 2), 0.4)
     runs = {"base": [base], "x": [measured(0.2, 0.3, 5)], "z": [measured(0.2, 0.2, 5)], "y": [measured(0.22, 0.1, 5)]}
-    comparison.write(tmp_path, runs, {}, ["lost"], {"x": ["x"], "y: kl_weight 0, 1, 2": ["y", "lost", "z"], "u": ["u"]})
+    comparison.write(tmp_path, runs, {}, ["lost"], [["x"], ["y", "lost", "z"], ["u"]])
     pareto, curves = figures
     panel = pareto.axes[list(MEASURES).index("cosine diversity")]
     lines = {str(line.get_label()): np.array(line.get_xydata()) for line in panel.get_lines()}
-    assert list(lines) == ["base", "x", "y: kl_weight 0, 1, 2", "limit"]
-    assert lines["y: kl_weight 0, 1, 2"] == pytest.approx(np.array([[0.1, 0.22], [0.2, 0.2]]))
+    assert list(lines) == ["base", "x", "y, z", "limit"]
+    assert lines["y, z"] == pytest.approx(np.array([[0.1, 0.22], [0.2, 0.2]]))
     assert lines["limit"][:, 1].max() > 0.29 > panel.get_ylim()[1]
     (legend,) = pareto.legends
     assert [text.get_text() for text in legend.get_texts()] == list(lines)

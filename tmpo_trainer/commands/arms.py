@@ -186,23 +186,21 @@ def describe(arm: Arm) -> dict[str, Any]:
     return {key: value for key, value in yaml.safe_load(to_yaml(arm.first)).items() if key not in apart}
 
 
-def fronts(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """By label, the names of arms that differ in nothing but a weight of `HOLDING`, in its order; any other arm alone.
+def fronts(settings: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The names of arms, grouped where they differ in one weight of `HOLDING` alone, in its order; any other arm is alone.
+
+    An arm that belongs to two groups, as in a grid of weights, is in that of the weight which `HOLDING` names first.
 
     Args:
         settings: by name, as `describe` gives them.
     """
-    groups: dict[str, list[str]] = {}
-    for name, own in settings.items():
-        groups.setdefault(repr({key: value for key, value in own.items() if key not in HOLDING}), []).append(name)
-    found: dict[str, list[str]] = {}
-    for names in groups.values():
-        differing = [key for key in HOLDING if len({settings[name].get(key) for name in names}) > 1]
-        if len(differing) != 1:
-            found |= {name: [name] for name in names}
-            continue
-        (key,) = differing
-        names = sorted(names, key=lambda name: settings[name][key])
-        weights = ", ".join(f"{settings[name][key]:g}" for name in names)
-        found[f"{min(names, key=len)}: {key} {weights}"] = names
-    return found
+    groups: dict[str, list[str]] = {name: [name] for name in settings}
+    for key in HOLDING:
+        alike: dict[str, list[str]] = {}
+        for name, own in settings.items():
+            if len(groups[name]) == 1 and key in own:
+                alike.setdefault(repr({k: v for k, v in own.items() if k != key}), []).append(name)
+        for names in alike.values():
+            front = sorted(names, key=lambda name: settings[name][key])
+            groups |= dict.fromkeys(front, front) if len(front) > 1 else {}
+    return list({id(front): front for front in groups.values()}.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ PHASES = ("rollout", "reference", "ratio", "replay", "backward")
 #: The number of prompts shown, and of pictures of each.
 PROMPTS, PICTURES = 4, 4
 
-#: Lines of the arms along one front.
-STYLES = ("-", "--", ":", "-.")
+#: Lines of the arms along one front, and markers of twenty fronts each.
+STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^")
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,13 @@ def write(
     runs: Mapping[str, Sequence[Measured]],
     budget: Mapping[str, float],
     failed: Sequence[str] = (),
-    fronts: Mapping[str, Sequence[str]] | None = None,
+    fronts: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Writes table.md, table.json, pareto.png, curves.png and samples.png, and prints the table.
 
     Args:
-        runs: {arm: its runs}, with the base as the arm `base`. failed: names of the missing runs. fronts: by label, arms
-            that lie along one line, in its order; by default every arm is its own.
+        runs: {arm: its runs}, with the base as the arm `base`. failed: names of the missing runs. fronts: arms that lie
+            along one line, in its order; by default every arm is its own.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
@@ -159,9 +160,9 @@ def write(
         arms[arm]["drift"] = [drift.content(one) for one in found_drifts]
     content = {"budget": dict(budget), "failed": list(failed), "arms": arms, "limit": costs}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    lines = {name: [name] for name in runs if name != "base"} if fronts is None else fronts
-    lines = {label: [name for name in names if name in runs] for label, names in lines.items()}
-    lines = {label: names for label, names in lines.items() if names}
+    lines = [[name] for name in runs if name != "base"] if fronts is None else fronts
+    # Without the arms whose runs all failed.
+    lines = [kept for names in lines if (kept := [name for name in names if name in runs])]
     pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve)
     curves(folder / "curves.png", runs, lines)
     samples(folder / "samples.png", runs)
@@ -191,7 +192,7 @@ def pareto(
     path: Path,
     found: Mapping[str, Mapping[str, Any]],
     target: str,
-    fronts: Mapping[str, Sequence[str]],
+    fronts: Sequence[Sequence[str]],
     curve: limit.Front | None = None,
 ) -> None:
     """The target score against every measure of diversity, and against time: a point per run, a larger one for their mean.
@@ -204,16 +205,15 @@ def pareto(
     figure = Figure(figsize=(4.4 * len(against) + 3, 4), layout="constrained")
     axes = figure.subplots(1, len(against), sharey=True)
     palette = _colours(len(fronts))
-    labelled: list[tuple[str, Sequence[str], Any]] = [("base", ["base"], "black")]
-    labelled += [(label, names, palette[i]) for i, (label, names) in enumerate(fronts.items())]
+    styles: list[dict[str, Any]] = [{"color": "black", "marker": "X"}]
+    styles += [{"color": colour, "marker": MARKERS[i // 20 % len(MARKERS)]} for i, colour in enumerate(palette)]
     for axis, (key, title) in zip(axes, against.items(), strict=True):
-        for label, names, colour in labelled:
+        for names, style in zip([["base"], *fronts], styles, strict=True):
             rows = [found[name] for name in names if key in found[name]]
-            style: dict[str, Any] = {"color": colour, "marker": "X" if names == ["base"] else "o"}
             for row in rows:
                 axis.scatter(row[key]["runs"], row[target]["runs"], s=14, alpha=0.5, linewidths=0, **style)
             means = [[row[name]["mean"] for row in rows] for name in (key, target)]
-            axis.plot(*means, markersize=8, linewidth=1.5, label=label, **style)
+            axis.plot(*means, markersize=8, linewidth=1.5, label=textwrap.fill(", ".join(names), 36), **style)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{target}, held out")
@@ -229,7 +229,7 @@ def pareto(
     figure.savefig(path, dpi=110)
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Mapping[str, Sequence[str]]) -> None:
+def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[Sequence[str]]) -> None:
     """The first reward in the rollouts, over network evaluations and over seconds: each arm's mean over its runs."""
     from matplotlib.figure import Figure
 
@@ -238,7 +238,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Mapping[s
     palette = _colours(len(fronts))
     styles = {
         name: {"color": palette[i], "linestyle": STYLES[k % len(STYLES)]}
-        for i, names in enumerate(fronts.values())
+        for i, names in enumerate(fronts)
         for k, name in enumerate(names)
     }
     for name, style in styles.items():
