@@ -213,7 +213,8 @@ def pareto(
             for row in rows:
                 axis.scatter(row[key]["runs"], row[target]["runs"], s=14, alpha=0.5, linewidths=0, **style)
             means = [[row[name]["mean"] for row in rows] for name in (key, target)]
-            axis.plot(*means, markersize=8, linewidth=1.5, label=textwrap.fill(", ".join(names), 36), **style)
+            label = textwrap.fill(", ".join(names), 36, break_on_hyphens=False)
+            axis.plot(*means, markersize=8, linewidth=1.5, label=label, **style)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{target}, held out")
