@@ -73,6 +73,14 @@ def test_no_two_arms_of_a_table_are_the_same(table: Path, tmp_path: Path) -> Non
         assert first != second, f"{one} is {other}"
 
 
+def test_an_arm_of_two_tables_is_the_same_in_both() -> None:
+    """So that the fronts take the runs of the table of methods."""
+    one, other = (read_yaml(REPOSITORY / f"benchmarks/{name}.yaml") for name in ("methods", "fronts"))
+    shared = one.keys() & other.keys()
+    assert {"nft-chains-6", "tmpo", "tmpo-neutral", "flow-grpo", "gardo"} <= shared
+    assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
+
+
 @pytest.mark.parametrize(
     ("preset", "file", "expected"),
     [

@@ -61,7 +61,7 @@ def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
         found.scores = {"right": found.scores["right"][:1]}
         found.diversity = {name: values[:1] for name, values in found.diversity.items()}
         found.statistics = {name: values[:1] for name, values in found.statistics.items()}
-    comparison.write(tmp_path, runs, {})
+    comparison.write(tmp_path, runs, {}, [["x"]])
     assert "| x | +0.100 [-inf, +inf] |" in (tmp_path / "table.md").read_text()
     gain = json.loads((tmp_path / "table.json").read_text())["arms"]["x"]["gain"]["right"]
     assert gain == {"mean": pytest.approx(0.1), "low": None, "high": None}
@@ -77,12 +77,12 @@ def test_copies_of_a_prompt_are_one_prompt() -> None:
 def test_the_limit_is_a_table_and_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A row per arm, from the base's own pictures; without their distances, as of an earlier version, nothing."""
     runs = {"base": [measured(0.4, 0.4)], "x": [measured(0.4, 0.3, 5), measured(0.4, 0.3, 5)]}
-    comparison.write(tmp_path, runs, {})
+    comparison.write(tmp_path, runs, {}, [["x"]])
     assert "limit" not in capsys.readouterr().out and (tmp_path / "pareto.png").exists()
     base = runs["base"][0].evaluation
     base.scores = {"right": base.scores["right"] - np.array([0.3, 0.1])}
     base.distances = np.full((3, 2, 2), 0.4)
-    comparison.write(tmp_path, runs, {})
+    comparison.write(tmp_path, runs, {}, [["x"]])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| x | cosine diversity |")]
     assert "| 0.4 | 0.3 | 25.0% [25.0%, 25.0%] |" in row and row in (tmp_path / "table.md").read_text()
     cost = json.loads((tmp_path / "table.json").read_text())["limit"]["models"]["x"]["cosine diversity"]
@@ -93,7 +93,7 @@ def test_a_new_measure_needs_its_entry_alone(tmp_path: Path, monkeypatch: pytest
     """It has a column in both tables and a panel in the picture."""
     monkeypatch.setitem(MEASURES, "largest", Measure(lambda latents: latents.max(), "latents"))
     comparison.write(
-        tmp_path, {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}, {"evaluations": 1e4}, ["y"]
+        tmp_path, {"base": [measured(0.0, 0.4)], "x": [measured(0.2, 0.3, 5)]}, {"evaluations": 1e4}, [["x"]], ["y"]
     )
     text = (tmp_path / "table.md").read_text()
     assert f"| {' | '.join(MEASURES)} | latent std |" in text and "| largest, change |" in text
@@ -113,7 +113,7 @@ def test_arms_along_a_front_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     base.evaluation.scores = {"right": base.evaluation.scores["right"] - np.array([0.3, 0.1])}
     base.evaluation.distances = np.full((3, 2, 2), 0.4)
     runs = {"base": [base], "x": [measured(0.2, 0.3, 5)], "z": [measured(0.2, 0.2, 5)], "y": [measured(0.22, 0.1, 5)]}
-    comparison.write(tmp_path, runs, {}, ["lost"], [["x"], ["y", "lost", "z"], ["u"]])
+    comparison.write(tmp_path, runs, {}, [["x"], ["y", "lost", "z"], ["u"]], ["lost"])
     pareto, curves = figures
     panel = pareto.axes[list(MEASURES).index("cosine diversity")]
     lines = {str(line.get_label()): np.array(line.get_xydata()) for line in panel.get_lines()}

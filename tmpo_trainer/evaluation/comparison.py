@@ -117,14 +117,14 @@ def write(
     folder: Path,
     runs: Mapping[str, Sequence[Measured]],
     budget: Mapping[str, float],
+    fronts: Sequence[Sequence[str]],
     failed: Sequence[str] = (),
-    fronts: Sequence[Sequence[str]] | None = None,
 ) -> None:
     """Writes table.md, table.json, pareto.png, curves.png and samples.png, and prints the table.
 
     Args:
-        runs: {arm: its runs}, with the base as the arm `base`. failed: names of the missing runs. fronts: arms that lie
-            along one line, in its order; by default every arm is its own.
+        runs: {arm: its runs}, with the base as the arm `base`. fronts: all arms, those along one line together, in its
+            order. failed: names of the missing runs.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
@@ -160,9 +160,8 @@ def write(
         arms[arm]["drift"] = [drift.content(one) for one in found_drifts]
     content = {"budget": dict(budget), "failed": list(failed), "arms": arms, "limit": costs}
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    lines = [[name] for name in runs if name != "base"] if fronts is None else fronts
     # Without the arms whose runs all failed.
-    lines = [kept for names in lines if (kept := [name for name in names if name in runs])]
+    lines = [kept for names in fronts if (kept := [name for name in names if name in runs])]
     pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve)
     curves(folder / "curves.png", runs, lines)
     samples(folder / "samples.png", runs)
