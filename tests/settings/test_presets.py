@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tmpo_trainer import methods
+from tmpo_trainer.commands.flags import layers
 from tmpo_trainer.methods import tmpo
 from tmpo_trainer.settings import presets
 from tmpo_trainer.settings.config import TrainConfig
@@ -274,6 +276,30 @@ def test_presets_of_methods_go_with_their_method() -> None:
             given = {"method": name} | ({"auxiliary": ["ocr"], "kl_weight": 0.1} if name == "gardo" else {}) | settings
             assert make_config([("preset", given)]).method == name
     assert presets.method_preset("tmpo", False) == {} and presets.method_preset("gardo", False)["auxiliary"]
+
+
+def test_files_of_methods_say_only_what_differs_from_their_base() -> None:
+    folder = presets.PRESETS / "methods"
+    for base in ("base", "demo-base"):
+        common = read_yaml(folder / f"{base}.yaml")
+        assert "method" not in common
+        prefix = base.removesuffix("base")
+        for name in METHODS:
+            own = folder / f"{prefix}{name}.yaml"
+            # A variant has its method's settings below its own.
+            if own.exists() and presets.method_file(name) == name:
+                settings = read_yaml(own)
+                assert not [key for key in settings.keys() & common.keys() if settings[key] == common[key]], own
+                assert presets.method_preset(name, bool(prefix)) == common | settings
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-long"])
+@pytest.mark.parametrize("method", sorted({presets.method_file(method) for method in METHODS} - {"nft"}))
+def test_no_method_inherits_what_the_demo_presets_wrote_for_nft(name: str, method: str) -> None:
+    made = make_config(layers(Namespace(preset=[name], config=None), {"method": method}, {}))
+    assert (made.rollout_steps, made.lora_targets) == (10, "attention")
+    for key in ("noise_weight", "level_importance", "leaf_importance", "negative_limit"):
+        assert not getattr(made, key, None), key
 
 
 @pytest.mark.parametrize(

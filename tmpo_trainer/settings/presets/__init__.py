@@ -29,13 +29,14 @@ def preset_names() -> list[str]:
 
 def method_preset(name: str, demo: bool) -> dict[str, Any]:
     """What a method has over its protocol, or over that of the demo model; often nothing. A variant gets its method's, then
-    its own."""
+    its own. Where a method has a file, `base.yaml` or `demo-base.yaml` lies below it."""
     kept = {path.stem: path for path in (PRESETS / "methods").glob("*.yaml")}
+    prefix = "demo-" if demo else ""
+    own = [f"{prefix}{known}" for known in dict.fromkeys((method_file(name), name)) if f"{prefix}{known}" in kept]
     found: dict[str, Any] = {}
-    for known in dict.fromkeys((method_file(name), name)):
-        path = kept.get(f"demo-{known}" if demo else known)
-        found |= read_yaml(path) | {"method": name} if path else {}
-    return found
+    for stem in [f"{prefix}base", *own] if own else []:
+        found |= read_yaml(kept[stem])
+    return found | {"method": name} if own else {}
 
 
 def preset(name: str) -> dict[str, Any]:
