@@ -86,7 +86,13 @@ def check_weights(reward: str, path: str | None) -> None:
         return
     import huggingface_hub
 
-    for repository, names in rewards.find(reward).SOURCES:
+    from ..tmpo_trainer.rewards.parts.clip import TOKENIZER, open_clip_tokenizer
+
+    sources = rewards.find(reward).SOURCES
+    if TOKENIZER in sources and open_clip_tokenizer() is not None:
+        # Its package has the vocabulary, so that the tokenizer is not loaded from the hub.
+        sources = tuple(source for source in sources if source != TOKENIZER)
+    for repository, names in sources:
         for name in names:
             if isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str):
                 continue

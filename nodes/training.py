@@ -40,8 +40,6 @@ INSTALL = (
 RUN_TIP = "A run's folder in ComfyUI's output folder."
 #: The settings that a run was started with, in its folder.
 ASKED = "asked.yaml"
-#: Seconds that a cancelled run gets for saving.
-SAVING = 120
 #: Seconds between two looks at a run.
 LOOK = 0.5
 #: Pixels of a sample grid's longer side, as it is shown.
@@ -173,7 +171,7 @@ class Train(io.ComfyNode):
                 )
             words = ["--resume", str(folder)]
         else:
-            if folder == Path(folder_paths.get_output_directory()).resolve() or (folder / "metrics.jsonl").exists():
+            if folder == Path(folder_paths.get_output_directory()).resolve() or read_metrics(folder / "metrics.jsonl"):
                 raise ValueError(
                     f"{folder} already holds other files, or a run without a checkpoint: choose another output_dir"
                 )
@@ -235,12 +233,15 @@ def run(python: str, words: list[str], folder: Path) -> None:
                 bar.update_absolute(done, max(planned(folder), 1))
                 time.sleep(LOOK)
         except BaseException:
-            # The signal makes the run save a checkpoint and end.
+            # The signal makes the run save a checkpoint and end. Until it looks, after an update or what it shows, minutes may
+            # pass. A second Cancel does not wait.
             try:
                 process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGINT)  # type: ignore[attr-defined]
-                process.wait(SAVING)
+                while process.poll() is None:
+                    comfy.model_management.throw_exception_if_processing_interrupted()
+                    time.sleep(LOOK)
             # On Windows, a program without a console cannot send it.
-            except (OSError, subprocess.TimeoutExpired):
+            except (OSError, comfy.model_management.InterruptProcessingException):
                 process.kill()
                 process.wait()
             raise
@@ -289,6 +290,9 @@ class TrainingMonitor(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, run) -> Any:
+        if run is None:
+            # It comes from another node.
+            return float("nan")
         folder = inside(run, "run")
         shown = [folder / "metrics.jsonl", *sample_grids(folder)[-1:]]
         return [(str(file), file.stat().st_mtime_ns) for file in shown if file.exists()]

@@ -160,6 +160,22 @@ def test_a_killed_evaluation_keeps_the_base(place: Path, monkeypatch: pytest.Mon
     assert json.loads(Path("out/table.json").read_text()) == content
 
 
+@pytest.mark.parametrize("lost", ["base.npz", "samples.png"])
+def test_a_file_that_cannot_be_written_takes_no_figures_along(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    shutil.rmtree("out", ignore_errors=True)
+    monkeypatch.setattr(*((held_out, "_write") if lost == "base.npz" else (evaluation, "show")), full)
+    assert main.main(["evaluate", *FLAGS, "--output-dir", "out"]) == (0 if lost == "base.npz" else 1)
+    out, err = capsys.readouterr()
+    assert "| LoRA |" in out and "No space left on device" in err
+    assert json.loads(Path("out/table.json").read_text())["models"].keys() == {"base", "LoRA"}
+    assert ("base.npz cannot be written" in err) == (lost == "base.npz")
+
+
 def test_what_is_measured_unless_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's rewards and the paper's three for a model of the user's; the shapes alone for the demo model."""
     seen: list[tuple[str, ...]] = []

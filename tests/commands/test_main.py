@@ -21,6 +21,7 @@ from tmpo_trainer import __version__
 from tmpo_trainer.backbones import hub_files
 from tmpo_trainer.commands import loading, main
 from tmpo_trainer.commands.flags import make_parser
+from tmpo_trainer.commands.lasting import Lasting
 from tmpo_trainer.evaluation import appearance
 from tmpo_trainer.rewards import Parked
 from tmpo_trainer.settings.presets import all_settings, make_config, preset_names
@@ -135,7 +136,7 @@ def place(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "broken.yaml": "updates: [1\nseed: }",
         "list.yaml": "- updates\n",
         "value.yaml": "updates: many\n",
-        "run/metrics.jsonl": "",
+        "run/metrics.jsonl": '{"update": 1}\n',
         "lora/pytorch_lora_weights.safetensors": "",
         "no-pipeline/config.json": "{}",
         "unnamed/model_index.json": "{}",
@@ -261,7 +262,9 @@ BAD: list[tuple[str, list[str]]] = [
     ("--device tpu9", ["device tpu9", "use auto, cpu, cuda"]),
     ("--device meta", ["device meta", "use auto, cpu, cuda"]),
     ("--device cuda:99", ["device cuda:99", "CUDA devices"]),
-    ("--output-dir good.txt/run", ["output folder good.txt/run cannot be made", "Not a directory"]),
+    ("--output-dir good.txt/run", ["output folder good.txt/run cannot be made", "good.txt is a file"]),
+    ("--output-dir good.txt --dry-run", ["output folder good.txt is a file"]),
+    ("--output-dir run --dry-run", ["run already holds a run", "give another --output-dir"]),
     (f"--output-dir {300 * 'x'}", ["flags: output_dir 'xxx", "no name of more than 255 bytes"]),
     (f"--resume {300 * 'x'}", ["argument --resume: xxx", "no name of more than 255 bytes"]),
     ("--output-dir lora", ["lora already holds a LoRA: give another --output-dir"]),
@@ -282,6 +285,37 @@ def test_bad_input_is_one_line_and_exit_2(
     for part in blame:
         assert part in line
     assert files(place) == before
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(
+    place: Path, base: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`Path.exists` and the like raise there. (The tests may run as root, who may enter any.)"""
+    exists = Path.exists
+
+    def entered(path: Path, **more: Any) -> bool:
+        if "secret" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **more)
+
+    monkeypatch.setattr(Path, "exists", entered)
+    assert main.main([*base, "--output-dir", "secret/run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("tmpo_trainer: secret/run") and line.endswith(": Permission denied")
+
+
+def test_a_terminal_that_has_gone_ends_nothing() -> None:
+    """Such as that of a closed connection, or the `tee` behind a pipe."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        os.close(reader)
+        lasting = Lasting(stream)
+        for _ in range(3):
+            print("progress", file=lasting)
+        lasting.flush()
+        assert lasting.fileno() == writer and lasting.encoding == stream.encoding
+        # So that closing it, which writes what is kept, has a reader.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
 
 
 def test_the_same_flags_without_the_mistake_run(

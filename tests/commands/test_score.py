@@ -178,6 +178,43 @@ def test_a_picture_that_cannot_be_scored_is_named(pictures: Path, capsys: pytest
     assert last.startswith("tmpo_trainer: thin.png: reward ocr cannot read image 0")
 
 
+def test_what_was_scored_before_a_failure_is_kept(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture_files, "BATCH", 1)
+    (pictures / "b.png").rename(pictures / "z.png")
+    original = picture_files.load
+
+    def vanished(opened: list[picture_files.Picture]) -> np.ndarray:
+        if opened[0].path.name == "z.png":
+            raise FileNotFoundError(2, "No such file or directory", "z.png")
+        return original(opened)
+
+    monkeypatch.setattr(picture_files, "load", vanished)
+    assert main.main(["score", "pictures", "--reward", "shapes", "--output", "s.json"]) == 1
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["file", "a.png", "c.png", "mean"]
+    assert [row["shapes strict"] for row in json.loads(Path("s.json").read_text())["images"]] == [1, 0]
+    assert "tmpo_trainer: 2 of 3 pictures were scored" in err and "No such file or directory" in err.splitlines()[-1]
+    # Nor does a failure of what comes after.
+    monkeypatch.setattr(picture_files, "load", original)
+    monkeypatch.setattr(picture_files, "measure_diversity", lambda *more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.main(["score", "pictures", "--reward", "shapes", "--prompt", "a blue square", "--diversity"])
+    assert "mean of 3" in capsys.readouterr().out
+
+
+def test_memory_that_does_not_suffice_is_one_line(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def large(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(picture_files, "load", large)
+    assert main.main(["score", "pictures", "--reward", "shapes"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "tmpo_trainer: out of memory"
+
+
 @pytest.mark.parametrize("lost", ["output", "table"])
 def test_the_scores_survive_in_one_place(
     pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: str

@@ -133,6 +133,20 @@ def test_a_score_that_is_no_number_names_scorer_and_prompt(backbone: SD3Backbone
         )
 
 
+def test_scores_may_have_a_gradient(backbone: SD3Backbone) -> None:
+    class Learned:
+        name = "learned"
+
+        def score(self, images: np.ndarray, prompts: list[str], metadata: Any = None) -> torch.Tensor:
+            return torch.ones(len(prompts), requires_grad=True, dtype=torch.float64) * 2
+
+    found = evaluate(
+        backbone,
+        EvaluationProtocol(LISTED, [("learned", Learned())], MeanColours(), 3, Sampling(4, 1, 1.5, (32, 32), 9, 9)),
+    )
+    assert (found.scores["learned"] == 2).all()
+
+
 def test_scorers_that_wait_score_while_the_next_pictures_are_drawn(
     backbone: SD3Backbone, red_scorer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

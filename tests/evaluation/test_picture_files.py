@@ -157,7 +157,8 @@ def test_sizes_and_modes_may_differ(pictures: Path) -> None:
     Image.fromarray(square).save(pictures / "g.jpg", quality=95)
     paths = picture_files.find_images([pictures])
     opened = picture_files.open_images(paths, "a blue square", None)
-    scores = picture_files.score_images(opened, {}, [("shapes", ShapesScorer())])
+    scores = {"shapes": np.zeros(len(opened))}
+    picture_files.score_images(opened, {}, [("shapes", ShapesScorer())], scores)
     assert scores["shapes"].tolist() == [0, 1, 0, 1, 1, 0, 1]
     assert (picture_files.load([opened[5]]) == 255).all()
 
@@ -165,7 +166,8 @@ def test_sizes_and_modes_may_differ(pictures: Path) -> None:
 def test_more_than_a_batch_keeps_its_order(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_files, "BATCH", 2)
     opened = picture_files.open_images(picture_files.find_images([pictures] * 3), "a blue square", None)
-    scores = picture_files.score_images(opened, {}, [("shapes", ShapesScorer())])
+    scores = {"shapes": np.zeros(len(opened))}
+    picture_files.score_images(opened, {}, [("shapes", ShapesScorer())], scores)
     assert scores["shapes"].tolist() == [0, 1, 0] * 3
 
 

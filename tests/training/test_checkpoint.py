@@ -21,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tmpo_trainer.commands import loading, main, train
+from tmpo_trainer.commands.children import Training
+from tmpo_trainer.evaluation import report
 from tmpo_trainer.files import read_metrics
 from tmpo_trainer.lora.export import FILE_NAME
 from tmpo_trainer.settings.errors import ConfigError
-from tmpo_trainer.training import checkpoint, lock, loop
+from tmpo_trainer.training import checkpoint, lock, loop, stopping
 from tmpo_trainer.training.lock import LOCK, locked
 from tmpo_trainer.training.loop import Trainer
 from tmpo_trainer.training.progress import Reporter
@@ -201,11 +203,13 @@ def test_killed_twice_and_resumed_is_the_same(flags: list[str], whole: Path, tmp
     assert_same(folder, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_exits_130(
     flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:  # fmt: skip
     folder, handler = tmp_path / "run", signal.getsignal(number)
+    if number == signal.SIGHUP and handler is signal.SIG_IGN:
+        pytest.skip("hang-ups are ignored here, as under nohup")
     scorer.at[6 * CALLS_PER_UPDATE + 1] = lambda count: os.kill(os.getpid(), number)
     assert main.main([*flags, "--output-dir", str(folder)]) == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -250,10 +254,7 @@ def test_the_signal_that_windows_has(
     flags: list[str], scorer: Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-Break, with which ComfyUI's node stops a training there; here another signal stands for it."""
-    assert {number.name for number in loop.STOPPING} == {"SIGINT", "SIGTERM", "SIGBREAK"} & set(
-        signal.Signals.__members__
-    )
-    monkeypatch.setattr(loop, "STOPPING", (*loop.STOPPING, signal.SIGUSR1))
+    monkeypatch.setattr(loop, "stopping", lambda: (*stopping.stopping(), signal.SIGUSR1))
     folder = tmp_path / "run"
     scorer.at[1] = lambda count: os.kill(os.getpid(), signal.SIGUSR1)
     assert main.main([*flags, "--output-dir", str(folder)]) == 130
@@ -261,6 +262,112 @@ def test_the_signal_that_windows_has(
     scorer.at[scorer.calls + 1] = twice(signal.SIGUSR1)
     assert main.main(["--resume", str(folder)]) == 130
     assert names(folder) == ["checkpoint-1"]
+
+
+def test_a_hang_up_that_is_ignored_stays_so() -> None:
+    """Under nohup the terminal may go away. Who listens to it otherwise saves, also if it comes twice."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert {number.name for number in stopping.stopping()} == {"SIGINT", "SIGTERM"}
+        with Training(1, None).listening():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in stopping.stopping()
+        with Training(1, None).listening():
+            assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_IGN, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_checkpoint_is_saved_before_what_is_shown(flags: list[str], tmp_path: Path, scorer: Scorer) -> None:
+    """ComfyUI, a scheduler or the user may kill a run that does not look at its signal for minutes."""
+    folder, seen = tmp_path / "run", []
+
+    def samples(self: Reporter, update: int) -> None:
+        seen.append((update, names(folder)))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "samples", samples)
+        assert main.main([*flags, "--sample-every", "5", "--output-dir", str(folder)]) == 130
+    # The first update's grid was stopped after: it is no time for a checkpoint, so one is made then.
+    assert seen == [(1, [])] and names(folder) == ["checkpoint-1"]
+    seen.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reporter, "samples", samples)
+        patch.setattr(Reporter, "shown", lambda self, update: {"samples"})
+        assert main.main(["--resume", str(folder)]) == 130
+    assert seen == [(5, ["checkpoint-1", "checkpoint-5"])] and names(folder) == ["checkpoint-1", "checkpoint-5"]
+
+
+def test_grids_of_a_course_that_is_given_up_go(flags: list[str], tmp_path: Path, scorer: Scorer) -> None:
+    folder = tmp_path / "run"
+    assert main.main([*flags, "--updates", "10", "--sample-every", "5", "--output-dir", str(folder)]) == 0
+    samples = folder / "samples"
+    assert {file.name for file in samples.iterdir()} == {f"update-{n:06d}.png" for n in (1, 5, 10)}
+    (samples / "update-mine.png").touch()
+    scorer.at[scorer.calls + 1] = lambda count: os.kill(os.getpid(), signal.SIGTERM)
+    assert main.main(["--resume", str(folder / "checkpoint-5"), "--updates", "20"]) == 130
+    assert {file.name for file in samples.iterdir()} == {"update-000001.png", "update-000005.png", "update-mine.png"}
+
+
+def test_a_run_that_failed_in_its_first_update_leaves_its_folder_free(
+    flags: list[str], tmp_path: Path, scorer: Scorer
+) -> None:
+    folder = tmp_path / "run"
+
+    def fail(count: int) -> None:
+        raise RuntimeError("the server is down")
+
+    scorer.at[1] = fail
+    assert main.main([*flags, "--updates", "2", "--output-dir", str(folder)]) == 1
+    assert (folder / "metrics.jsonl").read_text() == "" and not names(folder)
+    assert main.main([*flags, "--updates", "2", "--output-dir", str(folder)]) == 0
+    assert len(metrics(folder)) == 2
+
+
+def test_a_resumed_run_does_not_need_the_lora_it_began_with(
+    flags: list[str], tmp_path: Path, scorer: Scorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([*flags, "--updates", "1", "--output-dir", str(tmp_path / "first")]) == 0
+    begun = tmp_path / "first" / FILE_NAME
+    folder = tmp_path / "run"
+    assert main.main([*flags, "--updates", "2", "--init-lora", str(begun), "--output-dir", str(folder)]) == 0
+    begun.unlink()
+    assert main.main(["--resume", str(folder), "--updates", "3", "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main.main(["--resume", str(folder), "--updates", "3"]) == 0
+    assert str(begun) in (folder / "config.yaml").read_text() and "init_lora" not in capsys.readouterr().err
+    assert len(metrics(folder)) == 3
+
+
+def test_a_resumed_run_with_another_reward_has_a_report(tmp_path: Path, flags: list[str]) -> None:
+    """Its evaluations before have no gain in that reward."""
+    more = ["--report", "--eval-every", "1", "--eval-images", "2", "--eval-steps", "2"]
+    folder = tmp_path / "run"
+    assert main.main([*flags, *more, "--updates", "2", "--output-dir", str(folder)]) == 0
+    assert main.main(["--resume", str(folder), "--updates", "4", "--reward", "sharpness"]) == 0
+    assert "| sharpness |" in (folder / "report.md").read_text()
+
+
+def test_the_figures_come_before_the_files(
+    tmp_path: Path,
+    flags: list[str],
+    scorer: Scorer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk that is full at the end does not take a run's evaluation along."""
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(report, "side_by_side", full)
+    more = ["--report", "--eval-images", "2", "--eval-steps", "2", "--updates", "1"]
+    assert main.main([*flags, *more, "--output-dir", str(tmp_path / "run")]) == 1
+    assert "cosine diversity: " in capsys.readouterr().err and (tmp_path / "run" / "report.json").exists()
 
 
 def test_a_second_signal_stops_at_once(flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..settings.presets import current
 from ..settings.yaml_file import read_yaml
 from ..training.checkpoint import checkpoints
 from ..training.lock import LOCK, Locked, locked
+from ..training.stopping import stopping
 
 
 class Training:
@@ -42,8 +43,7 @@ class Training:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Passes signals on meanwhile: the children, in sessions of their own, would get none."""
-        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-        handlers = {number: signal.signal(number, self._stop) for number in numbers}
+        handlers = {number: signal.signal(number, self._stop) for number in stopping()}
         try:
             yield
         finally:

@@ -19,13 +19,19 @@ from ..prompts.lists import PromptList
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
 from ..training import memory
+from ..training.run_folder import check_free
 from . import loading
 from .loading import check, choose_device, quiet
 
 
-def dry_run(config: TrainConfig) -> int:
+def dry_run(config: TrainConfig, resumed: bool) -> int:
     """Prints what a run would do: prompts, tree geometry, network evaluations, memory. Loads no weights."""
     quiet()
+    if resumed:
+        # As in the run itself: a checkpoint has the weights.
+        config = config.model_copy(update={"init_lora": None})
+    elif config.output_dir:
+        check_free(config.output_dir)
     device = choose_device(config.device)
     here = ""
     if config.device == "auto" and config.model != "demo" and device.type == "cpu":

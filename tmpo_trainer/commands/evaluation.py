@@ -188,8 +188,6 @@ def write(
     models = {label: [part.evaluations[label] for part in parts] for label in parts[0].evaluations}
     intervals = report.Intervals.of(models)
     pictures = [folder / "samples.png", folder / "samples-preference.png"][: len(parts)]
-    for part, path in zip(parts, pictures, strict=True):
-        show(part, path)
     # Results contain no local paths.
     model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
     text = intervals.markdown()
@@ -210,10 +208,8 @@ def write(
     curve, table, costs = limit.front(base), "", {}
     if curve is not None:
         about_limit, table, costs = report.limit_section(curve, base, {name: [own] for name, own in trained.items()})
-        limit.plot(folder / "pareto.png", curve, base, trained)
         sections += [about_limit, table, "![limit](pareto.png)"]
     sections += [f"![pictures]({path.name})" for path in pictures]
-    write_text(folder / "table.md", "\n\n".join(sections) + "\n")
     settings: dict[str, Any] = {
         "model": model,
         "images": config.eval_images,
@@ -232,11 +228,19 @@ def write(
         content["geneval"] = by_tag
     if moved:
         content["drift"] = drift.content(moved)
-    write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-    print("\n\n".join(filter(None, (text, tasks, table))))
-    warning = drift.warning(moved, taken_out)
-    if warning:
-        print(warning, file=sys.stderr)
+    # If one of these fails, as on a full disk or into a closed pipe, the others still hold the figures.
+    try:
+        print("\n\n".join(filter(None, (text, tasks, table))))
+        warning = drift.warning(moved, taken_out)
+        if warning:
+            print(warning, file=sys.stderr)
+    finally:
+        write_text(folder / "table.md", "\n\n".join(sections) + "\n")
+        write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+    for part, path in zip(parts, pictures, strict=True):
+        show(part, path)
+    if curve is not None:
+        limit.plot(folder / "pareto.png", curve, base, trained)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
 
 

@@ -230,6 +230,9 @@ def exit_code(work: Callable[[], int]) -> int:
         return work()
     except ConfigError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"tmpo_trainer: {one_line(error)}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        text = one_line(error)
+        if isinstance(error, MemoryError):
+            text = f"out of memory: {text}" if text else "out of memory"
+        print(f"tmpo_trainer: {text}", file=sys.stderr)
         return 1

@@ -62,7 +62,7 @@ def _run(arguments: Sequence[str]) -> int:
             return 0
         from . import dry_run
 
-        return dry_run.dry_run(config)
+        return dry_run.dry_run(config, checkpoint is not None)
     from . import train
 
     named = checkpoint is None or Path(actions.resume or "").resolve() == checkpoint
@@ -134,6 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader closed the pipe, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # Such as a path into a folder that one may not enter.
+        if error.filename is None:
+            raise
+        print(f"tmpo_trainer: {one_line(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("tmpo_trainer: interrupted", file=sys.stderr)
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..settings.config import TrainConfig
 from ..settings.errors import ConfigError
@@ -73,6 +74,8 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
+    import numpy as np
+
     from ..diversity import MEASURES
     from ..evaluation import picture_files as scoring
     from ..evaluation.latents import LatentEncoder
@@ -106,18 +109,31 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
         print(f"tmpo_trainer: {left_out} is not measured, because it needs latents: give --vae MODEL", file=sys.stderr)
 
     def work() -> int:
-        scores = scoring.score_images(pictures, metadata, scorers) if scorers else {}
-        groups, distances = scoring.measure_diversity(pictures, features, encoder) if features is not None else ({}, {})
+        scores = {name: np.full(len(pictures), np.nan, np.float32) for name, _ in scorers}
+        groups, distances = {}, {}
+        try:
+            if scorers:
+                scoring.score_images(pictures, metadata, scorers, scores)
+            if features is not None:
+                groups, distances = scoring.measure_diversity(pictures, features, encoder)
+        finally:
+            # Also what was scored before a failure or Ctrl-C.
+            done = [i for i in range(len(pictures)) if all(np.isfinite(values[i]) for values in scores.values())]
+            if groups or (scorers and done):
+                show([pictures[i] for i in done], {name: values[done] for name, values in scores.items()}, groups)
+            if scorers and 0 < len(done) < len(pictures):
+                print(f"tmpo_trainer: {len(done)} of {len(pictures)} pictures were scored", file=sys.stderr)
+        if scores and distances:
+            print(f"\n{scoring.limit_table(pictures, scores, distances)}")
+        return 0
+
+    def show(pictures: list[scoring.Picture], scores: dict[str, np.ndarray], groups: dict[str, Any]) -> None:
         # If one of the two fails, as on a full disk or into a closed pipe, the other still holds the scores.
         try:
             if namespace.output:
                 scoring.write(namespace.output, pictures, scores, groups)
+                print(f"written: {namespace.output}", file=sys.stderr)
         finally:
             print(scoring.text_table(pictures, scores, groups))
-            if scores and distances:
-                print(f"\n{scoring.limit_table(pictures, scores, distances)}")
-        if namespace.output:
-            print(f"written: {namespace.output}", file=sys.stderr)
-        return 0
 
     return exit_code(work)

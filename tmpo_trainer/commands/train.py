@@ -32,7 +32,7 @@ from ..settings.errors import ConfigError, one_line
 from ..training import progress, trackers
 from ..training.checkpoint import checkpoints, drop_later, find, number, updates_of
 from ..training.loop import Interrupted, Trainer
-from ..training.run_folder import agreed_folder, claim, environment, writing
+from ..training.run_folder import agreed_folder, check_free, claim, environment, writing
 from ..training.weights import Diverged
 from . import loading, resuming
 
@@ -63,12 +63,12 @@ def train(config: TrainConfig, preset: str, checkpoint: Path | None, named: bool
 def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: bool, held: ExitStack) -> int:
     loading.need_gpu(config)
     chosen = loading.choose_device(config.device)
-    train_prompts, heldout, skeleton = loading.check(config, chosen)
+    # A checkpoint has the weights: the file that the run once started from may be gone.
+    used = config.model_copy(update={"init_lora": None}) if checkpoint else config
+    train_prompts, heldout, skeleton = loading.check(used, chosen)
     done = updates_of(checkpoint) if checkpoint else 0
-    given = None if checkpoint else config.output_dir
-    # Of a run, the folder's own check says more.
-    if given and (given / export.FILE_NAME).exists() and not (given / "metrics.jsonl").exists():
-        raise ConfigError(f"{given} already holds a LoRA: give another --output-dir")
+    if not checkpoint and config.output_dir:
+        check_free(config.output_dir)
     if config.threads:
         torch.set_num_threads(config.threads)
     loading.quiet()
@@ -91,7 +91,7 @@ def _train(config: TrainConfig, preset: str, checkpoint: Path | None, named: boo
     scorers, extra = ([parts.scorers[name] for name in names] for names in (config.reward, config.extra_rewards))
     examples = together(accelerator, lambda: loading.examples(config, parts.backbone))
     trainer = Trainer(
-        config, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features, examples
+        used, folder, parts.backbone, scorers, train_prompts, accelerator, extra, parts.features, examples
     )
     if checkpoint:
         trainer.resume(checkpoint)
@@ -277,15 +277,16 @@ def _report(trainer: Trainer, held_out: HeldOut, rewards: list[str]) -> None:
         "bootstraps over prompts. "
         f"Diversity of pictures is measured on {held_out.protocol.features.name} features.",
     ]
-    metrics, evaluations = progress.metrics_lines(trainer.run, rewards), progress.evaluation_lines(trainer.run)
+    # Before the files, one of which may fail, as on a full disk.
+    for name, values in base.measures.items():
+        print(f"{name}: {values.mean():.3f} -> {trained.measures[name].mean():.3f}", file=sys.stderr)
+    target = next(iter(base.scores))
+    metrics, evaluations = progress.metrics_lines(trainer.run, rewards), progress.evaluation_lines(trainer.run, target)
     if not metrics:
         raise ValueError(f"{trainer.run / 'metrics.jsonl'} has no line for the curves of the report")
-    target = next(iter(base.scores))
     checks = report.write_report(
         trainer.run, base, trained, metrics, evaluations, rewards, about, target, config.taken_out
     )
-    for name, values in base.measures.items():
-        print(f"{name}: {values.mean():.3f} -> {trained.measures[name].mean():.3f}", file=sys.stderr)
     for statement, holds in checks.items():
         print(f"{'yes' if holds else 'NO '} {statement}", file=sys.stderr)
     warning = drift.warning(drift.drifts(base.statistics, trained.statistics, base.prompts), config.taken_out)

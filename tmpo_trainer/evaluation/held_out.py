@@ -346,6 +346,10 @@ class HeldOut:
         if file is not None and main:
             try:
                 _write(file, measured, key)
+            except OSError as caught:
+                # The file only saves time.
+                notice = f"{file} cannot be written ({one_line(caught)}): the next command measures this again"
+                tqdm.write(f"tmpo_trainer: {notice}", file=sys.stderr)
             except Exception as caught:
                 error = caught
         self.processes.agree(error)

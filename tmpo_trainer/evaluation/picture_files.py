@@ -215,20 +215,19 @@ def batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
 
 
 def score_images(
-    pictures: Sequence[Picture], metadata: Mapping[str, Any], scorers: Sequence[tuple[str, Scorer]]
-) -> dict[str, np.ndarray]:
+    pictures: Sequence[Picture],
+    metadata: Mapping[str, Any],
+    scorers: Sequence[tuple[str, Scorer]],
+    scores: dict[str, np.ndarray],
+) -> None:
     """Scores every picture.
 
     Args:
-        metadata: by prompt. scorers: (name, scorer) pairs.
-
-    Returns:
-        {name: `[N]`}
+        metadata: by prompt. scorers: (name, scorer) pairs. scores: {name: `[N]`}, is filled, batch by batch.
 
     Raises:
         ValueError: a picture cannot be scored; the error names its file.
     """
-    scores = {name: np.empty(len(pictures), np.float32) for name, _ in scorers}
     with tqdm(total=len(pictures), unit="image", dynamic_ncols=True, disable=None) as bar:
         for numbers in batches(pictures):
             prompts = [pictures[i].prompt for i in numbers]
@@ -241,7 +240,6 @@ def score_images(
             for name, values in found.items():
                 scores[name][numbers] = values.numpy()
             bar.update(len(numbers))
-    return scores
 
 
 def by_prompt(pictures: Sequence[Picture]) -> dict[str, list[int]]:

@@ -186,8 +186,6 @@ def write_report(
     """
     figures = summary(base, trained)
     after_last = {"update": metrics[-1]["update"], **figures}
-    curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
-    side_by_side(base, trained, run / "samples.png")
     checks = verdict(base, trained, target)
     moved = drift.drifts(base.statistics, trained.statistics, base.prompts)
     content = {"prompts": len(base.prompts), **figures, "drift": drift.content(moved), "verdict": checks}
@@ -196,10 +194,14 @@ def write_report(
     curve = limit.front(base)
     if curve is not None:
         text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})
-        limit.plot(run / "pareto.png", curve, base, {"trained": trained})
         sections.append(f"{text}\n\n{table}\n\n![limit](pareto.png)\n")
+    # The figures first: a picture that cannot be written does not take them along.
     write_text(run / "report.md", "\n".join(sections))
     write_text(run / "report.json", json.dumps(content, indent=2) + "\n")
+    curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
+    side_by_side(base, trained, run / "samples.png")
+    if curve is not None:
+        limit.plot(run / "pareto.png", curve, base, {"trained": trained})
     return checks
 
 

@@ -2,8 +2,8 @@
 
 That holds for the pretrained model tilted by exp(R / lambda), up to a constant of the prompt, its log partition function, which
 subtracting the group's mean removes from both sides. With it goes the group's mean error, which nothing in this loss holds: the
-errors of all leaves may grow together until the pictures are destroyed. The paper therefore anchors by a KL penalty, here `kl_weight`
-(docs/comparison.md, "Methods on noised leaves").
+errors of all leaves may grow together until the pictures are destroyed. The paper therefore anchors by a KL penalty, here
+`kl_weight` (docs/comparison.md, "Methods on noised leaves").
 """
 
 from __future__ import annotations

@@ -434,10 +434,15 @@ def score_all(
 
 
 def check_finite(name: str, scores: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The scores in float32. Raises ValueError, naming the scorer and the first such prompt, unless all are finite there."""
+    """The scores in float32, on the CPU and without a gradient.
+
+    Raises:
+        ValueError: not all are finite; the error names the scorer and the first such prompt.
+    """
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {name} gave {tuple(scores.shape)} scores for {len(prompts)} images")
-    found = scores.float()
+    # A reward of the user's own may compute on the GPU, and with gradients.
+    found = scores.detach().float().cpu()
     bad = torch.nonzero(~torch.isfinite(found)).flatten()
     if len(bad):
         i = int(bad[0])

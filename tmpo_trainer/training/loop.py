@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,18 +35,17 @@ from ..tree import TreePlan
 from . import checkpoint
 from .progress import Reporter
 from .prompt_batch import Judges, Roller
+from .stopping import stopping
 from .weights import Diverged, Weights, trainable
 
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
-#: Signals that end a run once it has saved. ComfyUI's node sends the last one, which only Windows has.
-STOPPING = tuple(number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGBREAK"))
 #: A batch and the network for its prompts.
 Rolled = list[tuple[PromptBatch, Network]]
 
 
 class Interrupted(Exception):
-    """A signal of STOPPING arrived; the run was saved. Exit code 130."""
+    """A signal that ends a run arrived; the run was saved. Exit code 130."""
 
 
 class Trainer:
@@ -415,7 +414,7 @@ class Trainer:
             Interrupted: after a signal, saved.
         """
         config = self.config
-        handlers = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        handlers = {number: signal.signal(number, self._on_signal) for number in stopping()}
         saving = False
         try:
             if self.done:
@@ -424,15 +423,22 @@ class Trainer:
             while self.done < config.updates:
                 metrics = self.update()
                 self._tell(lambda metrics=metrics: reporter.update(metrics))
-                if not self._stopped():
-                    self._show(reporter)
-                stop = self._stopped()
+                stop, saved = self._stopped(), False
                 due = config.checkpoint_every and self.done % config.checkpoint_every == 0
+                # Before what is shown, which may take minutes: a run that is killed meanwhile loses nothing, and one that is
+                # resumed shows what is missing.
                 if due or self.done == config.updates or stop:
                     saving = True
                     self.save()
-                    saving = False
+                    saving, saved = False, True
+                if not stop:
+                    self._show(reporter)
+                    stop = self._stopped()
                 if stop:
+                    if not saved:
+                        saving = True
+                        self.save()
+                        saving = False
                     raise Interrupted(f"stopped by {signal.Signals(stop).name} after update {self.done}")
         except Interrupted:
             raise
@@ -489,11 +495,13 @@ class Trainer:
         return max(self.processes.gather(self._stop or 0))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # A launcher repeats SIGTERM.
-        if self._stop and number != signal.SIGTERM:
+        # A launcher repeats SIGTERM, and of a closed connection both the shell and the system tell.
+        if self._stop and signal.Signals(number).name not in ("SIGTERM", "SIGHUP"):
             raise KeyboardInterrupt
         self._stop = number
-        print("\nstopping after this update and saving; Ctrl-C to stop at once", file=sys.stderr)
+        # The terminal may be gone, or be written to at this moment.
+        with suppress(OSError, RuntimeError):
+            print("\nstopping after this update and saving; Ctrl-C to stop at once", file=sys.stderr)
 
 
 def summarise(name: str, values: list[float]) -> float:

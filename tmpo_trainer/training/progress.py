@@ -28,10 +28,11 @@ def metrics_lines(run: Path, rewards: Sequence[str]) -> list[dict[str, Any]]:
     return [line for line in lines if all(isinstance(line.get(name), int | float) for name in needed)]
 
 
-def evaluation_lines(run: Path) -> list[dict[str, Any]]:
-    """A run's lines of evaluations.jsonl that have the figures of the report."""
+def evaluation_lines(run: Path, target: str) -> list[dict[str, Any]]:
+    """A run's lines of evaluations.jsonl that have the gain in a score: a damaged line may lack it, and a run that was resumed
+    may have had another reward before."""
     lines = read_metrics(run / "evaluations.jsonl")
-    return [line for line in lines if all(isinstance(line.get(name), dict) for name in ("base", "trained", "gain"))]
+    return [line for line in lines if isinstance(line.get("gain"), dict) and isinstance(line["gain"].get(target), dict)]
 
 
 class Reporter:
@@ -67,6 +68,10 @@ class Reporter:
         if not self.main:
             return
         run.mkdir(parents=True, exist_ok=True)
+        for path in (run / "samples").glob("update-*.png"):
+            # Drawn after the checkpoint, in a course that is given up.
+            if (number := path.stem.removeprefix("update-")).isdecimal() and int(number) > done:
+                path.unlink()
         for name in ("metrics.jsonl", "evaluations.jsonl", "drift.jsonl"):
             path = run / name
             kept = [line for line in read_metrics(path) if line["update"] <= done]

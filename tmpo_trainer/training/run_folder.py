@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
+from ..files import read_metrics
+from ..lora import export
 from ..processes import together
 from ..settings.errors import ConfigError, one_line
 from .checkpoint import checkpoints
@@ -47,15 +50,35 @@ def writing(folder: Path) -> Iterator[None]:
         raise ConfigError(f"run folder {folder} cannot be written: {one_line(error)}") from None
 
 
+def check_free(folder: Path) -> None:
+    """Raises ConfigError if the folder of a new run holds a run already, or cannot be made.
+
+    A run that failed in its first update has left nothing to keep.
+    """
+    if (folder / export.FILE_NAME).exists() and not (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder} already holds a LoRA: give another --output-dir")
+    kept = checkpoints(folder)
+    if kept or (folder / export.FILE_NAME).exists() or read_metrics(folder / "metrics.jsonl"):
+        resume = f"continue it with --resume {folder} or " if kept else ""
+        raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output folder {folder} is a file")
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise ConfigError(f"output folder {folder} cannot be made: {place} is a file")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"output folder {folder} cannot be made: {place} is not writable")
+
+
 def _make_folder(given: Path | None, preset: str) -> Path:
     """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
     folder = given or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = folder.name
     for attempt in range(2, 100):
         try:
-            if given and (folder / "metrics.jsonl").exists():
-                resume = f"continue it with --resume {folder} or " if checkpoints(folder) else ""
-                raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
+            if given:
+                # Another run may have come since the first check.
+                check_free(folder)
             folder.mkdir(parents=True, exist_ok=given is not None)
             return folder
         except FileExistsError:
