@@ -136,13 +136,14 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             lora,
             sampling,
             share,
+            training,
             tree_sampler,
             tree_view,
         )
 
         yield SimpleNamespace(
             comfy=comfy, demo_model=demo_model, diversity=diversity, lora=lora, sampling=sampling, share=share,
-            tree_sampler=tree_sampler, tree_view=tree_view,
+            training=training, tree_sampler=tree_sampler, tree_view=tree_view,
         )  # fmt: skip
     sys.path.remove(COMFYUI)
 

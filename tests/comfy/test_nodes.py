@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import time
+from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -489,3 +492,29 @@ def test_features_stop_between_pictures(nodes: Any, monkeypatch: pytest.MonkeyPa
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         nodes.diversity.feature_vectors("any", pictures)
     assert len(seen) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell's trap stands for the run")
+def test_cancel_waits_for_the_checkpoint_and_a_second_one_does_not(nodes: Any, tmp_path: Path) -> None:
+    """A run looks at the signal after its update, sample grid or evaluation, which may take minutes."""
+    import comfy.model_management as management  # type: ignore[import-not-found]
+
+    saves, hangs = tmp_path / "saves", tmp_path / "hangs"
+    saves.write_text(f"#!/bin/sh\ntrap 'sleep 2; touch {tmp_path}/saved; exit 130' INT\nwhile :; do sleep 0.1; done\n")
+    hangs.write_text("#!/bin/sh\ntrap '' INT\nfor i in $(seq 600); do sleep 0.1; done\n")
+    for script, cancels in ((saves, 1), (hangs, 2)):
+        script.chmod(0o755)
+        timers = [Timer(1 + 2 * i, management.interrupt_current_processing) for i in range(cancels)]
+        for timer in timers:
+            timer.start()
+        begun = time.monotonic()
+        with pytest.raises(management.InterruptProcessingException):
+            nodes.training.run(str(script), [], tmp_path)
+        assert time.monotonic() - begun < 30
+        assert not any(timer.is_alive() for timer in timers)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_monitor_whose_run_comes_over_a_link_always_looks(nodes: Any) -> None:
+    found = nodes.training.TrainingMonitor.fingerprint_inputs(run=None)
+    assert found != found
