@@ -112,7 +112,7 @@ def test_only_the_prompts_that_a_run_draws_are_encoded(
     assert main.main(run) == 0
     files = set((place / "text").iterdir())
     assert len(files) == 5
-    assert main.main([*run, "--dry-run"]) == 0
+    assert main.main([*run, "--output-dir", "another", "--dry-run"]) == 0
     assert "5 prompts will be drawn, 0 of them" in capsys.readouterr().out
     assert main.main(["--resume", "out/checkpoint-1", "--text-cache", "other", "--sample-every", "2"]) == 0
     resumed = {path.name for path in (place / "other").iterdir()}
