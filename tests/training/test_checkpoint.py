@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +206,16 @@ def test_killed_twice_and_resumed_is_the_same(flags: list[str], whole: Path, tmp
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_exits_130(
-    flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    flags: list[str], whole: Path, scorer: Scorer, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals,
+    request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    folder, handler = tmp_path / "run", signal.getsignal(number)
-    if number == signal.SIGHUP and handler is signal.SIG_IGN:
-        pytest.skip("hang-ups are ignored here, as under nohup")
+    # Hang-ups may be ignored here, as under nohup.
+    handler = signal.getsignal(number) or signal.SIG_DFL
+    request.addfinalizer(partial(signal.signal, number, handler))
+    if handler is signal.SIG_IGN:
+        handler = signal.SIG_DFL
+        signal.signal(number, handler)
+    folder = tmp_path / "run"
     scorer.at[6 * CALLS_PER_UPDATE + 1] = lambda count: os.kill(os.getpid(), number)
     assert main.main([*flags, "--output-dir", str(folder)]) == 130
     last = capsys.readouterr().err.strip().splitlines()[-1]
