@@ -518,3 +518,22 @@ def test_cancel_waits_for_the_checkpoint_and_a_second_one_does_not(nodes: Any, t
 def test_a_monitor_whose_run_comes_over_a_link_always_looks(nodes: Any) -> None:
     found = nodes.training.TrainingMonitor.fingerprint_inputs(run=None)
     assert found != found
+
+
+def test_a_tokenizer_that_open_clip_has_is_not_asked_for(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the network its weights, which the command line has downloaded, suffice."""
+    import huggingface_hub
+    from tmpo_pack.nodes import scoring  # type: ignore[import-not-found]
+    from tmpo_pack.tmpo_trainer.rewards.parts import clip  # type: ignore[import-not-found]
+
+    def offline(*arguments: Any, **more: Any) -> None:
+        raise OSError("offline")
+
+    kept = lambda repository, name: None if repository == clip.TOKENIZER[0] else "file"  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", kept)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(clip, "open_clip_tokenizer", object)
+    scoring.check_weights("pickscore", None)
+    monkeypatch.setattr(clip, "open_clip_tokenizer", lambda: None)
+    with pytest.raises(ValueError, match="cannot be downloaded"):
+        scoring.check_weights("pickscore", None)
