@@ -171,7 +171,7 @@ class Train(io.ComfyNode):
                 )
             words = ["--resume", str(folder)]
         else:
-            if folder == Path(folder_paths.get_output_directory()).resolve() or read_metrics(folder / "metrics.jsonl"):
+            if folder == Path(folder_paths.get_output_directory()).resolve() or holds_run(folder):
                 raise ValueError(
                     f"{folder} already holds other files, or a run without a checkpoint: choose another output_dir"
                 )
@@ -236,7 +236,8 @@ def run(python: str, words: list[str], folder: Path) -> None:
             # The signal makes the run save a checkpoint and end. Until it looks, after an update or what it shows, minutes may
             # pass. A second Cancel does not wait.
             try:
-                process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGINT)  # type: ignore[attr-defined]
+                # Not Ctrl-C's: a ComfyUI that a script has started in the background ignores that one, and so do its children.
+                process.send_signal(signal.CTRL_BREAK_EVENT if windows else signal.SIGTERM)  # type: ignore[attr-defined]
                 while process.poll() is None:
                     comfy.model_management.throw_exception_if_processing_interrupted()
                     time.sleep(LOOK)
@@ -252,6 +253,12 @@ def run(python: str, words: list[str], folder: Path) -> None:
             (line for line in reversed(lines) if line.startswith("tmpo_trainer:")), (lines or ["no message"])[-1]
         )
         raise ValueError(f"training ended with exit code {process.returncode}: {last.removeprefix('tmpo_trainer: ')}")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has lines of a run. One that failed in its first update has left an empty file."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
 
 
 def planned(folder: Path) -> int:

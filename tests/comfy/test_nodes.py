@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -500,18 +500,28 @@ def test_cancel_waits_for_the_checkpoint_and_a_second_one_does_not(nodes: Any, t
     import comfy.model_management as management  # type: ignore[import-not-found]
 
     saves, hangs = tmp_path / "saves", tmp_path / "hangs"
-    saves.write_text(f"#!/bin/sh\ntrap 'sleep 2; touch {tmp_path}/saved; exit 130' INT\nwhile :; do sleep 0.1; done\n")
-    hangs.write_text("#!/bin/sh\ntrap '' INT\nfor i in $(seq 600); do sleep 0.1; done\n")
+    waits = f"touch {tmp_path}/ready\nfor i in $(seq 600); do sleep 0.1; done\n"
+    saves.write_text(f"#!/bin/sh\ntrap 'sleep 2; touch {tmp_path}/saved; exit 130' TERM\n{waits}")
+    hangs.write_text(f"#!/bin/sh\ntrap '' TERM\n{waits}")
     for script, cancels in ((saves, 1), (hangs, 2)):
         script.chmod(0o755)
-        timers = [Timer(1 + 2 * i, management.interrupt_current_processing) for i in range(cancels)]
-        for timer in timers:
-            timer.start()
+        (tmp_path / "ready").unlink(missing_ok=True)
+        sent = []
+
+        def cancel(times: int = cancels, sent: list[float] = sent) -> None:
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.05)
+            for _ in range(times):
+                management.interrupt_current_processing()
+                sent.append(time.monotonic())
+                time.sleep(2)
+
+        Thread(target=cancel, daemon=True).start()
         begun = time.monotonic()
         with pytest.raises(management.InterruptProcessingException):
             nodes.training.run(str(script), [], tmp_path)
         assert time.monotonic() - begun < 30
-        assert not any(timer.is_alive() for timer in timers)
+        assert len(sent) == cancels
     assert (tmp_path / "saved").exists()
 
 

@@ -83,7 +83,7 @@ def run(config: TrainConfig, lora: Path | None, preference: Path | None) -> int:
             attach(backbone, lora)
         return loading.scorers(config, device), loading.features(config, device), backbone
 
-    folder = agreed_folder(config.output_dir, "evaluate", accelerator)
+    folder = agreed_folder(config.output_dir, "evaluate", accelerator, train=False)
     scorers, features, backbone = together(accelerator, load)
     assert features is not None
     by_name = dict(zip(config.reward, scorers, strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ..settings.config import TrainConfig
@@ -116,24 +118,38 @@ def _score(namespace: argparse.Namespace, config: TrainConfig) -> int:
                 scoring.score_images(pictures, metadata, scorers, scores)
             if features is not None:
                 groups, distances = scoring.measure_diversity(pictures, features, encoder)
-        finally:
-            # Also what was scored before a failure or Ctrl-C.
+        except BaseException:
+            # What was scored before a failure or Ctrl-C is kept. The first error is the one to report.
             done = [i for i in range(len(pictures)) if all(np.isfinite(values[i]) for values in scores.values())]
-            if groups or (scorers and done):
-                show([pictures[i] for i in done], {name: values[done] for name, values in scores.items()}, groups)
-            if scorers and 0 < len(done) < len(pictures):
+            if scorers and done:
                 print(f"tmpo_trainer: {len(done)} of {len(pictures)} pictures were scored", file=sys.stderr)
-        if scores and distances:
-            print(f"\n{scoring.limit_table(pictures, scores, distances)}")
+                output = namespace.output
+                if output and len(done) < len(pictures):
+                    # A file of all pictures may be there from before.
+                    output = output.with_stem(f"{output.stem}.partial")
+                with suppress(OSError):
+                    own = {name: values[done] for name, values in scores.items()}
+                    show(output, [pictures[i] for i in done], own, {}, {})
+            raise
+        show(namespace.output, pictures, scores, groups, distances)
         return 0
 
-    def show(pictures: list[scoring.Picture], scores: dict[str, np.ndarray], groups: dict[str, Any]) -> None:
+    def show(
+        output: Path | None,
+        pictures: Sequence[scoring.Picture],
+        scores: dict[str, np.ndarray],
+        groups: dict[str, Any],
+        distances: dict[str, Any],
+    ) -> None:
         # If one of the two fails, as on a full disk or into a closed pipe, the other still holds the scores.
         try:
-            if namespace.output:
-                scoring.write(namespace.output, pictures, scores, groups)
-                print(f"written: {namespace.output}", file=sys.stderr)
+            if output:
+                scoring.write(output, pictures, scores, groups)
         finally:
             print(scoring.text_table(pictures, scores, groups))
+            if scores and distances:
+                print(f"\n{scoring.limit_table(pictures, scores, distances)}")
+        if output:
+            print(f"written: {output}", file=sys.stderr)
 
     return exit_code(work)

@@ -196,12 +196,13 @@ def write_report(
         text, table, content["limit"] = limit_section(curve, base, {"trained": [trained]})
         sections.append(f"{text}\n\n{table}\n\n![limit](pareto.png)\n")
     # The figures first: a picture that cannot be written does not take them along.
-    write_text(run / "report.md", "\n".join(sections))
     write_text(run / "report.json", json.dumps(content, indent=2) + "\n")
     curves(metrics, [*evaluations, after_last] if evaluations else [], rewards, target, run / "curves.png")
     side_by_side(base, trained, run / "samples.png")
     if curve is not None:
         limit.plot(run / "pareto.png", curve, base, {"trained": trained})
+    # Last: it marks a run that is done.
+    write_text(run / "report.md", "\n".join(sections))
     return checks
 
 

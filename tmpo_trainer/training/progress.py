@@ -71,7 +71,9 @@ class Reporter:
         for path in (run / "samples").glob("update-*.png"):
             # Drawn after the checkpoint, in a course that is given up.
             if (number := path.stem.removeprefix("update-")).isdecimal() and int(number) > done:
-                path.unlink()
+                # On Windows a picture that is open stays.
+                with suppress(OSError):
+                    path.unlink()
         for name in ("metrics.jsonl", "evaluations.jsonl", "drift.jsonl"):
             path = run / name
             kept = [line for line in read_metrics(path) if line["update"] <= done]

@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
-from ..files import read_metrics
 from ..lora import export
 from ..processes import together
 from ..settings.errors import ConfigError, one_line
@@ -57,28 +56,32 @@ def check_free(folder: Path) -> None:
     """
     if (folder / export.FILE_NAME).exists() and not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder} already holds a LoRA: give another --output-dir")
-    kept = checkpoints(folder)
-    if kept or (folder / export.FILE_NAME).exists() or read_metrics(folder / "metrics.jsonl"):
+    kept, metrics = checkpoints(folder), folder / "metrics.jsonl"
+    if kept or (folder / export.FILE_NAME).exists() or (metrics.exists() and metrics.stat().st_size):
         resume = f"continue it with --resume {folder} or " if kept else ""
         raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output folder {folder} is a file")
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    place = next((each for each in (folder, *folder.absolute().parents) if each.exists()), None)
+    if place is None:
+        raise ConfigError(f"output folder {folder} cannot be made: {folder.absolute().anchor} does not exist")
     if not place.is_dir():
         raise ConfigError(f"output folder {folder} cannot be made: {place} is a file")
     if not os.access(place, os.W_OK):
         raise ConfigError(f"output folder {folder} cannot be made: {place} is not writable")
 
 
-def _make_folder(given: Path | None, preset: str) -> Path:
+def _make_folder(given: Path | None, preset: str, train: bool) -> Path:
     """The folder of a new run, made. Raises ConfigError if it cannot be, or holds a run already."""
     folder = given or Path("outputs") / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     name = folder.name
     for attempt in range(2, 100):
         try:
-            if given:
+            if given and train:
                 # Another run may have come since the first check.
                 check_free(folder)
+            elif given and (folder / "metrics.jsonl").exists():
+                raise ConfigError(f"{folder} already holds a run: give another --output-dir")
             folder.mkdir(parents=True, exist_ok=given is not None)
             return folder
         except FileExistsError:
@@ -91,14 +94,18 @@ def _make_folder(given: Path | None, preset: str) -> Path:
     raise ConfigError(f"output folder {folder} exists already")
 
 
-def agreed_folder(given: Path | None, preset: str, accelerator: Accelerator) -> Path:
-    """The new run's folder, made by the first process and announced to the others. Raises ConfigError on all of them."""
+def agreed_folder(given: Path | None, preset: str, accelerator: Accelerator, train: bool = True) -> Path:
+    """The new run's folder, made by the first process and announced to the others. Raises ConfigError on all of them.
+
+    Args:
+        train: False for a folder of figures, which may lie beside a LoRA.
+    """
     if accelerator.num_processes == 1:
-        return _make_folder(given, preset)
+        return _make_folder(given, preset, train)
     shared: list[Any] = [None]
     if accelerator.is_main_process:
         try:
-            shared = [_make_folder(given, preset)]
+            shared = [_make_folder(given, preset, train)]
         except ConfigError as error:
             shared = [error]
     broadcast_object_list(shared)
