@@ -24,7 +24,9 @@ from tmpo_trainer.commands.flags import make_parser
 from tmpo_trainer.commands.lasting import Lasting
 from tmpo_trainer.evaluation import appearance
 from tmpo_trainer.rewards import Parked
+from tmpo_trainer.settings.errors import ConfigError
 from tmpo_trainer.settings.presets import all_settings, make_config, preset_names
+from tmpo_trainer.training.run_folder import check_free
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -316,6 +318,21 @@ def test_a_terminal_that_has_gone_ends_nothing() -> None:
         assert lasting.fileno() == writer and lasting.encoding == stream.encoding
         # So that closing it, which writes what is kept, has a reader.
         os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell closes it")
+def test_a_process_without_a_stderr_runs(place: Path) -> None:
+    command = f'exec "{sys.executable}" -m tmpo_trainer --preset demo --print-config 2>&-'
+    done = subprocess.run(
+        ["sh", "-c", command], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0 and "method: nft" in done.stdout
+
+
+def test_a_drive_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(ConfigError, match=r"output folder .*run cannot be made: .* does not exist"):
+        check_free(Path("run"))
 
 
 def test_the_same_flags_without_the_mistake_run(
