@@ -21,7 +21,7 @@ import yaml
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..tmpo_trainer.files import read_metrics, write_text
+from ..tmpo_trainer.files import has_metrics, read_metrics, write_text
 from ..tmpo_trainer.lora.file import FILE_NAME
 from ..tmpo_trainer.pictures.reading import read_picture
 from ..tmpo_trainer.settings.yaml_file import read_yaml
@@ -171,7 +171,7 @@ class Train(io.ComfyNode):
                 )
             words = ["--resume", str(folder)]
         else:
-            if folder == Path(folder_paths.get_output_directory()).resolve() or holds_run(folder):
+            if folder == Path(folder_paths.get_output_directory()).resolve() or has_metrics(folder):
                 raise ValueError(
                     f"{folder} already holds other files, or a run without a checkpoint: choose another output_dir"
                 )
@@ -253,12 +253,6 @@ def run(python: str, words: list[str], folder: Path) -> None:
             (line for line in reversed(lines) if line.startswith("tmpo_trainer:")), (lines or ["no message"])[-1]
         )
         raise ValueError(f"training ended with exit code {process.returncode}: {last.removeprefix('tmpo_trainer: ')}")
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a folder has lines of a run. One that failed in its first update has left an empty file."""
-    file = folder / "metrics.jsonl"
-    return file.exists() and file.stat().st_size > 0
 
 
 def planned(folder: Path) -> int:

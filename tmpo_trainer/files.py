@@ -31,6 +31,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def has_metrics(run: Path) -> bool:
+    """Whether a folder has lines of a run. A run that failed in its first update has left an empty file."""
+    file = run / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. A line that is cut short or damaged, or has no whole number `update`, is left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []

@@ -416,6 +416,13 @@ class Trainer:
         config = self.config
         handlers = {number: signal.signal(number, self._on_signal) for number in stopping()}
         saving = False
+
+        def save() -> None:
+            nonlocal saving
+            saving = True
+            self.save()
+            saving = False
+
         try:
             if self.done:
                 # A run that was told to stop has left out what was due then.
@@ -423,22 +430,20 @@ class Trainer:
             while self.done < config.updates:
                 metrics = self.update()
                 self._tell(lambda metrics=metrics: reporter.update(metrics))
-                stop, saved = self._stopped(), False
-                due = config.checkpoint_every and self.done % config.checkpoint_every == 0
+                stop = self._stopped()
+                due = self.done == config.updates or (
+                    config.checkpoint_every and self.done % config.checkpoint_every == 0
+                )
                 # Before what is shown, which may take minutes: a run that is killed meanwhile loses nothing, and one that is
                 # resumed shows what is missing.
-                if due or self.done == config.updates or stop:
-                    saving = True
-                    self.save()
-                    saving, saved = False, True
+                if due or stop:
+                    save()
                 if not stop:
                     self._show(reporter)
                     stop = self._stopped()
+                    if stop and not due:
+                        save()
                 if stop:
-                    if not saved:
-                        saving = True
-                        self.save()
-                        saving = False
                     raise Interrupted(f"stopped by {signal.Signals(stop).name} after update {self.done}")
         except Interrupted:
             raise

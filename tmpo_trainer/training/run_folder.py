@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .. import __version__
+from ..files import has_metrics
 from ..lora import export
 from ..processes import together
 from ..settings.errors import ConfigError, one_line
@@ -56,8 +57,8 @@ def check_free(folder: Path) -> None:
     """
     if (folder / export.FILE_NAME).exists() and not (folder / "metrics.jsonl").exists():
         raise ConfigError(f"{folder} already holds a LoRA: give another --output-dir")
-    kept, metrics = checkpoints(folder), folder / "metrics.jsonl"
-    if kept or (folder / export.FILE_NAME).exists() or (metrics.exists() and metrics.stat().st_size):
+    kept = checkpoints(folder)
+    if kept or (folder / export.FILE_NAME).exists() or has_metrics(folder):
         resume = f"continue it with --resume {folder} or " if kept else ""
         raise ConfigError(f"{folder} already holds a run: {resume}give another --output-dir")
     if folder.exists() and not folder.is_dir():
