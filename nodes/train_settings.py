@@ -33,8 +33,8 @@ MORE = (
     "eval_limit", "eval_steps", "eval_solver", "eval_every", "sample_every", "checkpoint_every", "checkpoints_kept",
     "report", "dtype", "quantize", "attention", "offload_scorers", "compile", "threads", "neutral", "neutral_share",
     "diversity_weight", "diversity", "data_weight", "data_images", "draws", "noise_shift", "noise_weight",
-    "level_importance", "leaf_importance", "negative_limit", "rollout", "strength", "reward_range", "adaptive_weight",
-    "old_decay_rise", "old_decay_max", "tilt_weight",
+    "level_importance", "leaf_importance", "negative_limit", "reference_share", "rollout", "strength", "reward_range",
+    "adaptive_weight", "old_decay_rise", "old_decay_max", "tilt_weight",
 )  # fmt: skip
 #: A word of a value: a number, a choice, true or false.
 WORD = re.compile(r"[A-Za-z0-9_.+-]{1,40}")

@@ -50,7 +50,7 @@ FLAGS = {
     "--remote-hosts", "--remote-timeout", "--features", "--text-cache", "--threads", "--tracker", "--transformer",
     "--updates", "--version", "--weight-decay", "--auxiliary", "--pickscore-scale", "--window", "--window-every",
     "--schedule", "--tree", "--no-tree", "--balance", "--draws", "--noise-shift", "--noise-weight",
-    "--level-importance", "--leaf-importance", "--negative-limit", "--rollout", "--strength",
+    "--level-importance", "--leaf-importance", "--negative-limit", "--reference-share", "--rollout", "--strength",
     "--reward-range", "--adaptive-weight", "--no-adaptive-weight", "--old-decay-rise", "--old-decay-max", "--tilt-weight",
     "--data-weight", "--data-images",
 }  # fmt: skip

@@ -242,6 +242,59 @@ def test_a_limit_on_the_error_of_what_is_pushed_away(kl: float) -> None:
     assert not torch.equal(*halts)
 
 
+@pytest.mark.parametrize(("method", "more"), [("awm", {}), ("nft", {"old_decay_rise": 0, "strength": 0.4})])
+def test_the_pretrained_model_at_a_sample_of_the_rows(method: str, more: dict[str, Any]) -> None:
+    """Written out: the KL at the sample alone, with as much more weight; in several calls of the network."""
+    settings = {
+        "kl_weight": 0.3,
+        "noise_weight": 1,
+        "leaf_importance": 0.5,
+        "level_importance": 0.3,
+        "adaptive_weight": False,
+    }
+    made = set_up(method, reference_share=0.3, **settings, **more)
+    noised = made.method.noised(made.batch)
+    _, x, t, v, weight = all_parts(noised)
+    sample = noised.sample(5)
+    assert sample.tolist() == sorted(set(sample.tolist())) and len(sample) == 5 * COUNT
+    with torch.no_grad(), made.weights.pretrained():
+        reference = made.transformer(x, t)
+    velocity = made.transformer(x, t)
+    error = (velocity - v).square().mean((1, 2, 3))
+    advantage = torch.stack(made.batch.rewards, 1).flatten()[noised.leaf]
+    kl = torch.zeros(LEAVES * DRAWS * COUNT, dtype=torch.float64)
+    kl[sample] = (velocity - reference)[sample].square().mean((1, 2, 3)) * LEAVES * DRAWS / 5
+    total = (weight * (advantage * error + 0.3 * kl)).mean() * COUNT / 4
+    (expected,) = torch.autograd.grad(total, made.transformer.adapter)
+    logged = noised.importance * kl.detach()
+    for most in (None, 5, 2):
+        made.batch.own = {}
+        made.network.max_batch = most
+        got, figures = found(made)
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+        assert figures["kl_reference"] == pytest.approx([logged[p::COUNT].mean().item() for p in range(COUNT)])
+
+
+def test_the_limit_needs_the_pretrained_model_at_every_row() -> None:
+    with pytest.raises(
+        ConfigError, match=r"reference_share 0.3 with negative_limit 2: .*use reference_share 1 or negative_limit none"
+    ):
+        set_up("nft", reference_share=0.3, negative_limit=2)
+
+
+def test_a_sample_of_the_rows() -> None:
+    """The same places in every prompt, whatever its batch; over the updates all rows have the same chance."""
+    made = set_up("awm")
+    counted = torch.zeros(LEAVES * DRAWS)
+    for made.batch.update in range(2000):
+        rows = made.method.noised(made.batch).sample(5)
+        assert torch.equal(rows[1::COUNT], rows[::COUNT] + 1)
+        counted[rows[::COUNT] // COUNT] += 1
+    torch.testing.assert_close(counted / 2000, torch.full_like(counted, 5 / 18), rtol=0, atol=0.05)
+    alone = NoisedLeaves(made.batch.rollout.leaves[1::2], SLOTS[1:], (0, made.batch.update), DRAWS, 2.0)
+    assert torch.equal(alone.sample(5), rows[::COUNT] // COUNT)
+
+
 # -- exact facts ---------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +542,8 @@ def settings_of(method: str) -> dict[str, Any]:
     [
         *((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0}), ("nft", {"old_decay_max": 0}),
         ("nft", {"old_decay_rise": 0, "kl_weight": 0, "negative_limit": 1.2, "leaf_importance": 0.8}),
+        ("nft", {"reference_share": 0.3}), ("nft", {"old_decay_rise": 0, "reference_share": 0.01}),
+        ("awm", {"reference_share": 0.3}),
     ],
 )  # fmt: skip
 def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
@@ -508,9 +563,11 @@ def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
     assert counts == {"forward": 2 * (sum(promised.values()) - replayed), "with gradient": 2 * replayed}
     rows = 9 * 2
     # An old policy that is always the current one has no evaluations of its own.
-    reference, ratio = (1, 0) if more else {"awm": (1, 1), "nft": (2, 0), "crd": (1, 2), "tmpo-leaf": (1, 2)}[method]
+    old = rows if method == "nft" and not {"old_decay_rise", "old_decay_max"} & set(more) else 0
+    reference = {0.3: 5, 0.01: 1, 1: rows}[more.get("reference_share", 1)]
+    ratio = {"awm": 1, "nft": 0, "crd": 2, "tmpo-leaf": 2}[method]
     rolled = 3 * 2 + 9 * 4 if method == "tmpo-leaf" else 9 * 6
-    assert promised == {"rollout": rolled, "reference": reference * rows, "ratio": ratio * rows, "replay": 2 * rows}
+    assert promised == {"rollout": rolled, "reference": old + reference, "ratio": ratio * rows, "replay": 2 * rows}
 
 
 @pytest.mark.parametrize(
@@ -518,10 +575,11 @@ def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
     [
         *((name, {"level_importance": 0.5}) for name in METHODS),
         ("nft", {"old_decay_rise": 0, "leaf_importance": 0.8}), ("awm", {"leaf_importance": 0.8}),
+        ("nft", {"negative_limit": None, "reference_share": 0.3}),
     ],
 )  # fmt: skip
 def test_batches_change_nothing(check_batches: Callable[..., None], method: str, more: dict[str, Any]) -> None:
-    check_batches(**settings_of(method), noise_weight=1, negative_limit=1.0001, **more)
+    check_batches(**settings_of(method) | {"noise_weight": 1, "negative_limit": 1.0001} | more)
 
 
 def test_nft_on_policy_after_an_attempt_that_ran_out_of_memory(make: Make) -> None:

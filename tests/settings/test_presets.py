@@ -88,6 +88,7 @@ def test_all_settings_are_those_of_every_method_with_a_text() -> None:
         "negative_limit",
         "level_importance",
         "leaf_importance",
+        "reference_share",
         "rollout",
         "strength",
         "reward_range",
@@ -300,6 +301,7 @@ def test_no_method_inherits_what_the_demo_presets_wrote_for_nft(name: str, metho
     assert (made.rollout_steps, made.lora_targets) == (10, "attention")
     for key in ("noise_weight", "level_importance", "leaf_importance", "negative_limit"):
         assert not getattr(made, key, None), key
+    assert getattr(made, "reference_share", 1) == 1
 
 
 @pytest.mark.parametrize(

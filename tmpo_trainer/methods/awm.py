@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import ClipSettings
-from .noised import AdvantageSettings, ErrorMethod, advantage, advantage_shares
+from .noised import AdvantageSettings, ErrorMethod, advantage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,6 @@ class Settings(AdvantageSettings, ClipSettings):
 
 class Method(ErrorMethod):
     needs_errors: ClassVar[bool] = False
-
-    def shares(self, batch: PromptBatch) -> Tensor | None:
-        return advantage_shares(batch.rewards, self.config.leaf_importance)
 
     def loss(
         self, batch: PromptBatch, p: int, errors: Tensor, old: Tensor, reference: Tensor | None

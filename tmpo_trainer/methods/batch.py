@@ -130,7 +130,7 @@ class PromptBatch:
     rewards: list[Tensor]
     features: Tensor | None
     slots: list[int]
-    own: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
     #: The reference policy's means, once they are known.
     reference: list[Tensor] | None = None
 

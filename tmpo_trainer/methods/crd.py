@@ -32,7 +32,7 @@ class Method(ErrorMethod):
     config: Settings
 
     @property
-    def needs_reference(self) -> bool:
+    def needs_reference_errors(self) -> bool:
         return True
 
     def loss(

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 class Part(NamedTuple):
     """Some rows of a batch's noised leaves, see `NoisedLeaves`.
 
-    rows: which. x: `[n, ...latent]`, noised. t: `[n]`. v: `[n, ...latent]`, the true velocity. weight: `[n]`.
+    rows: which, of all or of a sample. x: `[n, ...latent]`, noised. t: `[n]`. v: `[n, ...latent]`, the true velocity.
+    weight: `[n]`.
     """
 
     rows: slice
@@ -79,21 +80,34 @@ class NoisedLeaves:
         self.importance = importance.to(self.leaves)
         self.weight = (importance * (1 + power) * (1 - levels) ** power).to(self.leaves)
 
-    def parts(self, max_batch: int | None) -> Iterator[Part]:
-        """All rows, at most `max_batch` at a time, in whole multiples of the prompts."""
+    def sample(self, count: int) -> Tensor:
+        """`count` rows of every prompt, the same places in each, spread evenly over the leaves: `[count * P]`, ascending, on
+        the CPU. Every row has the same chance of count / (D * K)."""
+        import torch
+
+        from .. import tree
+
+        places = len(self.t) // self.count
+        start = torch.special.ndtr(tree.keyed_noise((*self._key, "sample"), (1,))(0, ()).double())
+        chosen = ((torch.arange(count) + start) * (places / count)).long().clamp_max(places - 1)
+        return (chosen[:, None] * self.count + torch.arange(self.count)).flatten()
+
+    def parts(self, max_batch: int | None, sample: Tensor | None = None) -> Iterator[Part]:
+        """All rows, or those of a `sample`, at most `max_batch` at a time, in whole multiples of the prompts."""
         import torch
 
         from .. import flow, tree
 
-        size = tree.chunk_size(len(self.t), self.count, max_batch)
-        for first in range(0, len(self.t), size):
-            rows = range(first, min(first + size, len(self.t)))
-            x0 = self.leaves[self.leaf[first : rows.stop]]
-            eps = torch.stack([self._noise(row) for row in rows]).to(x0)
-            t = self.t[first : rows.stop]
+        total = len(self.t) if sample is None else len(sample)
+        size = tree.chunk_size(total, self.count, max_batch)
+        for first in range(0, total, size):
+            part = slice(first, min(first + size, total))
+            rows = part if sample is None else sample[part]
+            x0 = self.leaves[self.leaf[rows]]
+            eps = torch.stack([self._noise(row) for row in torch.arange(len(self.t))[rows].tolist()]).to(x0)
+            t = self.t[rows]
             level = flow.per_row(t, x0)
-            chosen = slice(first, rows.stop)
-            yield Part(chosen, (1 - level) * x0 + level * eps, t, eps - x0, self.weight[chosen])
+            yield Part(part, (1 - level) * x0 + level * eps, t, eps - x0, self.weight[rows])
 
     def leaf_means(self, rows: Tensor) -> Tensor:
         """Means over a leaf's draws of values that have been weighed: `[D * K * P]` -> `[K, P]`, on the CPU, where sums have

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..settings.errors import ConfigError
-from .noised import AdvantageSettings, NoisedMethod, advantage, advantage_shares, evaluated, trained_error
+from .noised import AdvantageSettings, NoisedMethod, advantage, evaluated, trained_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,9 +82,6 @@ class Method(NoisedMethod):
         # On policy also after a checkpoint of a run that was not.
         if not self.old or self.on_policy:
             self.old = weights.copy()
-
-    def shares(self, batch: PromptBatch) -> Tensor | None:
-        return advantage_shares(batch.rewards, self.config.leaf_importance)
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         import torch

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..settings.errors import ConfigError
 from .base import Figures, Method, StochasticSettings
@@ -67,6 +67,18 @@ class AdvantageSettings(NoisedSettings):
     """Importance sampling of leaves: this share of the draws goes to leaves in proportion to the size of their advantages, and
     the rest evenly (Neyman's allocation). Rows weigh the inverse of their leaf's share, so that what is minimised stays the
     same. `draws` is then the mean over the leaves."""
+    reference_share: float = Field(1.0, gt=0, le=1)
+    """The share of the noised leaves at which the pretrained model is evaluated. The KL penalty is the mean over these, on
+    average the same. `negative_limit` needs all of them."""
+
+    @model_validator(mode="after")
+    def _limit_has_its_reference(self) -> AdvantageSettings:
+        if self.reference_share < 1 and self.negative_limit is not None:
+            raise ValueError(
+                f"reference_share {self.reference_share:g} with negative_limit {self.negative_limit:g}: the limit needs the "
+                "pretrained model at every noised leaf, use reference_share 1 or negative_limit none"
+            )
+        return self
 
 
 def trained_error(part: Part, velocity: Tensor, adaptive: bool) -> Tensor:
@@ -106,23 +118,34 @@ class NoisedMethod(Method):
         return {"kernel": self.config.kernel, "eta": self.config.eta}
 
     @property
+    def needs_reference_errors(self) -> bool:
+        """Whether the loss has the pretrained model's errors of all leaves."""
+        return False
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the pretrained model's velocities are needed."""
-        return bool(self.config.kl_weight) or self.config.negative_limit is not None
+        return bool(self.config.kl_weight) or self.config.negative_limit is not None or self.needs_reference_errors
+
+    def referenced(self, plan: TreePlan) -> int:
+        """At how many noised leaves of a prompt the pretrained model is evaluated."""
+        rows, config = plan.leaves * self.config.draws, self.config
+        if not self.needs_reference:
+            return 0
+        return max(1, round(config.reference_share * rows)) if isinstance(config, AdvantageSettings) else rows
 
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
         """Rollout, reference, replay; see `Method`."""
-        rows = plan.leaves * self.config.draws
         return {
             "rollout": plan.rollout_evaluations,
-            "reference": rows if self.needs_reference else 0,
+            "reference": self.referenced(plan),
             "ratio": 0,
-            "replay": rows * self.config.inner_updates,
+            "replay": plan.leaves * self.config.draws * self.config.inner_updates,
         }
 
     def keeps(self, plan: TreePlan) -> int:
         """Leaves, and velocities of the reference."""
-        return plan.leaves * (1 + self.config.draws * self.needs_reference)
+        return plan.leaves + self.referenced(plan)
 
     def noised(self, batch: PromptBatch) -> NoisedLeaves:
         config = self.config
@@ -141,7 +164,10 @@ class NoisedMethod(Method):
 
     def shares(self, batch: PromptBatch) -> Tensor | None:
         """`[K, P]`, the share of a prompt's draws that each leaf has, or None for equal ones; see `NoisedLeaves`."""
-        return None
+        config = self.config
+        return (
+            advantage_shares(batch.rewards, config.leaf_importance) if isinstance(config, AdvantageSettings) else None
+        )
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
@@ -163,7 +189,7 @@ class NoisedMethod(Method):
         noised = self.noised(batch)
         if self.needs_reference and "reference" not in batch.own:
             with network.phase("reference"), self.weights.pretrained():
-                batch.own["reference"], batch.own["reference_errors"] = evaluated(noised, network)
+                batch.own["reference"] = Reference(noised, network, self.referenced(batch.plan))
         figures = self.prepare(batch, noised, network, inner)
         losses, errors, kl, halted = (torch.zeros_like(noised.t) for _ in range(4))
         scale = batch.share / len(noised.t)
@@ -174,12 +200,12 @@ class NoisedMethod(Method):
                 losses[part.rows] = part.weight * loss.detach()
                 errors[part.rows] = mean_square(velocity.detach() - part.v)
                 if config.negative_limit is not None:
-                    most = config.negative_limit * mean_square(batch.own["reference"][part.rows] - part.v)
+                    most = config.negative_limit * batch.own["reference"].errors[part.rows]
                     stop = self.repelled(batch, part.rows) & (errors[part.rows] > most)
                     halted[part.rows] = stop.to(halted)
                     loss = loss.masked_fill(stop, 0)
                 if config.kl_weight:
-                    off = mean_square(velocity - batch.own["reference"][part.rows])
+                    off = batch.own["reference"].distance(velocity, part.rows)
                     kl[part.rows] = off.detach()
                     loss = loss + config.kl_weight * off
                 network.backward((part.weight * loss).sum() * scale)
@@ -194,16 +220,45 @@ class NoisedMethod(Method):
         return {name: rows.view(-1, batch.count).mean(0).tolist() for name, rows in found.items()} | figures
 
 
-def evaluated(noised: NoisedLeaves, network: Network) -> tuple[Tensor, Tensor]:
-    """The network's velocities at all rows without gradient, `[D * K * P, ...latent]`, and their errors times the rows'
-    weights, `[D * K * P]`."""
+class Reference:
+    """The pretrained model's velocities at noised leaves: at all rows, or at a sample of them.
+
+    Args:
+        network: of the pretrained weights. count: of the rows of every prompt at which it is evaluated.
+
+    Attributes:
+        errors: `[n]`, of its velocity at these rows.
+    """
+
+    def __init__(self, noised: NoisedLeaves, network: Network, count: int):
+        total = len(noised.t)
+        self._rows = None if count * noised.count == total else noised.sample(count)
+        self._velocities, self.errors = evaluated(noised, network, self._rows)
+        self._weight = total / (count * noised.count)
+
+    def distance(self, velocity: Tensor, rows: slice) -> Tensor:
+        """Mean squared distance to the pretrained model's velocity, `[n, ...latent]` -> `[n]`. Outside the sample it is 0, and
+        inside it weighs as much more as there are fewer rows."""
+        import torch
+
+        if self._rows is None:
+            return mean_square(velocity - self._velocities[rows])
+        first, last = torch.searchsorted(self._rows, torch.tensor([rows.start, rows.stop])).tolist()
+        own = (self._rows[first:last] - rows.start).to(velocity.device)
+        off = self._weight * mean_square(velocity[own] - self._velocities[first:last])
+        return off.new_zeros(len(velocity)).index_copy(0, own, off)
+
+
+def evaluated(noised: NoisedLeaves, network: Network, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The network's velocities without gradient at all rows, or at those of a `sample`, `[n, ...latent]`, and their errors,
+    `[n]`."""
     import torch
 
     velocities, errors = [], []
     with torch.no_grad():
-        for part in noised.parts(network.max_batch):
+        for part in noised.parts(network.max_batch, rows):
             velocities.append(network(part.x, part.t).to(part.x))
-            errors.append(part.weight * mean_square(velocities[-1] - part.v))
+            errors.append(mean_square(velocities[-1] - part.v))
     return torch.cat(velocities), torch.cat(errors)
 
 
@@ -225,7 +280,7 @@ class ErrorMethod(NoisedMethod):
 
         Args:
             errors: of the current weights, `[K]`; the loss is differentiable in them. old: at the first optimiser step.
-            reference: of the pretrained model, if it is needed.
+            reference: of the pretrained model, with `needs_reference_errors`.
         """
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
@@ -236,11 +291,11 @@ class ErrorMethod(NoisedMethod):
         own = batch.own
         if inner or self.needs_errors:
             with network.phase("ratio"):
-                errors = noised.leaf_means(evaluated(noised, network)[1])
+                errors = noised.leaf_means(noised.weight * evaluated(noised, network)[1])
         else:
             errors = torch.zeros(batch.plan.leaves, batch.count, dtype=noised.t.dtype)
         old = own["errors"] if inner else errors
-        reference = noised.leaf_means(own["reference_errors"]) if self.needs_reference else None
+        reference = noised.leaf_means(noised.weight * own["reference"].errors) if self.needs_reference_errors else None
         weights, figures = [], defaultdict(list)
         for p in range(batch.count):
             current = errors[:, p].clone().requires_grad_()

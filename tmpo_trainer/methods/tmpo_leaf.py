@@ -34,8 +34,8 @@ class Method(ErrorMethod):
     config: Settings
 
     @property
-    def needs_reference(self) -> bool:
-        return super().needs_reference or self.config.anchor == "ref"
+    def needs_reference_errors(self) -> bool:
+        return self.config.anchor == "ref"
 
     def about(self, update: int) -> dict[str, float]:
         return {"beta": self.config.beta(update)}
