@@ -528,6 +528,13 @@ def test_the_anchor_on_data_goes_with_any_method(make: Make, method: str) -> Non
     assert metrics["data_loss"] > 0 and "data_loss" not in make(method).update()
 
 
+def test_a_forest_has_independent_seeds_that_branch_once() -> None:
+    made = set_up("nft", rollout="forest", branch_early=(1, 2, 4), branching=3, leaf_steps=1)
+    plan = made.method.shape(0)
+    assert (plan.num_steps, plan.roots, dict(plan.fanout), plan.leaves) == (5, 9, {4: 3}, 27)
+    assert plan.rollout_evaluations == 9 * 4 + 27
+
+
 # -- in training ---------------------------------------------------------------------------------------------------
 
 
@@ -543,7 +550,7 @@ def settings_of(method: str) -> dict[str, Any]:
         *((name, {}) for name in METHODS), ("nft", {"old_decay_rise": 0}), ("nft", {"old_decay_max": 0}),
         ("nft", {"old_decay_rise": 0, "kl_weight": 0, "negative_limit": 1.2, "leaf_importance": 0.8}),
         ("nft", {"reference_share": 0.3}), ("nft", {"old_decay_rise": 0, "reference_share": 0.01}),
-        ("awm", {"reference_share": 0.3}),
+        ("awm", {"reference_share": 0.3}), ("crd", {"rollout": "forest", "branch_early": (2, 3)}),
     ],
 )  # fmt: skip
 def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
@@ -566,7 +573,7 @@ def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
     old = rows if method == "nft" and not {"old_decay_rise", "old_decay_max"} & set(more) else 0
     reference = {0.3: 5, 0.01: 1, 1: rows}[more.get("reference_share", 1)]
     ratio = {"awm": 1, "nft": 0, "crd": 2, "tmpo-leaf": 2}[method]
-    rolled = 3 * 2 + 9 * 4 if method == "tmpo-leaf" else 9 * 6
+    rolled = {"tree": 3 * 2 + 9 * 4, "forest": 3 * 3 + 9 * 3, "chains": 9 * 6}[trainer.config.rollout]
     assert promised == {"rollout": rolled, "reference": old + reference, "ratio": ratio * rows, "replay": 2 * rows}
 
 
@@ -575,7 +582,7 @@ def test_network_calls(make: Make, method: str, more: dict[str, Any]) -> None:
     [
         *((name, {"level_importance": 0.5}) for name in METHODS),
         ("nft", {"old_decay_rise": 0, "leaf_importance": 0.8}), ("awm", {"leaf_importance": 0.8}),
-        ("nft", {"negative_limit": None, "reference_share": 0.3}),
+        ("nft", {"negative_limit": None, "reference_share": 0.3, "rollout": "forest", "branch_early": (2, 3)}),
     ],
 )  # fmt: skip
 def test_batches_change_nothing(check_batches: Callable[..., None], method: str, more: dict[str, Any]) -> None:

@@ -55,9 +55,10 @@ class NoisedSettings(StochasticSettings):
     """Stop pushing away from a leaf, at a noise level, once the network's error there is more than this many times the
     pretrained model's. Nothing else bounds that error: where a policy goes on drawing what it is pushed away from, it grows
     until the network is worse on all its leaves. By default there is no limit, as in the papers."""
-    rollout: Literal["chains", "tree"] = "chains"
+    rollout: Literal["chains", "forest", "tree"] = "chains"
     """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that leaves share
-    early steps and cost less."""
+    early steps and cost less; `forest` has as many leaves, of independent seeds that branch once, at the last of these
+    steps."""
 
 
 class AdvantageSettings(NoisedSettings):
@@ -111,6 +112,9 @@ class NoisedMethod(Method):
         config = self.config
         if config.rollout == "tree":
             return tree.TreePlan.tmpo(config.rollout_steps, config.branch_early, config.branching)
+        if config.rollout == "forest":
+            fanout = {config.branch_early[-1]: config.branching}
+            return tree.TreePlan(config.rollout_steps, config.leaves // config.branching, fanout)
         return tree.TreePlan(config.rollout_steps, config.leaves, {})
 
     @property
