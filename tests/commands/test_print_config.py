@@ -217,7 +217,15 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
     assert short["method"] == long["method"] == "nft"
     assert (short["draws"], long["draws"], short["noise_weight"], long["noise_weight"]) == (2, 3, 1, 0)
     assert (short["rollout_steps"], long["rollout_steps"]) == (6, 10)
-    same = "rollout", "neutral", "level_importance", "leaf_importance", "negative_limit", "old_decay_rise"
+    same = (
+        "rollout",
+        "neutral",
+        "level_importance",
+        "leaf_importance",
+        "negative_limit",
+        "reference_share",
+        "old_decay_rise",
+    )
     assert [short[key] for key in same] == [long[key] for key in same]
     assert printed(capsys, "--preset", "demo-long", "--method", "nft") == long
     # A file for the same method changes nothing of that.
@@ -240,7 +248,7 @@ def test_a_preset_that_names_its_method_is_stronger_than_the_methods_own(
         for file in ("run.yaml", "long.yaml"):
             other = printed(capsys, "--config", file, "--method", name)
             assert [other[key] for key in own] == expected
-            assert other.get("leaf_importance", 0) == 0
+            assert (other.get("leaf_importance", 0), other.get("reference_share", 1)) == (0, 1)
     # Nothing else in crd's loss holds the mean error.
     assert printed(capsys, "--preset", "demo", "--method", "crd")["kl_weight"] == 0.1
     settings = printed(capsys, "--preset", "demo", "--method", "tmpo")

@@ -115,7 +115,7 @@ def error_warning(errors: Sequence[float]) -> str:
     return (
         f"velocity_mse, the network's error on the pictures that it is trained on, is {rise:.1f} times that of the first "
         f"{WINDOW} updates: it goes on drawing what it is pushed away from, and the reward may stop rising. It is held by "
-        "a `negative_limit`, such as 2, or a larger `kl_weight`."
+        "a `negative_limit`, such as 2 (with `reference_share` 1), or a larger `kl_weight`."
     )
 
 

@@ -11,7 +11,7 @@
 | mix-grpo | K chains, noise in a sliding window | z-score | per step |
 | tree-grpo | one seed, a tree in a random window | z-score, backed up through the tree | per edge |
 | gardo | as flow-grpo | R - mean, times rarity | per step |
-| awm | K chains without noise, or a tree | z-score, on noised leaves | per leaf |
+| awm | K chains without noise, such that split once, or a tree | z-score, on noised leaves | per leaf |
 | nft | the same, by the old policy | z-score as optimality in 0..1, on noised leaves | none |
 | crd | as awm | z-score less lambda times the log ratio to the reference, on noised leaves | none |
 | tmpo-leaf | as awm | Softmax-TB with the evidence of noised leaves | per leaf |

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import ClipSettings
-from .noised import AdvantageSettings, ErrorMethod, advantage
+from .noised import AdvantageMethod, AdvantageSettings, ErrorMethod, advantage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ class Settings(AdvantageSettings, ClipSettings):
     """Settings of awm."""
 
 
-class Method(ErrorMethod):
+class Method(AdvantageMethod, ErrorMethod):
     needs_errors: ClassVar[bool] = False
 
     def loss(

@@ -81,16 +81,15 @@ class NoisedLeaves:
         self.weight = (importance * (1 + power) * (1 - levels) ** power).to(self.leaves)
 
     def sample(self, count: int) -> Tensor:
-        """`count` rows of every prompt, the same places in each, spread evenly over the leaves: `[count * P]`, ascending, on
-        the CPU. Every row has the same chance of count / (D * K)."""
+        """`count` different rows of every prompt, 1 to D * K, at random: `[count * P]`, on the CPU. Its row i is of prompt
+        i % P, and does not depend on which prompts share the batch."""
         import torch
 
         from .. import tree
 
         places = len(self.t) // self.count
-        start = torch.special.ndtr(tree.keyed_noise((*self._key, "sample"), (1,))(0, ()).double())
-        chosen = ((torch.arange(count) + start) * (places / count)).long().clamp_max(places - 1)
-        return (chosen[:, None] * self.count + torch.arange(self.count)).flatten()
+        orders = [tree.keyed_noise((*self._key, slot, "sample"), (places,))(0, ()).argsort() for slot in self.slots]
+        return (torch.stack(orders, 1)[:count] * self.count + torch.arange(self.count)).flatten()
 
     def parts(self, max_batch: int | None, sample: Tensor | None = None) -> Iterator[Part]:
         """All rows, or those of a `sample`, at most `max_batch` at a time, in whole multiples of the prompts."""

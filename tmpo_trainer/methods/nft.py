@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..settings.errors import ConfigError
-from .noised import AdvantageSettings, NoisedMethod, advantage, evaluated, trained_error
+from .noised import AdvantageMethod, AdvantageSettings, advantage, evaluated, trained_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class Settings(AdvantageSettings):
     """The largest decay of the old policy. 0 is the same as a rise of 0."""
 
 
-class Method(NoisedMethod):
+class Method(AdvantageMethod):
     copies: ClassVar[int] = 1
     config: Settings
 

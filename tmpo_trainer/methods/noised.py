@@ -55,10 +55,10 @@ class NoisedSettings(StochasticSettings):
     """Stop pushing away from a leaf, at a noise level, once the network's error there is more than this many times the
     pretrained model's. Nothing else bounds that error: where a policy goes on drawing what it is pushed away from, it grows
     until the network is worse on all its leaves. By default there is no limit, as in the papers."""
-    rollout: Literal["chains", "forest", "tree"] = "chains"
+    rollout: Literal["chains", "split-chains", "tree"] = "chains"
     """`chains` rolls out independent seeds without noise on the way; `tree` branches at `branch_early`, so that leaves share
-    early steps and cost less; `forest` has as many leaves, of independent seeds that branch once, at the last of these
-    steps."""
+    early steps and cost less; `split-chains` has as many leaves, of independent seeds that branch once, at the last step of
+    `branch_early`."""
 
 
 class AdvantageSettings(NoisedSettings):
@@ -69,8 +69,9 @@ class AdvantageSettings(NoisedSettings):
     the rest evenly (Neyman's allocation). Rows weigh the inverse of their leaf's share, so that what is minimised stays the
     same. `draws` is then the mean over the leaves."""
     reference_share: float = Field(1.0, gt=0, le=1)
-    """The share of the noised leaves at which the pretrained model is evaluated. The KL penalty is the mean over these, on
-    average the same. `negative_limit` needs all of them."""
+    """The share of the noised leaves, at least one of a prompt, at which the pretrained model is evaluated. The KL penalty is
+    estimated from these: the same on average, with more noise. `negative_limit` needs all of them. Evaluations of nft's old
+    policy stay as they are."""
 
     @model_validator(mode="after")
     def _limit_has_its_reference(self) -> AdvantageSettings:
@@ -112,7 +113,7 @@ class NoisedMethod(Method):
         config = self.config
         if config.rollout == "tree":
             return tree.TreePlan.tmpo(config.rollout_steps, config.branch_early, config.branching)
-        if config.rollout == "forest":
+        if config.rollout == "split-chains":
             fanout = {config.branch_early[-1]: config.branching}
             return tree.TreePlan(config.rollout_steps, config.leaves // config.branching, fanout)
         return tree.TreePlan(config.rollout_steps, config.leaves, {})
@@ -133,10 +134,7 @@ class NoisedMethod(Method):
 
     def referenced(self, plan: TreePlan) -> int:
         """At how many noised leaves of a prompt the pretrained model is evaluated."""
-        rows, config = plan.leaves * self.config.draws, self.config
-        if not self.needs_reference:
-            return 0
-        return max(1, round(config.reference_share * rows)) if isinstance(config, AdvantageSettings) else rows
+        return plan.leaves * self.config.draws if self.needs_reference else 0
 
     def evaluations(self, plan: TreePlan) -> dict[str, int]:
         """Rollout, reference, replay; see `Method`."""
@@ -168,10 +166,7 @@ class NoisedMethod(Method):
 
     def shares(self, batch: PromptBatch) -> Tensor | None:
         """`[K, P]`, the share of a prompt's draws that each leaf has, or None for equal ones; see `NoisedLeaves`."""
-        config = self.config
-        return (
-            advantage_shares(batch.rewards, config.leaf_importance) if isinstance(config, AdvantageSettings) else None
-        )
+        return None
 
     def prepare(self, batch: PromptBatch, noised: NoisedLeaves, network: Network, inner: int) -> Figures:
         """What is computed before the replay of a batch, for `row_loss`; the figures, a value per prompt."""
@@ -224,14 +219,27 @@ class NoisedMethod(Method):
         return {name: rows.view(-1, batch.count).mean(0).tolist() for name, rows in found.items()} | figures
 
 
+class AdvantageMethod(NoisedMethod):
+    """Draws and passes of the pretrained model as `AdvantageSettings` have them."""
+
+    config: Any
+
+    def shares(self, batch: PromptBatch) -> Tensor | None:
+        return advantage_shares(batch.rewards, self.config.leaf_importance)
+
+    def referenced(self, plan: TreePlan) -> int:
+        count = super().referenced(plan)
+        return max(1, round(self.config.reference_share * count)) if count else 0
+
+
 class Reference:
     """The pretrained model's velocities at noised leaves: at all rows, or at a sample of them.
 
     Args:
-        network: of the pretrained weights. count: of the rows of every prompt at which it is evaluated.
+        noised: the rows. network: of the pretrained weights. count: at how many rows of every prompt it is evaluated.
 
     Attributes:
-        errors: `[n]`, of its velocity at these rows.
+        errors: `[count * P]`, of its velocity; in the order of the rows if it is evaluated at all of them.
     """
 
     def __init__(self, noised: NoisedLeaves, network: Network, count: int):
@@ -241,26 +249,24 @@ class Reference:
         self._weight = total / (count * noised.count)
 
     def distance(self, velocity: Tensor, rows: slice) -> Tensor:
-        """Mean squared distance to the pretrained model's velocity, `[n, ...latent]` -> `[n]`. Outside the sample it is 0, and
-        inside it weighs as much more as there are fewer rows."""
-        import torch
-
+        """Mean squared distance to the pretrained model's velocity, `[n, ...latent]` -> `[n]`, at these of all rows. Outside
+        the sample it is 0, and inside it weighs as much more as there are fewer rows."""
         if self._rows is None:
             return mean_square(velocity - self._velocities[rows])
-        first, last = torch.searchsorted(self._rows, torch.tensor([rows.start, rows.stop])).tolist()
-        own = (self._rows[first:last] - rows.start).to(velocity.device)
-        off = self._weight * mean_square(velocity[own] - self._velocities[first:last])
+        found = ((self._rows >= rows.start) & (self._rows < rows.stop)).nonzero()[:, 0]
+        own = (self._rows[found] - rows.start).to(velocity.device)
+        off = self._weight * mean_square(velocity[own] - self._velocities[found.to(velocity.device)])
         return off.new_zeros(len(velocity)).index_copy(0, own, off)
 
 
-def evaluated(noised: NoisedLeaves, network: Network, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def evaluated(noised: NoisedLeaves, network: Network, sample: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The network's velocities without gradient at all rows, or at those of a `sample`, `[n, ...latent]`, and their errors,
     `[n]`."""
     import torch
 
     velocities, errors = [], []
     with torch.no_grad():
-        for part in noised.parts(network.max_batch, rows):
+        for part in noised.parts(network.max_batch, sample):
             velocities.append(network(part.x, part.t).to(part.x))
             errors.append(mean_square(velocities[-1] - part.v))
     return torch.cat(velocities), torch.cat(errors)
