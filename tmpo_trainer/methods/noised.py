@@ -222,8 +222,6 @@ class NoisedMethod(Method):
 class AdvantageMethod(NoisedMethod):
     """Draws and passes of the pretrained model as `AdvantageSettings` have them."""
 
-    config: Any
-
     def shares(self, batch: PromptBatch) -> Tensor | None:
         return advantage_shares(batch.rewards, self.config.leaf_importance)
 
