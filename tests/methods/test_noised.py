@@ -1,108 +1,22 @@
-"""Methods on noised leaves: their gradients written out, the draws, exact facts, what they cost and keep between updates."""
+"""Methods on noised leaves: their gradients written out, exact facts, what they cost and keep between updates."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tmpo_trainer import methods, objectives, tree
-from tmpo_trainer.methods import data
-from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
-from tmpo_trainer.methods.leaves import NoisedLeaves, concentrated
-from tmpo_trainer.methods.noised import advantage_shares
+from tests.methods.tiny import COUNT, DRAWS, LEAVES, all_parts, all_rows, found, move, set_up
 from tmpo_trainer.settings.errors import ConfigError
-from tmpo_trainer.settings.presets import make_config
 from tmpo_trainer.training import checkpoint
-from tmpo_trainer.training.weights import Weights
 
 Make = Callable[..., Any]
 
 METHODS = ("awm", "nft", "crd", "tmpo-leaf")
-SHAPE = (2, 1, 2)
-SIGMAS = torch.tensor([1, 0.9037, 0.7897, 0.6525, 0.4842, 0.2730, 0])
-BRANCHING, DRAWS, SLOTS = 3, 2, [3, 1]
-LEAVES, COUNT = BRANCHING**2, len(SLOTS)
-
-
-class Tiny(nn.Module):
-    """A frozen network and an adapter in float64: row r is of prompt r % 2."""
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-
-        def drawn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64) / 2
-
-        size = math.prod(SHAPE) + 1
-        self.base, self.on = drawn(size, size - 1), True
-        self.prompts = drawn(COUNT, size - 1)
-        self.adapter = nn.Parameter(drawn(size, size - 1))
-
-    def disable_adapters(self) -> None:
-        self.on = False
-
-    def enable_adapters(self) -> None:
-        self.on = True
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        given = torch.cat([x.flatten(1), sigma[:, None]], 1)
-        out = given @ self.base + self.prompts.repeat(len(x) // COUNT, 1)
-        if self.on:
-            out = out + torch.tanh(given @ self.adapter)
-        return out.unflatten(1, SHAPE)
-
-
-def set_up(method: str, rewards: Tensor | None = None, seed: int = 0, **settings: Any) -> Any:
-    """A method at the first update with made-up leaves and rewards `[2, K]`: method, batch, network, transformer, weights."""
-    given = {
-        "method": method, "branching": BRANCHING, "branch_early": (1, 2), "draws": DRAWS, "noise_shift": 2.0,
-        "prompts_per_update": 4, "prompts_per_batch": COUNT, **settings,
-    }  # fmt: skip
-    made: Any = methods.make(make_config([("settings", given)]), SIGMAS)
-    transformer = Tiny(seed)
-    weights = Weights(transformer)
-    made.begin(5, weights)
-    plan = made.shape(5)
-    leaves = torch.randn(LEAVES * COUNT, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    if rewards is None:
-        rewards = torch.stack([leaves[p::COUNT].flatten(1).mean(1) for p in range(COUNT)])
-    run = tree.Rollout(plan.forest(COUNT), "cps", 0.7, "mean", leaves, [])
-    normalised = list(objectives.zscore(rewards))
-    batch = PromptBatch(5, ["a", "b"], plan, run, COUNT / 4, {}, normalised, None, SLOTS)
-    network = Network(transformer, Clock(torch.device("cpu")), torch.device("cpu"))
-    network.max_batch = 5
-    return SimpleNamespace(method=made, batch=batch, network=network, transformer=transformer, weights=weights)
-
-
-def found(made: Any, inner: int = 0) -> tuple[Tensor, dict[str, list[float]]]:
-    """The gradient, and the figures."""
-    made.transformer.zero_grad()
-    figures = made.method.backward(made.batch, made.network, inner)
-    return made.transformer.adapter.grad.clone(), figures
-
-
-def all_parts(noised: NoisedLeaves) -> Any:
-    (part,) = noised.parts(None)
-    return part
-
-
-def all_rows(made: Any) -> Any:
-    return all_parts(made.method.noised(made.batch))
-
-
-def move(made: Any, by: float) -> None:
-    with torch.no_grad():
-        made.transformer.adapter += by * torch.linspace(-1, 1, made.transformer.adapter.numel()).view_as(
-            made.transformer.adapter
-        )
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------
@@ -290,23 +204,6 @@ def test_the_limit_needs_the_pretrained_model_at_every_row() -> None:
         set_up("nft", reference_share=0.3, negative_limit=2)
 
 
-def test_a_sample_of_the_rows() -> None:
-    """Different rows, other ones in every prompt and update, all alike probable; the same, whichever prompts share a batch."""
-    made = set_up("awm")
-    counted, same = torch.zeros(LEAVES * DRAWS), 0
-    for made.batch.update in range(2000):
-        rows = made.method.noised(made.batch).sample(5)
-        assert (rows % COUNT).tolist() == [0, 1] * 5
-        places = [set((rows[p::COUNT] // COUNT).tolist()) for p in range(COUNT)]
-        assert len(places[0]) == len(places[1]) == 5
-        same += places[0] == places[1]
-        counted[list(places[0])] += 1
-    torch.testing.assert_close(counted / 2000, torch.full_like(counted, 5 / 18), rtol=0, atol=0.05)
-    assert same < 20
-    alone = NoisedLeaves(made.batch.rollout.leaves[1::2], SLOTS[1:], (0, made.batch.update), DRAWS, 2.0)
-    assert torch.equal(alone.sample(5), rows[1::COUNT] // COUNT)
-
-
 # -- exact facts ---------------------------------------------------------------------------------------------------
 
 
@@ -352,89 +249,6 @@ def test_the_optimum_of_crd_is_the_tilt() -> None:
     torch.testing.assert_close(logits.detach().softmax(0), tilted / tilted.sum(), rtol=1e-6, atol=1e-9)
 
 
-def test_draws() -> None:
-    """x_t and v fit together; levels are one in each of K intervals, then shifted; a prompt's do not depend on its batch."""
-    made = set_up("awm")
-    rows, x, t, v, weight = all_rows(made)
-    x0 = made.batch.rollout.leaves.repeat(DRAWS, 1, 1, 1)
-    torch.testing.assert_close(x - t.view(-1, 1, 1, 1) * v, x0)
-    eps = x0 + v
-    assert (
-        rows == slice(0, len(x))
-        and 0.7 < eps.std() < 1.3
-        and len({value.item() for value in eps.flatten()}) == eps.numel()
-    )
-    level = (t / (2 - t)).view(DRAWS, LEAVES, COUNT)
-    for d in range(DRAWS):
-        for p in range(COUNT):
-            assert sorted((level[d, :, p] * LEAVES).long().tolist()) == list(range(LEAVES))
-    assert not torch.equal(level[0], level[1]) and not torch.equal(level[..., 0], level[..., 1])
-    part = all_parts(NoisedLeaves(made.batch.rollout.leaves[1::2], SLOTS[1:], (0, 5), DRAWS, 2.0))
-    assert torch.equal(part.x, x[1::2]) and torch.equal(part.t, t[1::2])
-    assert set(weight.tolist()) == {1.0}
-    for shift in (1, 2):
-        heavy = all_rows(set_up("awm", noise_weight=2, noise_shift=shift))
-        torch.testing.assert_close(heavy.weight, 3 * (1 - heavy.t) ** 2)
-        assert (heavy.weight.mean() == pytest.approx(1, abs=0.1)) == (shift == 1)
-    made.batch.update = 6
-    assert not torch.equal(all_rows(made).t, t)
-
-
-def test_importance_of_noise_levels() -> None:
-    """Levels have the density, and values that weigh its inverse have the mean over even levels, from little to all of it."""
-    places = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    for share in (0.0, 0.3, 0.95):
-        t, weight = concentrated(places, share)
-        edges = torch.linspace(0, 1, 11, dtype=torch.float64)
-        expected = (1 - share) * edges + share * (4 * edges**3 - 3 * edges**4)
-        counted = torch.bucketize(t, edges[1:-1]).bincount() / len(t)
-        torch.testing.assert_close(counted.double(), expected.diff(), rtol=0, atol=2e-5)
-        for power in range(4):
-            assert (weight * t**power).mean() == pytest.approx(1 / (power + 1), rel=1e-3)
-    rows = all_rows(set_up("awm", level_importance=0.6, noise_shift=1, noise_weight=1, draws=40))
-    density = 0.4 + 0.6 * 12 * rows.t**2 * (1 - rows.t)
-    torch.testing.assert_close(rows.weight, 2 * (1 - rows.t) / density)
-    assert rows.t.mean() == pytest.approx(0.4 / 2 + 0.6 * 0.6, abs=0.01)
-    shifted = all_rows(set_up("awm", level_importance=0.6, draws=40)).t
-    torch.testing.assert_close(shifted, 2 * rows.t / (1 + rows.t))
-
-
-def test_importance_of_leaves() -> None:
-    """Every leaf has the rows of its share, or one less or more; weighed, all leaves count alike on average."""
-    rewards = torch.tensor([[0.0] * 6 + [3, 1, 1], [0.5] * 9], dtype=torch.float64)
-    made = set_up("nft", rewards, leaf_importance=0.7, draws=4)
-    sizes = (made.batch.rewards[0] - made.batch.rewards[0].mean()).abs()
-    share = 0.3 / LEAVES + 0.7 * sizes / sizes.sum()
-    counted = []
-    for made.batch.update in range(300):
-        noised = made.method.noised(made.batch)
-        rows = all_parts(noised)
-        torch.testing.assert_close(rows.x - rows.t.view(-1, 1, 1, 1) * rows.v, made.batch.rollout.leaves[noised.leaf])
-        leaf, prompt = noised.leaf // COUNT, noised.leaf % COUNT
-        assert prompt.tolist() == [0, 1] * (4 * LEAVES)
-        counted.append(leaf[prompt == 0].bincount(minlength=LEAVES))
-        assert ((counted[-1] - 4 * LEAVES * share).abs() < 1).all()
-        # Rewards that are all the same say nothing of a leaf.
-        assert leaf[prompt == 1].bincount().tolist() == [4] * LEAVES
-        torch.testing.assert_close(noised.importance, torch.where(prompt == 0, 1 / (LEAVES * share[leaf]), 1.0))
-    means = torch.stack(counted).double().mean(0) / (4 * LEAVES * share)
-    torch.testing.assert_close(means, torch.ones_like(means), rtol=0, atol=0.04)
-    # Prompts with the same rewards do not choose alike.
-    twins = set_up("nft", rewards[[0, 0]], leaf_importance=0.7, draws=4)
-    leaf = (twins.method.noised(twins.batch).leaf // COUNT).view(-1, COUNT)
-    assert not torch.equal(leaf[:, 0], leaf[:, 1])
-    # The same, whichever prompts share a batch.
-    alone = NoisedLeaves(
-        made.batch.rollout.leaves[1::2],
-        SLOTS[1:],
-        (0, 299),
-        4,
-        2.0,
-        shares=advantage_shares(made.batch.rewards[1:], 0.7),
-    )
-    assert torch.equal(all_parts(alone).x, rows.x[1::2])
-
-
 @pytest.mark.parametrize(("method", "most"), [("nft", 0.7), ("awm", 0.7)])
 def test_importance_sampling_keeps_the_gradient_and_takes_noise_from_it(method: str, most: float) -> None:
     """On average over the noise, with the KL penalty, against the same draws without it."""
@@ -469,75 +283,6 @@ def test_errors_that_are_logged_are_of_even_leaves_and_levels() -> None:
     for name, other in (("velocity_mse", rows.v), ("kl_reference", reference)):
         value = noised.importance * (velocity - other).square().mean((1, 2, 3))
         assert figures[name] == pytest.approx([value[p::COUNT].mean().item() for p in range(COUNT)])
-
-
-def test_the_anchor_on_data_is_flow_matching_on_pictures_of_the_pretrained_model() -> None:
-    """Written out: its Euler steps, noise and loss; the same pictures at every optimiser step, others in the next update."""
-    made = set_up("awm", data_weight=0.6, data_images=3, rollout_steps=6, noise_weight=1)
-    x = []
-    for image in range(3):
-        for slot in SLOTS:
-            x.append(tree.keyed_noise((0, 5, slot, "data"), SHAPE)(0, (image,)))
-    x = torch.stack(x).double()
-    with torch.no_grad(), made.weights.pretrained():
-        for s, after in zip(SIGMAS.double()[:-1], SIGMAS.double()[1:], strict=True):
-            x = x - (s - after) * made.transformer(x, s.expand(len(x)))
-    rows = all_parts(NoisedLeaves(x, SLOTS, (0, 5, "data"), 1, 1.0))
-    error = (made.transformer(rows.x, rows.t) - rows.v).square().mean((1, 2, 3))
-    (expected,) = torch.autograd.grad(0.6 * error.mean() * COUNT / 4, made.transformer.adapter)
-    for _ in range(2):
-        made.transformer.zero_grad()
-        figures = data.backward(made.method, made.batch, made.network)
-        torch.testing.assert_close(made.transformer.adapter.grad, expected, rtol=1e-6, atol=1e-9)
-    assert figures["data_loss"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
-    drawn = made.batch.own.pop("data")
-    made.batch.update = 6
-    data.backward(made.method, made.batch, made.network)
-    assert not torch.equal(made.batch.own["data"], drawn)
-
-
-def test_the_anchor_on_pictures_with_captions() -> None:
-    """Written out: all pictures come in turn, each with the velocity for its own caption, also in parts."""
-    made = set_up("awm", data_weight=0.6, data_images=2, data_folder="pictures", noise_weight=1)
-    latents = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    # Captions are factors on the velocity.
-    captions = [str(number) for number in range(2, 7)]
-
-    def velocity(chosen: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, sigma: (
-            torch.tensor([float(c) for c in chosen])[:, None, None, None] * (x @ made.transformer.adapter[:2, :2])
-        )
-
-    examples = data.Examples(latents, captions, velocity, 4)
-    order = [examples.chosen(update, [0, 1, 2, 3], 2, 0) for update in range(5)]
-    counts = torch.tensor(order).flatten().bincount()
-    assert counts.tolist() == [8] * 5 and order[0] != order[1]
-    chosen = examples.chosen(5, SLOTS, 2, 0)
-    # A place's pictures do not depend on what else is in the batch.
-    assert chosen[1::COUNT] == examples.chosen(5, SLOTS[1:], 2, 0)
-    rows = all_parts(NoisedLeaves(latents[chosen], SLOTS, (0, 5, "data"), 1, 1.0))
-    error = (velocity([captions[i] for i in chosen])(rows.x, rows.t) - rows.v).square().mean((1, 2, 3))
-    (expected,) = torch.autograd.grad(0.6 * error.mean() * COUNT / 4, made.transformer.adapter)
-    for most in (None, 2):
-        made.network.max_batch = most
-        made.transformer.zero_grad()
-        figures = data.backward(made.method, made.batch, made.network, examples)
-        torch.testing.assert_close(made.transformer.adapter.grad, expected, rtol=1e-6, atol=1e-9)
-        assert figures["data_loss"] == pytest.approx([error[p::COUNT].mean().item() for p in range(COUNT)], rel=1e-6)
-    assert dict(made.network.evaluated) == {"replay": 8}
-    assert data.evaluations(made.method) == {"reference": 0, "replay": 2}
-
-
-@pytest.mark.parametrize("method", ["tmpo", "awm"])
-def test_the_anchor_on_data_goes_with_any_method(make: Make, method: str) -> None:
-    """Its network calls are counted, as they are promised; with weight 0 it is not there."""
-    trainer = make(method, data_weight=0.5, data_images=2, inner_updates=2)
-    plan = trainer.method.shape(0)
-    promised, own = methods.evaluations(trainer.method, plan), trainer.method.evaluations(plan)
-    assert (promised["reference"] - own["reference"], promised["replay"] - own["replay"]) == (12, 4)
-    metrics = trainer.update()
-    assert {phase: metrics.get(f"evaluations/{phase}", 0) for phase in promised} == promised
-    assert metrics["data_loss"] > 0 and "data_loss" not in make(method).update()
 
 
 def test_split_chains_are_independent_seeds_that_branch_once() -> None:
