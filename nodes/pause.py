@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +40,25 @@ class Waiting:
 _waiting: dict[str, Waiting] = {}
 
 
-def wait_for_choice(report: dict[str, Any], check: Callable[[str], object], node: type[io.ComfyNode]) -> str:
+#: How often a wait has been answered, by the choice that stood in the node before.
+_answers: Counter[str] = Counter()
+
+
+def answers(before: str) -> int:
+    """What must differ between two runs of a node that waits, or ComfyUI would take the first one's choice from its cache.
+
+    before: the choice that stands in the node.
+    """
+    return _answers[before]
+
+
+def wait_for_choice(
+    report: dict[str, Any], before: str, check: Callable[[str], object], node: type[io.ComfyNode]
+) -> str:
     """Waits without a limit of time until a choice comes in. It is a text as for Tree View's input `selected`.
 
-    report: the tree for the view. check: raises ValueError for a text that is no choice; the wait goes on then.
+    report: the tree for the view. before: the choice that stands in the node. check: raises ValueError for a text that is no
+    choice; the wait goes on then.
 
     Raises:
         comfy.model_management.InterruptProcessingException: the run was cancelled.
@@ -66,6 +82,7 @@ def wait_for_choice(report: dict[str, Any], check: Callable[[str], object], node
     try:
         while not waiting.done.wait(LOOK):
             comfy.model_management.throw_exception_if_processing_interrupted()
+        _answers[before] += 1
         return waiting.choice
     finally:
         del _waiting[key]

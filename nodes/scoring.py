@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def model_path(name: str) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def _scorer(name: str, path: str | None, changed: int) -> Any:
+def kept_scorer(name: str, path: str | None, changed: int) -> Any:
     """A scorer, which is kept between runs because loading takes longer than scoring. Its weights wait in the CPU's memory.
 
     Args:
@@ -277,7 +278,7 @@ class ScoreImages(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         if device.type != "cpu":
             comfy.model_management.free_memory(ROOM, device)
-        scorer = in_node(reward, lambda: _scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0))
+        scorer = in_node(reward, lambda: kept_scorer(reward, path, Path(path).stat().st_mtime_ns if path else 0))
         values = rewards.check_finite(reward, scored(scorer, pixels(images), prompts, about), prompts)
         scores = Scores({reward: values}, prompts, thumbs(images))
         # Called without a graph, as in tests, there is nothing hidden.
@@ -338,7 +339,7 @@ class CombineScores(io.ComfyNode):
             parts = {name: raw[members] for name, raw in values}
             total[members] = rewards.combine(parts, factors, "zscore" if zscore else "none")
         named = {f"{name} (part)" if name == "combined" else name: v for name, v in values}
-        scores = Scores({"combined": total, **named}, first.prompts, first.seen)
+        scores = replace(first, values={"combined": total, **named})
         return io.NodeOutput(scores, summary(scores))
 
 
@@ -393,5 +394,5 @@ class BoltzmannWeights(io.ComfyNode):
         values = {"q": q}
         if tree is not None:
             values |= {"p": p, "advantage": advantage}
-        found = Scores(values, scores.prompts, scores.seen)
+        found = replace(scores, values=values)
         return io.NodeOutput(found, sum(numbers) / len(numbers), "\n".join(lines))

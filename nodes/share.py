@@ -33,13 +33,13 @@ MODEL, MAKE = 0x0110, 0x010F
 PREFIX_TIP = "Where the file goes in ComfyUI's output folder, as in Save Image."
 
 
-def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], list[int]]:
+def matched(count: int, indices: str, tree: Tree | None, scores: Scores | None) -> tuple[list[int], list[int]]:
     """Which of `count` pictures are meant, and which leaves they are.
 
     The pictures may be those that `indices` names, in this order, or all leaves. Without indices they are all leaves.
 
     Raises:
-        ValueError: the numbers of pictures, indices and leaves do not fit.
+        ValueError: the numbers of pictures, indices and leaves do not fit, or it cannot be told which leaf a picture is.
     """
     leaves = selection.indices(indices, MOST_LEAVES if tree is None else tree.leaves)
     if not leaves:
@@ -50,7 +50,15 @@ def matched(count: int, indices: str, tree: Tree | None) -> tuple[list[int], lis
             )
         return list(range(count)), list(range(count))
     if len(leaves) == count:
-        return list(range(count)), leaves
+        every = list(range(count))
+        # Then the images may be all leaves, or what was chosen of them: scores that were chosen with them tell.
+        another = leaves != every and sorted(leaves) == every and (tree is None or count == tree.leaves)
+        if another and (scores is None or scores.picked != leaves):
+            raise ValueError(
+                f"indices names all {count} images in another order, and images may be in either: connect all leaves without "
+                "indices"
+            )
+        return every, leaves
     if max(leaves) < count and (tree is None or count == tree.leaves):
         return leaves, leaves
     raise ValueError(
@@ -121,7 +129,7 @@ class SaveLeaves(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, filename_prefix: str, tree=None, scores=None, indices="") -> io.NodeOutput:
-        rows, leaves = matched(len(images), indices or "", tree)
+        rows, leaves = matched(len(images), indices or "", tree, scores)
         if scores is not None:
             if len(scores) != len(images) and max(leaves) < len(scores):
                 scores = scores.pick(leaves)

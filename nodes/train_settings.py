@@ -6,6 +6,7 @@ owner's own file, rewards by name, numbers and choices of an allow list. It cann
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -76,6 +77,9 @@ def owned() -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as YAML: {one_line(error)}") from None
     for key, value in loaded.items() if isinstance(loaded, dict) else [(one_line(loaded), None)]:
+        if key in found and value is None:
+            # A header with nothing below it.
+            continue
         texts = value.items() if isinstance(value, dict) else value if isinstance(value, list) else [0]
         if key not in found or type(value) is not type(found[key]) or not all(_texts(each) for each in texts):
             raise ValueError(
@@ -91,12 +95,18 @@ def _texts(value: Any) -> bool:
 
 
 def choices() -> dict[str, list[str]]:
-    """The options of the node's inputs that have a list."""
+    """The options of the node's inputs that have a list. Without the owner's models if that file is wrong: ComfyUI drops nodes
+    that cannot say their inputs, and this one says what is wrong when it is run."""
     protocols, layers = presets()
+    try:
+        named = owned()["models"]
+    except ValueError as error:
+        logging.warning("Train TMPO LoRA: %s", error)
+        named = {}
     return {
         "preset": protocols,
         "layer": [NO_LAYER, *layers],
-        "model": [AS_PRESET, *models()],
+        "model": [AS_PRESET, *models(named)],
         "transformer": [OWN, *folder_paths.get_filename_list("diffusion_models")],
         "method": [AS_PRESET, *discovery.names("methods")],
         "init_lora": [NO_LORA, *folder_paths.get_filename_list("loras")],
@@ -110,14 +120,14 @@ def _auxiliary(inputs: Mapping[str, Any]) -> list[str]:
     return yaml.safe_load(file.read_text(encoding="utf-8")).get("auxiliary", []) if file.is_file() else []
 
 
-def models() -> dict[str, str]:
+def models(named: Mapping[str, str]) -> dict[str, str]:
     """The models that can be trained, by the name that the node shows: the bundled one, pipeline folders in ComfyUI's
-    models/diffusers, and the owner's."""
+    models/diffusers, and those that the owner has named."""
     found = {"demo": "demo"}
     for folder in folder_paths.get_folder_paths("diffusers"):
         for index in sorted(Path(folder).glob("*/model_index.json")):
             found.setdefault(index.parent.name, str(index.parent))
-    return found | owned()["models"]
+    return found | dict(named)
 
 
 def rewards_of(text: str, known: list[str]) -> list[str]:
@@ -164,10 +174,10 @@ def asked(inputs: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list
     Raises:
         ValueError: an input that cannot be used; it names the input.
     """
+    mine = owned()
     for name, options in choices().items():
         one_of(inputs[name], options, name)
     names = [inputs["preset"]] + ([inputs["layer"]] if inputs["layer"] != NO_LAYER else [])
-    mine = owned()
     known = [name for name in discovery.names("rewards") if name != "remote" or name in mine["reward_models"]]
     rewards = rewards_of(inputs["reward"], known)
     settings = more_settings(inputs["settings"])
@@ -178,7 +188,7 @@ def asked(inputs: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], list
     if inputs["method"] != AS_PRESET:
         settings["method"] = inputs["method"]
     if inputs["model"] != AS_PRESET:
-        settings["model"] = models()[inputs["model"]]
+        settings["model"] = models(mine["models"])[inputs["model"]]
     if inputs["transformer"] != OWN:
         settings["transformer"] = folder_paths.get_full_path_or_raise("diffusion_models", inputs["transformer"])
     if inputs["init_lora"] != NO_LORA:

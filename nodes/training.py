@@ -26,10 +26,12 @@ from ..tmpo_trainer.lora.file import FILE_NAME
 from ..tmpo_trainer.pictures.reading import read_picture
 from ..tmpo_trainer.settings.yaml_file import read_yaml
 from .changed import Changes
+from .diversity import kept_features
 from .images import to_image
-from .inputs import inside
+from .inputs import inside, verdict
 from .newer import aliases
-from .train_settings import AS_PRESET, NO_LAYER, NO_LORA, OWN, asked, choices
+from .scoring import kept_scorer
+from .train_settings import AS_PRESET, NO_LAYER, NO_LORA, OWN, asked, choices, owned
 from .types import CATEGORY
 
 PACK = Path(__file__).parents[1]
@@ -142,6 +144,11 @@ class Train(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, model=None) -> bool | str:
+        # ComfyUI then leaves the list of models to `asked`: a model of the owner's is missing from it if the file is wrong.
+        return verdict(owned)
+
+    @classmethod
     def fingerprint_inputs(cls, output_dir, **inputs) -> Any:
         # The node runs again if its LoRA was deleted, or another run has written one.
         if output_dir is None:
@@ -210,8 +217,10 @@ def remember(folder: Path, text: str) -> None:
 
 def run(python: str, words: list[str], folder: Path) -> None:
     """Trains, with progress and cancel. Raises ValueError with the trainer's last line if it fails."""
-    # Weights that ComfyUI keeps on the GPU would take the run's memory.
+    # Weights that ComfyUI keeps on the GPU, and our own nodes in the CPU's memory, would take the run's.
     comfy.model_management.unload_all_models()
+    kept_scorer.cache_clear()
+    kept_features.cache_clear()
     comfy.model_management.soft_empty_cache()
     places = [str(PACK), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}

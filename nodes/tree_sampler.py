@@ -76,6 +76,7 @@ class TreeSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> Tensor:
         sampling = check_flow(model_wrap.inner_model.model_sampling)
+        check_cache(extra_args["model_options"])
         prompts, seed = len(noise), extra_args.get("seed") or 0
         plan = self.plan(len(sigmas) - 1, prompts)
         roots = self.path[:1] or range(plan.roots // prompts)
@@ -197,6 +198,16 @@ def check_flow(sampling: Any) -> Any:
     return sampling
 
 
+def check_cache(model_options: dict[str, Any]) -> None:
+    """Raises ValueError for ComfyUI's caches, which take the calls of a tree for the steps of one batch."""
+    # LazyCache has the same name there.
+    if "easycache" in model_options.get("transformer_options", {}):
+        raise ValueError(
+            "EasyCache and LazyCache compare a call of the model with the one before, which in a tree may be of other "
+            "pictures: connect the model without them"
+        )
+
+
 #: Newer versions of ComfyUI note the scale of an empty latent: a model of another scale gets one for the same picture.
 SCALES = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 
@@ -237,6 +248,7 @@ def sample_tree(
         raise ValueError("these sigmas have no steps: give a scheduler at least one")
     # Before the model is loaded.
     check_flow(guider.model_patcher.get_model_object("model_sampling"))
+    check_cache(guider.model_options)
     samples = fitted(guider.model_patcher, latent)
     start = {**latent, "samples": samples}
     plan = sampler.plan(len(sigmas) - 1, len(samples))

@@ -21,7 +21,7 @@ from .full_size import with_full_size
 from .images import thumbs, to_image, unlike
 from .inputs import one_of
 from .newer import aliases
-from .pause import wait_for_choice
+from .pause import answers, wait_for_choice
 from .types import CATEGORY, Scores, ScoresSocket, Tree, TreeSocket, finite
 
 #: Longest side of the pictures sent to the browser.
@@ -202,6 +202,10 @@ class TreeView(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, selected="", pause=False, **inputs) -> Any:
+        return answers(selected or "") if pause is not False else 0
+
+    @classmethod
     def execute(
         cls, tree: Tree, images: Tensor, theme, beta, selected, scores: Scores | None = None, vae=None, pause=False
     ) -> io.NodeOutput:
@@ -229,7 +233,7 @@ class TreeView(io.ComfyNode):
         leaves, shown["notice"] = chosen_leaves(selected, tree)
         if pause and not leaves:
             waiting = {**shown, "notice": "", "fingerprints": [tree.fingerprint]}
-            selected = wait_for_choice(waiting, lambda text: check_choice(text, tree), cls)
+            selected = wait_for_choice(waiting, selected, lambda text: check_choice(text, tree), cls)
             leaves, shown["notice"] = chosen_leaves(selected, tree)
         if shown["notice"]:
             logging.warning("Tree View: %s", shown["notice"])

@@ -102,12 +102,13 @@ class Tree:
 class Scores:
     """Named scores of a batch, float32 `[N]` each. Nodes sort and colour by the first one.
 
-    seen: `thumbs` of the pictures that were scored.
+    seen: `thumbs` of the pictures that were scored. picked: which of these are left, in this order; None for all.
     """
 
     values: dict[str, Tensor]
     prompts: list[str]
     seen: Tensor
+    picked: list[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
@@ -118,7 +119,10 @@ class Scores:
     def pick(self, indices: list[int]) -> Scores:
         chosen = torch.tensor(indices, dtype=torch.long)
         return Scores(
-            {n: v[chosen] for n, v in self.values.items()}, [self.prompts[i] for i in indices], self.seen[chosen]
+            {n: v[chosen] for n, v in self.values.items()},
+            [self.prompts[i] for i in indices],
+            self.seen[chosen],
+            [i if self.picked is None else self.picked[i] for i in indices],
         )
 
     def check(self, images: Tensor, what: str = "scores") -> None:

@@ -50,5 +50,9 @@ app.registerExtension({
       for (const view of viewsOf(detail.node)) grow(view, detail);
     });
     for (const event of ["execution_error", "execution_interrupted", "execution_success"]) api.addEventListener(event, restore);
+    // A page that was not connected when the run ended hears of it by an empty queue.
+    api.addEventListener("status", ({ detail }) => {
+      if (detail?.exec_info?.queue_remaining === 0) restore();
+    });
   },
 });

@@ -25,20 +25,25 @@ function refresh(node) {
   node.widgets.push(node.widgets.pop());
 }
 
+/** Runs `change`, and makes the node as much higher or lower as that needs. A size set by hand keeps its surplus. */
+function fitted(node, change) {
+  const before = node.computeSize()[1];
+  change();
+  const after = node.computeSize()[1];
+  if (after !== before) node.setSize([node.size[0], Math.max(after, node.size[1] + after - before)]);
+  node.setDirtyCanvas(true, true);
+}
+
 function showInputsOf(node) {
   const mode = node.widgets.find((widget) => widget.name === "mode").value;
   const shown = ["mode", NOTICE, ...(INPUTS[mode] ?? [])];
-  let changed = false;
   for (const widget of node.widgets) {
     const hidden = !shown.includes(widget.name);
-    changed ||= Boolean(widget.hidden) !== hidden;
     hide(widget, hidden);
     // A seed that is not used must not change, or the node and all behind it would run again.
     if (widget.name === "control_after_generate" && hidden) widget.value = "fixed";
   }
   refresh(node);
-  if (changed) node.setSize([node.size[0], node.computeSize()[1]]);
-  node.setDirtyCanvas(true, true);
 }
 
 function showNotice(node, text) {
@@ -57,11 +62,11 @@ function showNotice(node, text) {
       getMaxHeight: lines,
     });
   }
-  widget.element.textContent = text ?? "";
-  hide(widget, !text);
-  refresh(node);
-  node.setSize([node.size[0], node.computeSize()[1]]);
-  node.setDirtyCanvas(true, true);
+  fitted(node, () => {
+    widget.element.textContent = text ?? "";
+    hide(widget, !text);
+    refresh(node);
+  });
 }
 
 app.registerExtension({
@@ -80,14 +85,14 @@ app.registerExtension({
     const changed = mode.callback;
     mode.callback = function () {
       changed?.apply(this, arguments);
-      showInputsOf(node);
+      fitted(node, () => showInputsOf(node));
     };
     const configured = node.onConfigure;
-    // A workflow's values are set after the node is made.
+    // A workflow's values are set after the node is made, and with them the size that goes with them.
     node.onConfigure = function () {
       configured?.apply(this, arguments);
       showInputsOf(node);
     };
-    showInputsOf(node);
+    fitted(node, () => showInputsOf(node));
   },
 });

@@ -229,7 +229,7 @@ def test_pictures_are_scored_in_chunks_with_progress_and_can_be_interrupted(
     images = torch.rand(70, 8, 8, 3)
     found = scoring.ScoreImages.execute(images, "a", "sharpness", "(hub)").result[0].first()
     assert done == [32, 64, 70]
-    whole = scoring._scorer("sharpness", None, 0).score(scoring.pixels(images), ["a"] * 70)
+    whole = scoring.kept_scorer("sharpness", None, 0).score(scoring.pixels(images), ["a"] * 70)
     assert torch.equal(found, whole)
 
     moves: list[str] = []

@@ -340,6 +340,16 @@ def test_a_lora_in_diffusers_form_acts_as_in_diffusers(nodes: Any, family: tuple
     found = patched.model.diffusion_model(x, sigma, context, **more)
     torch.testing.assert_close(found, with_lora, atol=1e-4, rtol=1e-3)
     assert (with_lora - without).abs().max() > 0.01
+    patched.unpatch_model()
+
+    def packed(module: torch.nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+        state[f"{prefix}weight"] = torch.empty(7, device="meta")
+
+    # As layers of GGUF files do.
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_state_dict_post_hook(packed)
+    assert nodes.lora.apply_lora(model, lora, 1.0).patches.keys() == patched.patches.keys()
 
 
 def diffusers_output(name: str, transformer: Any, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:

@@ -485,7 +485,7 @@ def test_features_stop_between_pictures(nodes: Any, monkeypatch: pytest.MonkeyPa
         seen.append(len(images))
         return torch.from_numpy(images).float().flatten(1)
 
-    monkeypatch.setattr(nodes.diversity, "_features", lambda name: extract)
+    monkeypatch.setattr(nodes.diversity, "kept_features", lambda name: extract)
     whole = nodes.diversity.feature_vectors("any", pictures)
     assert seen == [16, 16, 8] and torch.equal(whole, (pictures * 255).round().flatten(1))
     comfy.model_management.interrupt_current_processing()

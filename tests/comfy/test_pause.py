@@ -66,6 +66,15 @@ def test_a_run_goes_on_with_the_leaves_that_are_chosen_while_it_waits(comfy: Any
     assert comfy.run(changed(selected="2"))["7"]["text"] == ["2"]
 
 
+def test_a_choice_that_was_cleared_is_asked_for_again(comfy: Any) -> None:
+    """The queue is that of the first run, whose choice is in ComfyUI's cache."""
+    graph = changed(beta=3.0)
+    for choice in ("3", "0, 1"):
+        prompt = comfy.queue(graph)
+        comfy.post("/tmpo/continue", {"id": the_one_that_waits(comfy)["id"], "choice": choice})
+        assert comfy.wait(prompt)["7"]["text"] == [choice]
+
+
 def test_a_run_that_waits_can_be_cancelled(comfy: Any) -> None:
     prompt = comfy.queue(changed(beta=2.0))
     the_one_that_waits(comfy)

@@ -308,6 +308,22 @@ def test_a_model_that_is_no_flow_is_refused(pack: Any) -> None:
         sample(pack, model=other)
 
 
+@pytest.mark.parametrize("kind", ["EasyCacheNode", "LazyCacheNode"])
+def test_a_cache_from_step_to_step_is_refused(pack: Any, kind: str) -> None:
+    """Before the model is loaded, and in a sampler of ComfyUI's own."""
+    from comfy_extras import nodes_easycache  # type: ignore[import-not-found]
+
+    cached = getattr(nodes_easycache, kind).execute(pack.model, 0.2, 0.15, 0.95, False).result[0]
+    with pytest.raises(ValueError, match=r"EasyCache and LazyCache compare a call .* without them"):
+        sample(pack, model=cached)
+    guider = pack.comfy.samplers.CFGGuider(cached)
+    guider.set_conds(batch(pack, PROMPTS[:1]), batch(pack, PROMPTS[:1]))
+    sampler = pack.sampling.TreeSamplerObject.execute("1, 2", 3, "cps", 0.7, 0).result[0]
+    latent = empty()["samples"]
+    with pytest.raises(ValueError, match="EasyCache and LazyCache"):
+        guider.sample(latent + 1, latent, sampler, torch.linspace(0.99, 0, 5), seed=SEED, disable_pbar=True)
+
+
 def test_branch_schedule_is_the_trainers(pack: Any) -> None:
     found = pack.sampling.BranchScheduleNode.execute(6, "1, 2, 3", "1, 3, 5", 0.5, 6.0, 3).result[0]
     schedule = tree.BranchSchedule(6, (1, 2, 3), (1, 3, 5), 6.0, 1000, 3)

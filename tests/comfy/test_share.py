@@ -57,6 +57,8 @@ def test_saved_leaves_say_which_they_are(comfy: Any) -> None:
         "21": save(["7", 0], tree=["4", 1], scores=["7", 2], indices=["7", 3]),
         "22": save(["5", 0], **both, indices="12, 3"),
         "23": save(["7", 0]),
+        "9": {**graph()["7"], "inputs": {**graph()["7"]["inputs"], "count": 18}},
+        "24": save(["9", 0], tree=["4", 1], scores=["9", 2], indices=["9", 3]),
     }
     found = comfy.run(run)
     everything = opened(comfy, found["20"])
@@ -78,7 +80,9 @@ def test_saved_leaves_say_which_they_are(comfy: Any) -> None:
     assert [about["leaf"] for _, about, _ in chosen] == [leaf["index"] for leaf in best]
     picked = opened(comfy, found["22"])
     assert [about["leaf"] for _, about, _ in picked] == [12, 3]
-    for pixels, about, _ in (*chosen, *picked):
+    ranked = opened(comfy, found["24"])
+    assert len({about["leaf"] for _, about, _ in ranked}) == 18 and ranked[0][1]["leaf"] == best[0]["index"] != 0
+    for pixels, about, _ in (*chosen, *picked, *ranked):
         whole, said, _ = everything[about["leaf"]]
         assert (pixels == whole).all() and about == said
     # Without a tree, the place in the batch.
@@ -94,6 +98,7 @@ def test_saved_leaves_say_which_they_are(comfy: Any) -> None:
         ({"images": ["7", 0]}, "images has 4 entries, but the tree has 18 leaves: connect indices"),
         ({"images": ["5", 0], "indices": "18"}, "18 is not in a batch of 18"),
         ({"images": ["7", 0], "indices": "1, 2"}, "indices has 2 entries for 4 images"),
+        ({"images": ["5", 0], "indices": ", ".join(map(str, range(17, -1, -1)))}, "all 18 images in another order"),
         ({"images": ["5", 0], "indices": "1; 2"}, "'1; 2' are no places in a batch: write numbers"),
         ({"images": ["7", 0], "indices": "0, 1, 2, 3", "scores": ["6", 0]}, "scores belong to other images"),
     ],

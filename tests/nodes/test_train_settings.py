@@ -129,3 +129,9 @@ def test_the_owner_of_the_machine_names_models_and_servers(node: Any, tmp_path: 
         with pytest.raises(ValueError, match=r"owner\.yaml") as caught:
             node.owned()
         assert len(str(caught.value)) < 600
+        # The lists of the node do without it: ComfyUI drops a node that has none.
+        assert node.choices()["model"] == ["(preset)", "demo"]
+        with pytest.raises(ValueError, match=r"owner\.yaml"):
+            node.asked(PLAIN, tmp_path)
+    owner.write_text("models:\nremote_hosts:\n")
+    assert node.owned() == {"models": {}, "reward_models": {}, "remote_hosts": []}
