@@ -271,6 +271,8 @@ def test_turbo_takes_no_guidance_and_no_score(
         (line,) = capsys.readouterr().err.splitlines()
         assert told in line
     assert main.main([*flags, "--guidance", "0"]) == 0
+    # Chains of NFT have no stochastic step.
+    assert main.main([*flags, "--guidance", "0", "--method", "nft", "--kernel", "flow_sde", "--eta", "0.7"]) == 0
 
 
 def test_no_text_tokens_are_refused(tiny_z_image: Folders) -> None:

@@ -435,6 +435,16 @@ def test_combinations_that_make_no_sense(refused: Callable[..., None], settings:
     refused(message, **settings)
 
 
+@pytest.mark.parametrize("method", ["nft", "flow-grpo"])
+def test_chains_take_only_the_number_of_branch_steps(planned: Make, refused: Callable[..., None], method: str) -> None:
+    assert planned(method, torch.linspace(1, 0, 5), rollout_steps=4, branch_early=(1, 4, 5)).plan(0).leaves == 27
+    refused("branch_early .* strictly increasing", method=method, branch_early=())
+    if method == "nft":
+        refused(
+            "branch_early .* must stay below rollout_steps 4", rollout="tree", rollout_steps=4, branch_early=(1, 4, 5)
+        )
+
+
 def test_a_tree_that_cannot_carry_noise_is_refused(planned: Make) -> None:
     with pytest.raises(ConfigError, match=r"branch_early \[1, 5\]: step 5 of 6 ends at sigma 0.0089"):
         planned("awm", torch.tensor([1, 0.923, 0.819, 0.668, 0.432, 0.0089, 0]), rollout="tree", branch_early=(1, 5))

@@ -215,7 +215,13 @@ def test_beta(planned: Callable[..., Method]) -> None:
         ({"method": "tmpo-step-balance", "baseline": "group"}, "no advantage per path"),
         ({"tree": False, "baseline": "siblings"}, "chains have no siblings"),
         ({"auxiliary": ("sharpness",)}, "auxiliary sharpness belongs to method gardo, not to tmpo"),
+        (
+            {"method": "tmpo-no-tree", "balance": "subtree"},
+            "balance subtree with tmpo-no-tree: chains have no siblings",
+        ),
         ({"branch_late": (1, 3)}, "branch_early and branch_late differ in number"),
+        ({"branch_early": (1, 2, 6)}, "branch_early .* must stay below rollout_steps 6"),
+        ({"branch_early": (1,), "branch_late": (2,)}, "leaves nothing to train"),
         ({"branch_late": (1, 5, 6)}, "branch_late .* must stay below rollout_steps 6"),
         ({"eta": 1.5}, "eta 1.5 is too large for kernel cps"),
         ({"diversity": "rarity", "diversity_weight": 1.5}, "diversity_weight 1.5 with diversity rarity: at most 1"),
@@ -224,6 +230,11 @@ def test_beta(planned: Callable[..., Method]) -> None:
 )
 def test_combinations_that_make_no_sense(refused: Check, settings: dict[str, Any], message: str) -> None:
     refused(message, **settings)
+
+
+def test_fixed_branching_does_not_ask_for_later_steps(planned: Callable[..., Any]) -> None:
+    early = planned("tmpo", schedule="fixed", rollout_steps=4, branch_early=(1, 2), branch_late=(1, 3, 5))
+    assert list(early.plan(999).fanout) == [2]
 
 
 def test_late_branch_steps_are_refused(make: Callable[..., Any]) -> None:

@@ -125,10 +125,17 @@ class Method(mix_grpo.Method):
 
 def test_a_flag_that_contradicts_a_variant_is_refused() -> None:
     said = complaint(("flags", {"method": "tmpo-beta-1", "beta_end": "3"}))
-    assert said.startswith("flags: beta_end 3 with --method tmpo-beta-1, which fixes it at 1.0")
+    assert said.startswith("flags: beta_end 3 with method tmpo-beta-1, which fixes it at 1.0")
     # The same value is fine, and a file or preset may say what it likes: it is laid below.
     assert vars(make_config([("flags", {"method": "tmpo-beta-1", "beta_end": "1"})]))["beta_end"] == 1
     assert vars(make_config([("run.yaml", {"beta_end": 3}), ("flags", {"method": "tmpo-beta-1"})]))["beta_end"] == 1
+    # But not beside the name itself, unless a later layer takes it back.
+    both = ("run.yaml", {"method": "tmpo-beta-1", "beta_end": 3})
+    assert complaint(both, ("flags", {"updates": 5})).startswith(
+        "run.yaml: beta_end 3 with method tmpo-beta-1, which fixes"
+    )
+    assert vars(make_config([both, ("flags", {"beta_end": 1})]))["beta_end"] == 1
+    assert vars(make_config([both, ("flags", {"method": "tmpo"})]))["beta_end"] == 3
 
 
 def test_settings_are_read_without_torch() -> None:

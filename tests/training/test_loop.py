@@ -21,7 +21,7 @@ from tmpo_trainer import tree
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
 from tmpo_trainer.prompts.lists import prompt_index
-from tmpo_trainer.training import checkpoint
+from tmpo_trainer.training import checkpoint, loop
 from tmpo_trainer.training.loop import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -361,6 +361,10 @@ def test_figures_of_which_another_process_knows_nothing(make_trainer: MakeTraine
     assert metrics["evaluations/backward"] == 9 and metrics["evaluations/replay"] == 12
 
 
+def test_a_figure_is_the_mean_of_the_prompts_whatever_its_scorer_is_called() -> None:
+    assert loop.summarise("reward/area_max", [1.0, 3.0]) == 2 and loop.summarise("ratio_max", [1.0, 3.0]) == 3
+
+
 def test_an_interrupted_change_of_weights_is_not_saved(
     make_trainer: MakeTrainer, shake: Shake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -389,6 +393,23 @@ def test_an_interrupted_change_of_weights_is_not_saved(
         if saved:
             assert not torch.equal(weights(trainer), before)
             shutil.rmtree(saved[0])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_line_of_figures_that_cannot_be_written_loses_no_update(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sharded: bool
+) -> None:
+    """Nor of sharded weights: all processes hear of it, because none waits inside the network."""
+    trainer = make_trainer(sample_every=0, checkpoint_every=0)
+    monkeypatch.setattr(type(trainer.weights), "sharded", sharded)
+
+    def update(metrics: dict[str, Any]) -> None:
+        if metrics["update"] == 2:
+            raise OSError("made up")
+
+    with pytest.raises(OSError, match="made up"):
+        trainer.train(SimpleNamespace(update=update))  # pyright: ignore[reportArgumentType]
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("inner", [1, 2])

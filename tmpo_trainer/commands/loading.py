@@ -121,7 +121,8 @@ def check(config: TrainConfig, device: torch.device) -> tuple[PromptList, Prompt
     train, heldout, found = train_prompts(config), heldout_prompts(config), skeleton(config, device)
     captioned(config.data_folder)
     method = methods.make(config, found.sigmas(config.rollout_steps, *config.resolution))
-    kernel = method.transition.get("kernel")
+    # Chains of methods on noised leaves have no stochastic steps.
+    kernel = method.transition.get("kernel") if method.plan(0).fanout else None
     if found.few_steps and kernel in flow.SCORE_KERNELS:
         raise ConfigError(
             f"--kernel {kernel} is not for model {config.model}, which was distilled to a few steps: the kernel computes the "

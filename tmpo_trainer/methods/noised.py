@@ -60,6 +60,10 @@ class NoisedSettings(StochasticSettings):
     early steps and cost less; `split-chains` has as many leaves, of independent seeds that branch once, at the last step of
     `branch_early`."""
 
+    @property
+    def branches_there(self) -> bool:
+        return self.rollout != "chains"
+
 
 class AdvantageSettings(NoisedSettings):
     """Settings of methods on noised leaves whose gradient of a leaf is proportional to its advantage."""

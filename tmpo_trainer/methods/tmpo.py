@@ -73,9 +73,12 @@ class Settings(TransitionSettings, TargetSettings):
     def _fits_the_method(self) -> Settings:
         if self.diversity == "rarity" and self.diversity_weight > 1:
             raise ValueError(f"diversity_weight {self.diversity_weight:g} with diversity rarity: at most 1")
-        self.check_steps("branch_late", self.branch_late)
-        if len(self.branch_early) != len(self.branch_late):
-            raise ValueError("branch_early and branch_late differ in number")
+        if self.schedule == "curriculum":
+            self.check_steps("branch_late", self.branch_late)
+            if len(self.branch_early) != len(self.branch_late):
+                raise ValueError("branch_early and branch_late differ in number")
+        if self.balance == "subtree" and not self.tree:
+            raise ValueError(f"balance subtree with {self.method}: chains have no siblings to balance, use trajectory")
         if self.anchor != "none" and (not self.tree or self.balance == "subtree"):
             raise ValueError(f"anchor {self.anchor} needs paths of a tree: not with {self.method}")
         if self.baseline == "siblings" and not self.tree:
@@ -83,6 +86,10 @@ class Settings(TransitionSettings, TargetSettings):
         if self.baseline == "group" and self.balance == "subtree":
             raise ValueError(f"baseline group with {self.method}: it has no advantage per path, use none or siblings")
         return self
+
+    @property
+    def branches_there(self) -> bool:
+        return True
 
     @property
     def needs_features(self) -> bool:
@@ -96,7 +103,8 @@ class Method(TransitionMethod):
         from .. import flow, tree
 
         super().__init__(config, sigmas)
-        for name in ("branch_early", "branch_late"):
+        curriculum = config.schedule == "curriculum"
+        for name in ("branch_early", "branch_late") if curriculum else ("branch_early",):
             steps = getattr(config, name)
             try:
                 flow.check_stochastic(config.kernel, config.eta, sigmas, [s for s in steps if s > 1])
@@ -106,7 +114,7 @@ class Method(TransitionMethod):
             self._schedule = tree.BranchSchedule(
                 config.rollout_steps,
                 config.branch_early,
-                config.branch_late,
+                config.branch_late if curriculum else config.branch_early,
                 config.kappa,
                 config.updates,
                 config.seed,

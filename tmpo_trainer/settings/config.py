@@ -102,11 +102,12 @@ class TrainConfig(BaseModel):
     Adams-Bashforth) and needs no further network calls."""
     leaf_steps: int | None = Field(None, ge=1, le=1000)
     """At most this many denoising steps after the last stochastic one, where the tree is widest; by default as many as
-    `rollout_steps` leaves. Fewer are larger."""
+    `rollout_steps` leaves. Fewer are larger. Chains without stochastic steps take all of them."""
     branching: int = Field(3, ge=2, le=MOST_LEAVES)
     """Children per branch point, B."""
     branch_early: tuple[int, ...] = (1, 2, 3)
-    """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds."""
+    """Mean branch steps (1-based) at the first update; a branch at step 1 means independent seeds. Where a method does not
+    branch at them, their number n still sets K = B^n."""
     guidance: float = Field(3.5, ge=0, le=1000)
     """Guidance scale, as the model's pipeline in diffusers takes it. Classifier-free guidance is off at 1 or less; that of
     Z-Image, which counts from 0, at 0."""
@@ -247,7 +248,7 @@ class TrainConfig(BaseModel):
             )
         if self.reward_norm == "none" and len(self.reward) > 1:
             raise ValueError("reward_norm none is for a single reward: several need zscore")
-        self.check_steps("branch_early", self.branch_early)
+        self.check_steps("branch_early", self.branch_early, self.branches_there)
         if self.leaves > MOST_LEAVES:
             raise ValueError(
                 f"branching {self.branching} at {len(self.branch_early)} steps: more than {MOST_LEAVES} pictures per prompt"
@@ -272,10 +273,18 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"{name} {getattr(self, name)} cannot hold one latent of each of {together} prompts")
         return self
 
-    def check_steps(self, name: str, steps: tuple[int, ...]) -> None:
-        """Raises ValueError unless a setting's branch steps increase, fit into the rollout and leave something to train."""
+    @property
+    def branches_there(self) -> bool:
+        """Whether the rollout branches at `branch_early`. Other methods only take K from its length."""
+        return False
+
+    def check_steps(self, name: str, steps: tuple[int, ...], there: bool = True) -> None:
+        """Raises ValueError unless a setting's branch steps increase and, if the rollout branches there, fit into it and leave
+        something to train."""
         if not steps or list(steps) != sorted(set(steps)) or steps[0] < 1:
             raise ValueError(f"{name} {quoted(list(steps))} must be strictly increasing steps, counted from 1")
+        if not there:
+            return
         if steps[-1] >= self.rollout_steps:
             raise ValueError(f"{name} {quoted(list(steps))} must stay below rollout_steps {self.rollout_steps}")
         if steps[-1] == 1:

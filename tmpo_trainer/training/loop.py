@@ -38,6 +38,8 @@ from .prompt_batch import Judges, Roller
 from .stopping import stopping
 from .weights import Diverged, Weights, trainable
 
+#: Figures of which an update has the largest of its prompts, not the mean.
+MAXIMA = ("ratio_max", "replay_ratio_error")
 #: Figures of the last optimiser step of an update alone: in the first one every ratio is 1 by construction.
 LAST_ONLY = ("ratio_mean", "ratio_max", "clip_fraction")
 #: A batch and the network for its prompts.
@@ -429,7 +431,7 @@ class Trainer:
                 self._show(reporter, self.processes.gather(reporter.shown(self.done))[0])
             while self.done < config.updates:
                 metrics = self.update()
-                self._tell(lambda metrics=metrics: reporter.update(metrics))
+                self._tell(lambda metrics=metrics: reporter.update(metrics), calls=False)
                 stop = self._stopped()
                 due = self.done == config.updates or (
                     config.checkpoint_every and self.done % config.checkpoint_every == 0
@@ -478,13 +480,16 @@ class Trainer:
             with self.weights.averaged():
                 self._tell(lambda: reporter.evaluation(done))
 
-    def _tell(self, report: Callable[[], None]) -> None:
-        """Calls the reporter. An error on one process, such as a full disk of the one that writes, is one of all."""
+    def _tell(self, report: Callable[[], None], calls: bool = True) -> None:
+        """Calls the reporter. An error on one process, such as a full disk of the one that writes, is one of all.
+
+        calls: whether the report calls the network.
+        """
         error = None
         try:
             report()
         except Exception as caught:
-            if self.weights.sharded:
+            if calls and self.weights.sharded:
                 # The others may wait for this one inside a block.
                 raise
             error = caught
@@ -510,8 +515,8 @@ class Trainer:
 
 
 def summarise(name: str, values: list[float]) -> float:
-    """One figure of an update from those of its prompts: the largest of a maximum or an error, else the mean."""
-    return max(values) if name.endswith(("_max", "_error")) else math.fsum(values) / len(values)
+    """One figure of an update from those of its prompts: the largest of `MAXIMA`, else the mean."""
+    return max(values) if name in MAXIMA else math.fsum(values) / len(values)
 
 
 def _extend(figures: Figures, more: Mapping[str, Sequence[float]]) -> None:

@@ -93,14 +93,15 @@ def all_settings() -> dict[str, FieldInfo]:
 def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
     """Merges layers (name, settings), later ones win, and validates. Raises ConfigError that names the layer to blame."""
     merged: dict[str, Any] = {}
-    blame = "defaults"
+    blame, named = "defaults", ("", {})
     for where, settings in layers:
         merged.update(settings)
         blame = where if settings else blame
+        named = (where, settings) if "method" in settings else named
         try:
             made = _validated(merged, where)
             if where == "flags":
-                _check_fixed(settings, made)
+                _check_fixed(where, settings, made)
         except ValidationError as error:
             # A combination may become valid with a later layer; a bad key or value of this one never does.
             if error.errors()[0]["loc"]:
@@ -109,7 +110,13 @@ def make_config(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> TrainConfig:
             # Likewise.
             continue
     try:
-        return _validated(merged, blame)
+        made = _validated(merged, blame)
+        # The layer that names the method. Others, such as a preset's, may be meant for another method. Earlier versions wrote
+        # the defaults of what a variant fixes.
+        where, settings = named
+        defaults = {name: field.default for name, field in type(made).model_fields.items()}
+        _check_fixed(where, {k: merged[k] for k in settings if k in defaults and merged[k] != defaults[k]}, made)
+        return made
     except ValidationError as error:
         raise ConfigError(_one_line(error, blame)) from None
     except _OtherMethods as error:
@@ -141,15 +148,15 @@ def valid(where: str, settings: Mapping[str, Any], keys: Iterable[str]) -> dict[
     return found
 
 
-def _check_fixed(flags: Mapping[str, Any], made: TrainConfig) -> None:
-    """Raises ConfigError for a flag that asks for another value than the one that the method's name fixes."""
-    for key in made.variants.get(made.method, {}).keys() & flags.keys():
-        given = TypeAdapter(type(made).model_fields[key].rebuild_annotation()).validate_python(flags[key])
+def _check_fixed(where: str, settings: Mapping[str, Any], made: TrainConfig) -> None:
+    """Raises ConfigError for a setting that asks for another value than the one that the method's name fixes."""
+    for key in made.variants.get(made.method, {}).keys() & settings.keys():
+        given = TypeAdapter(type(made).model_fields[key].rebuild_annotation()).validate_python(settings[key])
         if given != getattr(made, key):
             fixed = getattr(made, key)
             raise ConfigError(
-                f"flags: {key} {one_line(flags[key], 80)} with --method {made.method}, which fixes it at {fixed}: give "
-                f"--method {method_file(made.method)} and the settings you want"
+                f"{where}: {key} {one_line(settings[key], 80)} with method {made.method}, which fixes it at {fixed}: give "
+                f"method {method_file(made.method)} and the settings you want"
             )
 
 
