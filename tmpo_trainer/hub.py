@@ -201,9 +201,13 @@ def checked_model(kind: Any, what: str, folder: Path, **options: Any) -> Any:
         kind: transformers' class. options: for its `from_pretrained`.
 
     Raises:
-        ConfigError: it cannot be loaded, or a weight is missing.
+        ConfigError: it cannot be loaded, is of another kind, or a weight is missing.
     """
-    read_config(what, folder / "config.json")
+    own = kind.config_class.model_type
+    given = read_config(what, folder / "config.json").get("model_type", own)
+    if given != own:
+        # transformers would leave out what the class does not know, and only say so in its log.
+        raise ConfigError(f"{what}: {folder} holds a model of type {one_line(given, 40)}, not {own}: give another one")
     with readable_errors(what, folder):
         model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"] & dict(model.named_parameters()).keys())

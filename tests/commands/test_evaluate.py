@@ -396,7 +396,10 @@ def test_a_run_from_elsewhere_names_no_code_and_no_hosts(place: Path, capsys: py
     assert not {"remote_hosts", "text_cache"} & layers["run/config.yaml"].keys()
 
 
-def test_genevals_overall_score_is_the_mean_of_its_tasks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reward", ["geneval", "remote-b"])
+def test_genevals_overall_score_is_the_mean_of_its_tasks(
+    place: Path, monkeypatch: pytest.MonkeyPatch, reward: str
+) -> None:
     """Not of the pictures: here one task has one prompt and the other two."""
     lines = [{"prompt": "a red circle", "tag": "colors", "include": [{"class": "apple", "count": 1}]}]
     lines += [
@@ -404,16 +407,14 @@ def test_genevals_overall_score_is_the_mean_of_its_tasks(place: Path, monkeypatc
         for text in ("two blue squares", "two cats")
     ]
     Path("tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    monkeypatch.setattr(Green, "name", "geneval")
+    monkeypatch.setattr(Green, "name", reward)
     monkeypatch.setattr(loading, "check_rewards", lambda config: None)
-    content = run("run", "--prompts", "tasks.jsonl", "--reward", "geneval")
+    content = run("run", "--prompts", "tasks.jsonl", "--reward", reward)
     (found,) = content["geneval"].values()
     for label in ("base", "LoRA"):
         tasks = {tag: own[label] for tag, own in found["tasks"].items()}
         assert found["mean of the tasks"][label] == pytest.approx((tasks["colors"] + tasks["counting"]) / 2)
-        assert content["models"][label]["geneval"]["mean"] == pytest.approx(
-            (tasks["colors"] + 2 * tasks["counting"]) / 3
-        )
+        assert content["models"][label][reward]["mean"] == pytest.approx((tasks["colors"] + 2 * tasks["counting"]) / 3)
     assert found["gain"]["mean"] == pytest.approx(
         found["mean of the tasks"]["LoRA"] - found["mean of the tasks"]["base"]
     )

@@ -131,6 +131,11 @@ def test_a_folder_that_damage_or_a_missing_weight_makes_useless(folder: Path, tm
     with pytest.raises(ConfigError, match=r"dino is not a complete Dinov2Model .layernorm.bias is missing"):
         load_features(str(tmp_path / "dino"), CPU)
     config = tmp_path / "dino" / "config.json"
+    before = json.loads(config.read_text())
+    config.write_text(json.dumps({**before, "model_type": "dinov2_with_registers"}))
+    with pytest.raises(ConfigError, match="dino holds a model of type dinov2_with_registers, not dinov2"):
+        load_features(str(tmp_path / "dino"), CPU)
+    config.write_text(json.dumps(before))
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 10**9}))
     with pytest.raises(ConfigError, match=r"config\.json: num_hidden_layers 1000000000 is not possible"):
         load_features(str(tmp_path / "dino"), CPU)

@@ -163,6 +163,15 @@ def test_sizes_and_modes_may_differ(pictures: Path) -> None:
     assert (picture_files.load([opened[5]]) == 255).all()
 
 
+def test_numbers_in_names_count_as_numbers(tmp_path: Path) -> None:
+    """Lines of --prompts belong to pictures in this order."""
+    names = ["1.png", "2.png", "10.png", "a2b.png", "a2b10.png", "a02c.png"]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = [file.name for file in picture_files.find_images([tmp_path])]
+    assert found == names
+
+
 def test_more_than_a_batch_keeps_its_order(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_files, "BATCH", 2)
     opened = picture_files.open_images(picture_files.find_images([pictures] * 3), "a blue square", None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tmpo_trainer.rewards import Parked, hpsv2, imagereward, pickscore
+from tmpo_trainer.commands import loading
+from tmpo_trainer.rewards import Parked, factors, hpsv2, imagereward, pickscore
+from tmpo_trainer.settings.presets import make_config
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle", "two blue squares", "a red circle", "a green triangle"]
@@ -52,6 +56,35 @@ def test_parking_changes_no_score(
     assert torch.equal(parked.score(images, PROMPTS), expected)
     assert [event for event, _ in itertools.groupby(events)] == ["cpu", "cpu:0", "works", "cpu"]
     assert parked.name == name
+
+
+def test_what_the_prompts_leave_open_is_measured_on_the_device(images: np.ndarray) -> None:
+    class Open:
+        name, device = "open", CPU
+
+        def to(self, device: torch.device) -> None:
+            self.device = device
+
+        def factors(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+            return {str(self.device): np.zeros(len(images))}
+
+    parked = Parked(Open(), torch.device("cpu:0"))
+    assert factors([("open", parked)], images, PROMPTS).keys() == {"cpu:0"}
+    plain = SimpleNamespace(name="plain", to=lambda device: None)
+    assert factors([("plain", Parked(plain, CPU))], images, PROMPTS) == {}
+
+
+def test_scorers_are_parked_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or all of them would be on the device at once."""
+    events: list[str] = []
+
+    def load(name: str, *arguments: Any) -> Any:
+        events.append(f"{name} loaded")
+        return SimpleNamespace(name=name, to=lambda device: events.append(f"{name} parked"))
+
+    monkeypatch.setattr(loading, "load_scorer", load)
+    loading.scorers(make_config([("flags", {"reward": ["a", "b"], "offload_scorers": True})]), CPU)
+    assert events == ["a loaded", "a parked", "b loaded", "b parked"]
 
 
 @pytest.mark.parametrize("fails", ["score", "to"])

@@ -650,10 +650,13 @@ def test_https_wants_a_certificate_that_is_trusted(tmp_path, monkeypatch):
         assert ask(f"https://localhost:{port}") == [0.5, 2]
         with pytest.raises(RemoteError, match=r"certificate verify failed.*127\.0\.0\.1"):
             ask(f"https://127.0.0.1:{port}")
+        # A proxy that restarts: the connection ends without TLS's own farewell.
+        server.replies = [lambda connection: connection.shutdown(socket.SHUT_RDWR), FINE]
+        assert ask(f"https://localhost:{port}") == [0.5, 2]
         server.replies = [drip(b"HTTP/1.1 200 OK\r\n\r\n")]
         with pytest.raises(RemoteError, match=r"no complete reply within 0.3 s$"):
             ask(f"https://localhost:{port}", timeout=0.3)
-        assert len(server.asked) == 2
+        assert len(server.asked) == 4
     finally:
         server.close()
 

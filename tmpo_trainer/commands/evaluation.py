@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from ..pictures.grids import grid, zoom
 from ..processes import Processes, together
 from ..prompts.lists import PromptList, read_prompts
 from ..rewards import Scorer
+from ..rewards.geneval import TAGS
 from ..settings.config import TrainConfig, taken_out_wholly
 from ..settings.presets import valid
 from ..settings.yaml_file import read_yaml
@@ -148,13 +150,14 @@ def _taken_out(lora: Path | None) -> tuple[str, ...]:
 def by_task(part: Part) -> tuple[str, dict[str, Any]]:
     """GenEval's overall score, which is the mean over its tasks and not over pictures: a table, and the same for JSON.
 
-    Empty unless the prompts are of several tasks, by the `tag` of their metadata, and have a score of `geneval`.
+    Empty unless the prompts are of several of its tasks, by the `tag` of their metadata, and have a score of `geneval`, or of a
+    server or class, which may be another form of it.
     """
     texts, metadata = part.prompts.texts, part.prompts.metadata
     tags = [str(metadata.get(text, {}).get("tag", "")) for text in texts]
     sizes = Counter(tags)
-    scores = [name for name in part.evaluations["base"].scores if name.split()[0] == "geneval"]
-    if len(sizes) < 2 or "" in sizes or not scores:
+    scores = [name for name in part.evaluations["base"].scores if re.match(r"geneval\b|remote\b|\S+:", name)]
+    if len(sizes) < 2 or not sizes.keys() <= set(TAGS) or not scores:
         return "", {}
     weights = np.array([1 / sizes[tag] for tag in tags])
     content: dict[str, Any] = {}

@@ -190,11 +190,11 @@ def skeleton(config: TrainConfig, device: torch.device) -> Backbone:
 def scorers(config: TrainConfig, device: torch.device, names: Sequence[str] | None = None) -> list[Scorer]:
     """The scorers of the rewards `names`, by default the run's. Raises ConfigError if weights cannot be loaded."""
     paths = reward_paths(config)
-    found = [
-        load_scorer(name, device, paths.get(name), dict(config)) for name in (config.reward if names is None else names)
-    ]
-    if config.offload_scorers:
-        return [Parked(scorer, device) if hasattr(scorer, "to") else scorer for scorer in found]
+    found: list[Scorer] = []
+    for name in config.reward if names is None else names:
+        scorer = load_scorer(name, device, paths.get(name), dict(config))
+        # At once, so that no two of them are on the device together.
+        found.append(Parked(scorer, device) if config.offload_scorers and hasattr(scorer, "to") else scorer)
     return found
 
 

@@ -51,7 +51,8 @@ class Picture:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The given files, and the pictures of given folders by name, without hidden files such as macOS's `._a.png`.
+    """The given files, and the pictures of given folders by name, 2.png before 10.png, without hidden files such as macOS's
+    `._a.png`.
 
     Raises:
         ConfigError: a path cannot be read, or leads to no picture.
@@ -60,7 +61,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         try:
             if path.is_dir():
-                inside = sorted(file for file in path.iterdir() if _is_picture(file))
+                inside = sorted((file for file in path.iterdir() if _is_picture(file)), key=_order)
                 if not inside:
                     raise ConfigError(f"folder {path} holds no pictures ({', '.join(ENDINGS)})")
                 found += inside
@@ -71,6 +72,12 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     return found
+
+
+def _order(file: Path) -> tuple[list[str | int], str]:
+    # Digits are at the odd places, so that like is compared with like.
+    parts = re.split(r"(\d+)", file.stem)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name
 
 
 def _is_picture(file: Path) -> bool:

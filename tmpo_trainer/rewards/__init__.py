@@ -96,12 +96,18 @@ class Parked:
         self.name, self.scorer, self.device = scorer.name, scorer, device
         # It is not `in_parts`, because every call moves the weights.
         self.waits: bool = getattr(scorer, "waits", False)
+        if hasattr(scorer, "factors"):
+            self.factors = self._factors
         scorer.to(torch.device("cpu"))
 
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:
         """Scores as the scorer itself does."""
         with self.on_device() as scorer:
             return scorer.score(images, prompts, metadata)
+
+    def _factors(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        with self.on_device() as scorer:
+            return scorer.factors(images, prompts)
 
     @contextmanager
     def on_device(self) -> Iterator[Any]:
@@ -303,7 +309,8 @@ class Worker:
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Tensor], Future[Tensor]] | None] = SimpleQueue()
         self._closed = False
-        Thread(target=self._work, daemon=True).start()
+        self._thread = Thread(target=self._work, daemon=True)
+        self._thread.start()
 
     def submit(self, call: Callable[[], Tensor]) -> Future[Tensor]:
         future: Future[Tensor] = Future()
@@ -314,6 +321,10 @@ class Worker:
         """Ends the thread after the call that it is in. Those that it has not begun are dropped."""
         self._closed = True
         self._calls.put(None)
+
+    def join(self) -> None:
+        """Returns when the call that it is in has ended, after `close`."""
+        self._thread.join()
 
     def _work(self) -> None:
         while (item := self._calls.get()) is not None and not self._closed:
@@ -348,6 +359,12 @@ class Scoring:
     def __exit__(self, *error: object) -> None:
         for worker in self.workers.values():
             worker.close()
+
+    def join(self) -> None:
+        """Returns when no scorer is at work any more, after the `with` block. If an error ended it, one that waits may still
+        be."""
+        for worker in self.workers.values():
+            worker.join()
 
     def batch(self, prompts: Sequence[str], metadata: Sequence[Any] | None) -> ScoredBatch:
         """A batch of N pictures, whose prompts are known."""

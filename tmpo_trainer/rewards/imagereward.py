@@ -108,9 +108,10 @@ class ImageRewardScorer:
 
     def to(self, device: torch.device) -> None:
         self.device = device
-        self.network.to(device)
+        # First, so that float32 weights never take the device's memory.
         for tower in (self.network.vision, self.network.text):
             torch.nn.Module.to(tower, self._dtype)
+        self.network.to(device)
 
     @torch.no_grad()
     def score(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Any] | None = None) -> Tensor:

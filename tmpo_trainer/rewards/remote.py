@@ -234,7 +234,7 @@ class RemoteScorer:
                 request = http.client.HTTPConnection(self._host, self._port)
                 request.sock = timed
                 # A server that refuses a request may reply and close before all of it is sent. The reply gives the reason.
-                with contextlib.suppress(ConnectionError):
+                with contextlib.suppress(ConnectionError, ssl.SSLEOFError):
                     request.request(method, path, body, self._headers)
                 response = http.client.HTTPResponse(timed, method=method)
                 response.begin()
@@ -252,7 +252,7 @@ class RemoteScorer:
             raise RemoteError(f"{self._what}: the reply has more than {limit} bytes") from None
         except TimeoutError:
             raise RemoteError(f"{self._what}: no complete reply within {self._timeout:g} s") from None
-        except ssl.SSLError as error:
+        except ssl.SSLCertVerificationError as error:
             raise RemoteError(f"{self._what}: {one_line(error)}") from None
         except http.client.IncompleteRead:
             raise _Unavailable("the connection closed before the reply's end") from None

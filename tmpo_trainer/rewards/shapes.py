@@ -239,8 +239,9 @@ class ShapesScorer:
         return dict(zip(FACTORS, np.array(rows).reshape(-1, len(FACTORS)).T, strict=True))
 
     def variants(self) -> list[tuple[str, Scorer]]:
-        """Both modes, whichever one is trained on. They share the detector, which searches each picture once."""
-        return [(f"shapes {mode}", ShapesScorer(mode, self.detector)) for mode in MODES]
+        """Both modes, its own first. They share the detector, which searches each picture once."""
+        modes = sorted(MODES, key=lambda mode: mode != self.mode)
+        return [(f"shapes {mode}", ShapesScorer(mode, self.detector)) for mode in modes]
 
 
 @cache

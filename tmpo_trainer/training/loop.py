@@ -305,6 +305,9 @@ class Trainer:
                     self.processes.agree(error)
                 elif error is not None:
                     break
+        if isinstance(error, torch.OutOfMemoryError):
+            # The next attempt scores with the same scorers, which take one call at a time.
+            scoring.join()
         return rolled, figures, error
 
     def _optimise(self, update: int, rolled: Rolled, figures: Figures) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -115,6 +116,24 @@ def test_a_folder_that_is_no_clip_is_one_line(tmp_path: Path, clip_folder: Path)
             with pytest.raises(ConfigError, match=folder.name) as caught:
                 load(CPU, str(folder))
             assert "\n" not in str(caught.value)
+
+
+def test_a_transformers_model_has_its_own_mean_and_std(tmp_path: Path, clip_folder: Path) -> None:
+    """As LAION's ViT-L/14 does. What else its file asks for must be CLIP's own."""
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    picture = Image.new("RGB", (40, 40), (51, 102, 204))
+    size = json.loads((folder / "config.json").read_text())["vision_config"]["image_size"]
+    own = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": size}, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    for path in (folder, folder / "model.safetensors"):
+        found = clipscore.load(CPU, str(path)).towers.prepare([picture])[0, :, 0, 0]
+        assert found.tolist() == pytest.approx([-1.2, -0.4, 1.2], abs=1e-5)
+    for change, fault in (({"resample": 2}, "resample 2 is not supported, only"), ({"size": 7}, "size 7 is not supported"),
+                          ({"image_std": [1]}, "need three values each")):  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps({**own, **change}))
+        with pytest.raises(ConfigError, match=fault):
+            clipscore.load(CPU, str(folder))
 
 
 def test_a_folder_whose_vocabulary_or_weight_is_missing(tmp_path: Path, clip_folder: Path) -> None:

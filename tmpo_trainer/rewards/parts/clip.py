@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ...hub import check_vocabulary, checked_model, checked_tokenizer, readable_errors
+from ...hub import check_vocabulary, checked_model, checked_tokenizer, read_json, readable_errors
 from . import clip_file
 from .weights import Source, hub_folder
 
@@ -232,5 +232,30 @@ def load_clip(scorer: str, folder: Path, device: torch.device, offset: Callable[
             config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = load_tokenizer(scorer, folder, config.text_config.vocab_size)
         model = checked_model(CLIPModel, f"reward {scorer}", folder, dtype=torch.float32)
-    prepare = crop(model.config.vision_config.image_size, offset=offset)
-    return ClipTowers(model, tokenizer, prepare, device)
+    size = model.config.vision_config.image_size
+    mean, std = _normalisation(scorer, folder.parent if folder.is_file() else folder, size)
+    return ClipTowers(model, tokenizer, crop(size, mean, std, offset), device)
+
+
+def _normalisation(scorer: str, folder: Path, size: int) -> tuple[list[float], list[float]]:
+    """Mean and std of a transformers model: those of its `preprocessor_config.json`, or CLIP's own if it has no such file.
+
+    Raises:
+        ConfigError: the file asks for another preprocessing than `crop`.
+    """
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
+    found = read_json(f"reward {scorer}", file)
+    with readable_errors(f"reward {scorer}", file):
+        for key, values in {
+            "size": (size, {"shortest_edge": size}),
+            "crop_size": (size, {"height": size, "width": size}),
+            "resample": (Image.Resampling.BICUBIC,),
+        }.items():
+            if key in found and found[key] not in values:
+                raise ValueError(f"{key} {found[key]!r} is not supported, only {values[-1]!r}")
+        mean, std = ([float(value) for value in found.get(key, ())] for key in ("image_mean", "image_std"))
+        if len(mean) not in (0, 3) or len(std) not in (0, 3):
+            raise ValueError("image_mean and image_std need three values each")
+    return mean or list(OPENAI_CLIP_MEAN), std or list(OPENAI_CLIP_STD)

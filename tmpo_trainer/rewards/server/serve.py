@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import socket
 import socketserver
@@ -50,6 +51,8 @@ FINISH, FAREWELL = 60.0, 5.0
 
 class _Http(HTTPServer):
     request_queue_size = 128
+    # On Windows it would let a second server take the same address.
+    allow_reuse_address = os.name != "nt"
 
     def __init__(self, scorers: Mapping[str, Scorer], host: str, port: int, max_images: int, max_bytes: int):
         self.scorers, self.max_images, self.max_bytes = scorers, max_images, max_bytes
