@@ -77,6 +77,20 @@ export async function check(page, { file, load, run, frame, shoot, selected, fau
     return [tree.seed, Boolean(tree.growing)];
   }), [String(seed), false]);
 
+  // And one that ended while the page was not connected, which then only hears that nothing is left to run.
+  assert.deepEqual(await page.evaluate(() => {
+    const { app, view } = window;
+    const { tmpoTree } = view();
+    const sampler = app.graph.nodes.find((node) => node.type === "TMPO_TreeSampler");
+    const dispatch = (name, detail) => app.api.dispatchEvent(new CustomEvent(name, { detail }));
+    const tree = { ...tmpoTree.tree, growing: true };
+    dispatch("tmpo.growing", { node: String(sampler.id), workflow: app.graph.id, tree, pictures: {} });
+    return [1, 0].map((queue_remaining) => {
+      dispatch("status", { exec_info: { queue_remaining } });
+      return Boolean(tmpoTree.tree.growing);
+    });
+  }), [true, false]);
+
   // The gallery: all leaves at once where there is room, without overlaps, chosen by click and keys.
   await frame([700, 640]);
   await page.getByRole("button", { name: "Gallery" }).click();

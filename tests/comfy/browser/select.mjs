@@ -58,4 +58,21 @@ export async function check(page, tools) {
   await page.waitForTimeout(500);
   await page.screenshot({ path: tools.file("select") });
   assert.equal(await notice([]), null);
+
+  // A size set by hand stays: through a notice, a reload, and as the surplus over what another mode needs.
+  const height = () => page.evaluate((id) => window.app.graph.getNodeById(id).size[1], id);
+  const least = () => page.evaluate((id) => window.app.graph.getNodeById(id).computeSize()[1], id);
+  await page.evaluate((id) => window.app.graph.getNodeById(id).setSize([320, 500]), id);
+  await notice(["3 pictures instead of 4"]);
+  await notice([]);
+  assert.equal(await height(), 500);
+  const surplus = 500 - await least();
+  await page.evaluate(choose, [id, "best by score"]);
+  assert.equal(await height(), await least() + surplus);
+  const saved = await height();
+  await page.evaluate((id) => {
+    const node = window.app.graph.getNodeById(id);
+    node.configure(node.serialize());
+  }, id);
+  assert.equal(await height(), saved);
 }
