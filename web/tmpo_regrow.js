@@ -1,6 +1,7 @@
 // "Grow variations of this leaf": a second tree that begins at the leaf's latent, with some noise. The leaf is sampled alone by
 // a node of its own, so that it stays what it is whatever the first sampler draws next.
 
+import { notify } from "./tmpo_dom.js";
 import { extend, inputNode, join, rightOf, sameLink, sameVae, samplerOf, set } from "./tmpo_graph.js";
 import { leafNode } from "./tmpo_resample.js";
 
@@ -19,6 +20,9 @@ export function regrow(view, leaf) {
       join(all, 0, start, "samples");
       set(start, "batch_index", leaf.prompt);
       set(start, "length", 1);
+      // No node takes one row out of a conditioning.
+      const fix = "If every latent has a prompt of its own, connect this one's to the new tree sampler.";
+      notify("info", "Variations of one of several latents", fix);
     }
     const grown = add("TMPO_TreeSampler", rightOf(start));
     for (const { name } of grown.inputs ?? []) if (!["seed", "latent_image"].includes(name)) sameLink(sampler, grown, name);
