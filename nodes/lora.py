@@ -215,9 +215,10 @@ class Compare(io.ComfyNode):
         thin, wide = (np.full((before.shape[1], width, 3), 255, np.uint8) for width in (1, 8))
         tiles = [np.concatenate([before[i], thin, after[i], wide], 1) for i in chosen]
         rows = [np.stack(tiles[first : first + columns]) for first in range(0, len(tiles), columns)]
-        zoom = grids.zoom(before)
+        # The output has all pixels.
+        zoom = max(1, grids.zoom(before))
         picture: Image.Image = grids.grid(rows, (), zoom)
-        picture = picture.crop((0, 0, picture.width - zoom * wide.shape[1], picture.height))
+        picture = picture.crop((0, 0, picture.width - int(zoom) * wide.shape[1], picture.height))
         # Pictures without scores are taken to be of one prompt.
         prompts = [""] * len(before) if base_scores is None else base_scores.prompts
         moved = drift.drifts(statistics(before, base_latent), statistics(after, lora_latent), prompts)

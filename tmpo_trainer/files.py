@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -51,12 +52,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
+def let_read(path: Path) -> None:
+    """Gives a file the mode that the user's umask says. safetensors creates files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     if os.name == "nt":
         # Windows can neither open a folder nor sync a read-only handle.
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        # Some file systems sync no folders.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)):
+            raise
     finally:
         os.close(handle)

@@ -46,6 +46,17 @@ def test_only_what_is_read_is_downloaded(tiny_sd35: Path, weights: bool, transfo
     assert set(filter_repo_objects(every, allow_patterns=patterns)) == {*CONFIGS, *wanted}
 
 
+def test_a_cache_that_diffusers_has_filled_is_enough(tiny_sd35: Path) -> None:
+    """It does not hold what only other programs read, and offline the hub's library wants all that is asked for."""
+    others = [
+        "text_encoder/generation_config.json",
+        "text_encoder_3/model.safetensors.index.fp16.json",
+        "vae/README.txt",
+    ]
+    patterns = hub_files("owner/name", tiny_sd35, True, True)
+    assert not list(filter_repo_objects(others, allow_patterns=patterns))
+
+
 @pytest.fixture
 def hub(tiny_sd35: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository on a made-up hub."""

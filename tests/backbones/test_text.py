@@ -180,6 +180,30 @@ def test_a_disk_that_fills_keeps_what_is_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [cache.path(PROMPTS[0]).name]
 
 
+def test_users_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All may read what one has written. Processes with the same number, as in containers, do not take each other's file."""
+    cache = TextCache(tmp_path, tmp_path, ["float32"])
+    (tmp_path / "plain").touch()
+    original, nested = text.save_file, []
+
+    def save(features: Conditioning, path: Path) -> None:
+        original(features, path)
+        if not nested:
+            nested.append(path)
+            cache.put("a", features)
+
+    monkeypatch.setattr(text, "save_file", save)
+    cache.put("a", {"states": torch.ones(2)})
+    assert not cache.missing(["a"]) and len(list(tmp_path.iterdir())) == 2
+    assert cache.path("a").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    # Where only its owner may replace a file, one that is whole does.
+    monkeypatch.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(PermissionError("not the owner")))
+    cache.put("a", {"states": torch.ones(2)})
+    with pytest.raises(ConfigError, match="not the owner"):
+        cache.put("b", {"states": torch.ones(2)})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_folder_without_room_is_refused_before_anything_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,8 +141,11 @@ def test_a_file_and_a_base_alone(place: Path, tiny_model: Path) -> None:
 
 def test_preference_and_diversity_on_other_prompts(place: Path) -> None:
     """The first reward on its own prompts, all else on the second list, as if each were evaluated by itself."""
-    both = run(*FLAGS, "--preference-prompts", "other.txt")["models"]["LoRA"]
-    task = run(*FLAGS)["models"]["LoRA"]
+    whole = run(*FLAGS, "--preference-prompts", "other.txt")
+    alone = run(*FLAGS)
+    # The limit is about the reward that was trained for, and so on its prompts.
+    assert whole["limit"] == alone["limit"] and whole["limit"]["models"]
+    both, task = whole["models"]["LoRA"], alone["models"]["LoRA"]
     rest = run("run", "--prompts", "other.txt", "--reward", "shapes", "pickscore")["models"]["LoRA"]
     assert list(both) == ["red", "green", *MEASURES]
     assert both["red"] == task["red"] and both["red"] != rest["red"]

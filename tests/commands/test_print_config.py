@@ -105,6 +105,9 @@ def test_the_preset_follows_the_reward(place: Path, capsys: pytest.CaptureFixtur
     (place / "ocr.yaml").write_text("reward: [ocr]\nseed: 3\n")
     assert printed(capsys, "--config", "ocr.yaml") == {**printed(capsys, "--preset", "ocr"), "seed": 3}
     assert printed(capsys, "--reward", "ocr", "--preset", "demo")["model"] == "demo"
+    # The demo model has one preset, whatever the reward.
+    own = printed(capsys, "--model", "demo", "--reward", "sharpness")
+    assert own == printed(capsys, "--preset", "demo", "--reward", "sharpness")
 
 
 def test_values_of_every_kind(capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,10 +83,27 @@ def test_one_prompt_and_diversity(pictures: Path, capsys: pytest.CaptureFixture[
     assert float(points[-1][3]) == pytest.approx(np.log(3), abs=1e-2) and len(points) == 8
 
 
+def test_two_pictures_of_a_prompt_have_no_limit(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = [str(file) for file in sorted(pictures.iterdir()) if file.suffix == ".png"][:2]
+    assert main.main(["score", *two, "--reward", "shapes", "--prompt", "a blue square", "--diversity"]) == 0
+    assert "the limit: no prompt has three pictures" in capsys.readouterr().out
+
+
 def test_pictures_that_are_alike_have_no_limit(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = sorted(pictures.glob("*.png"))[0]
-    shutil.copy(first, "again.png")
-    flags = ["score", str(first), "again.png", "--reward", "shapes", "--prompt", "a blue square", "--diversity"]
+    for copy in ("again.png", "third.png"):
+        shutil.copy(first, copy)
+    flags = [
+        "score",
+        str(first),
+        "again.png",
+        "third.png",
+        "--reward",
+        "shapes",
+        "--prompt",
+        "a blue square",
+        "--diversity",
+    ]
     assert main.main(flags) == 0
     assert "the pictures of every prompt are alike" in capsys.readouterr().out
 

@@ -16,15 +16,15 @@ from tmpo_trainer.evaluation.held_out import Evaluation
 
 
 def measured(score: float, cosine: float, updates: int = 0) -> comparison.Measured:
-    """Three prompts that differ, two pictures. An update: two prompts, 100 evaluations in the rollout, 10 in the replay."""
+    """Three prompts that differ, three pictures. An update: two prompts, 100 evaluations in the rollout, 10 in the replay."""
     evaluation = Evaluation(
         prompts=["a", "b", "c"],
-        scores={"right": score * np.array([[0.5, 0.5], [1, 1], [1.5, 1.5]])},
+        scores={"right": score * np.array([[0.5] * 3, [1] * 3, [1.5] * 3])},
         diversity={name: np.full(3, cosine) for name in MEASURES} | {"LGMD": np.array([0.1, 0.2, 0.3])},
         latent_std=0.5 * (1 + score),
         shown=[0, 2],
-        images=np.zeros((2, 2, 8, 8, 3), np.uint8),
-        statistics={"saturation": 0.5 + (0.2 - score / 10) * np.array([[1, -1], [2, -2], [3, -3]])},
+        images=np.zeros((2, 3, 8, 8, 3), np.uint8),
+        statistics={"saturation": 0.5 + (0.2 - score / 10) * np.array([[1, 0, -1], [2, 0, -2], [3, 0, -3]])},
     )
     line = {
         "evaluations/rollout": 100.0, "evaluations/replay": 10.0, "seconds": {"total": 2.0}, "reward/right": score,
@@ -50,6 +50,9 @@ def test_figures_by_hand() -> None:
     )
     assert text.splitlines()[2] == "| base |  |  |  |  | 0.000 | 0.200 |  |"
     assert text.splitlines()[3] == "| x | 2 | 5 | 240 | 2.00 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
+    beside = comparison.figures_table({"x": found}, ["right", "LGMD"], timed=False)
+    assert beside.splitlines()[2] == "| x | 2 | 5 | 240 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
+    assert "| s per update |" in text and "| s per update |" not in beside
 
 
 def test_a_single_prompt_has_no_interval(tmp_path: Path) -> None:
@@ -80,8 +83,8 @@ def test_the_limit_is_a_table_and_a_curve(tmp_path: Path, capsys: pytest.Capture
     comparison.write(tmp_path, runs, {}, [["x"]])
     assert "limit" not in capsys.readouterr().out and (tmp_path / "pareto.png").exists()
     base = runs["base"][0].evaluation
-    base.scores = {"right": base.scores["right"] - np.array([0.3, 0.1])}
-    base.distances = np.full((3, 2, 2), 0.4)
+    base.scores = {"right": base.scores["right"] - np.array([0.3, 0.2, 0.1])}
+    base.distances = np.full((3, 3, 3), 0.4)
     comparison.write(tmp_path, runs, {}, [["x"]])
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| x | cosine diversity |")]
     assert "| 0.4 | 0.3 | 25.0% [25.0%, 25.0%] |" in row and row in (tmp_path / "table.md").read_text()
@@ -110,8 +113,8 @@ def test_arms_along_a_front_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
     base = measured(0.4, 0.4)
-    base.evaluation.scores = {"right": base.evaluation.scores["right"] - np.array([0.3, 0.1])}
-    base.evaluation.distances = np.full((3, 2, 2), 0.4)
+    base.evaluation.scores = {"right": base.evaluation.scores["right"] - np.array([0.3, 0.2, 0.1])}
+    base.evaluation.distances = np.full((3, 3, 3), 0.4)
     runs = {"base": [base], "x": [measured(0.2, 0.3, 5)], "z": [measured(0.2, 0.2, 5)], "y": [measured(0.22, 0.1, 5)]}
     comparison.write(tmp_path, runs, {}, [["x"], ["y", "lost", "z"], ["u"]], ["lost"])
     pareto, curves = figures
@@ -125,3 +128,23 @@ def test_arms_along_a_front_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert [line.get_label() for line in curves.axes[0].get_lines()] == ["x", "y", "z"]
     one, two = curves.axes[0].get_lines()[1:]
     assert one.get_color() == two.get_color() and one.get_linestyle() != two.get_linestyle()
+
+
+def test_many_arms_fit_and_runs_beside_each_other_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every arm is in the legends and looks different; one update is a point."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    runs = {"base": [measured(0.0, 0.4)]} | {f"arm-{i}": [measured(0.1 + i / 100, 0.3, 1)] for i in range(45)}
+    comparison.write(tmp_path, runs, {}, [[name] for name in runs if name != "base"], timed=False)
+    pareto, curves = figures
+    assert len(pareto.axes) == len(MEASURES) and len(curves.axes) == 1
+    assert "Without seconds" in (tmp_path / "table.md").read_text()
+    lines = curves.axes[0].get_lines()
+    assert len({(str(line.get_color()), line.get_linestyle()) for line in lines}) == 45
+    assert {line.get_marker() for line in lines} == {"o"}
+    for figure in figures:
+        (legend,) = figure.legends
+        figure.draw_without_rendering()
+        assert legend.get_window_extent().height < figure.bbox.height

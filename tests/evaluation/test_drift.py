@@ -121,6 +121,15 @@ def test_a_warning_beyond_the_thresholds_names_what_holds_it(change: float, scal
     assert text.endswith(". It is held by a larger `kl_weight`.") and drift.section(found, ["contrast"]) != text
 
 
+def test_a_spread_of_few_prompts_is_not_warned_of() -> None:
+    """As on a sample grid. A shift is: all pictures tell of it."""
+    x = np.random.default_rng(0).normal(size=(19, 4))
+    for prompts in (PROMPTS[:19], ["a"] * 19):
+        found = drift.drift(x, 0.5 * x + 3, prompts)
+        few = len(set(prompts)) > 1
+        assert found.moved and found.spread.high < drift.SPREAD and found.contracted != few
+
+
 def test_a_warning_needs_the_whole_interval() -> None:
     x = values()
     far = np.resize([6.0, -3.0], (30, 1))

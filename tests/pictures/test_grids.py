@@ -1,4 +1,4 @@
-"""The heat map of distances: its colours, and that its text can be read where it stands."""
+"""Sheets of pictures, and the heat map of distances: its colours, and that its text can be read where it stands."""
 
 from __future__ import annotations
 
@@ -56,3 +56,13 @@ def test_ink_is_the_one_with_more_contrast(colour: np.ndarray) -> None:
     ink = grids.readable(np.asarray(colour))
     contrast = (linear + 0.05) / 0.05 if ink == "black" else 1.05 / (linear + 0.05)
     assert contrast >= 4.5
+
+
+def test_a_sheet_of_large_pictures_can_be_opened_and_read() -> None:
+    """They are shrunk, small ones are enlarged by a whole number, and labels grow with them."""
+    for side, tile, text in ((32, 128, 11), (64, 128, 11), (200, 200, 16), (256, 256, 21), (1024, 256, 21)):
+        row = np.zeros((12, side, side, 3), np.uint8)
+        sheet = grids.grid([row, row], ["a", "b"], grids.zoom(row))
+        assert sheet.size == (12 * (tile + 2) - 2, 2 * (tile + 2 + text + 3) - 2)
+    wide = np.zeros((1, 512, 1024, 3), np.uint8)
+    assert grids.grid([wide], (), grids.zoom(wide)).size == (256, 128)

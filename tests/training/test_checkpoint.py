@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -574,6 +575,30 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         checkpoint.load(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_folders_that_cannot_be_synced_and_what_others_may_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems sync no folders. safetensors lets only the owner read its files."""
+    sync = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    lora = {"a": torch.ones(2)}
+    saved = checkpoint.save(tmp_path, 1, lora, lora, {"step": 1}, {}, 2)
+    assert len({path.stat().st_mode for path in saved.iterdir()}) == 1
+
+    def full(handle: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.save(tmp_path, 2, lora, lora, {"step": 1}, {}, 2)
 
 
 def test_reporter_drops_what_will_be_written_again(tmp_path: Path) -> None:

@@ -412,6 +412,19 @@ def test_a_line_of_figures_that_cannot_be_written_loses_no_update(
     assert [folder.name for folder in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+def test_an_evaluation_begins_with_a_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """It may take longer than a scheduler waits after its signal."""
+    trainer = make_trainer(sample_every=0, checkpoint_every=0, eval_every=2, updates=3)
+    saved = []
+
+    def evaluation(update: int) -> None:
+        saved.append([folder.name for folder in checkpoint.checkpoints(tmp_path)])
+
+    reporter = SimpleNamespace(update=lambda metrics: None, evaluation=evaluation)
+    trainer.train(reporter)  # pyright: ignore[reportArgumentType]
+    assert saved == [["checkpoint-2"]]
+
+
 @pytest.mark.parametrize("inner", [1, 2])
 def test_the_anchor_is_zero_before_anything_is_learnt(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, inner: int

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SHARED = ("base", "check", "decoder", "text")
 #: The files that are taken of a pipeline's part on the hub: its configs, its vocabulary and its chat template.
 HUB_CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
+#: Parts with weights, and the same of them.
+MODELS = ("transformer", "vae", "text_encoder")
+MODEL_CONFIGS = ("config.json", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 #: Its weights, without other precisions (`model.fp16.safetensors`), which nothing reads.
 HUB_WEIGHTS = tuple(
     f"{stem}{ending}"
@@ -155,7 +158,9 @@ def hub_files(model: str, folder: Path, weights: bool, transformer: bool) -> lis
     found = ["model_index.json"]
     for part in parts(model, folder):
         with_weights = weights and (transformer or part != "transformer")
-        found += [f"{part}/{pattern}" for pattern in (*HUB_CONFIGS, *(HUB_WEIGHTS if with_weights else ()))]
+        # Of a model nothing else is read, and a cache that diffusers has filled does not hold it.
+        configs = MODEL_CONFIGS if part.startswith(MODELS) else HUB_CONFIGS
+        found += [f"{part}/{pattern}" for pattern in (*configs, *(HUB_WEIGHTS if with_weights else ()))]
     return found
 
 
@@ -249,7 +254,8 @@ def check_text_cache(model: str, skeleton: Backbone, options: LoadOptions) -> in
     if cache is None:
         return 0
     missing = len(cache.missing(_texts(options)))
-    cache.check_room(missing, skeleton.text_bytes(folder))
+    # How much features that vary in length take is known only afterwards, and less than the most.
+    cache.check_room(missing, 0 if skeleton.text_varies else skeleton.text_bytes(folder))
     return missing
 
 

@@ -80,6 +80,8 @@ class Backbone(ABC):
 
     #: What the model is called in messages.
     family: ClassVar[str]
+    #: Whether the features of a prompt are as long as the prompt. Otherwise all have `max_sequence_length` tokens.
+    text_varies: ClassVar[bool] = False
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     transformer_class: ClassVar[type[ModelMixin]]
     vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
@@ -317,7 +319,7 @@ class Backbone(ABC):
         return TextCache(options.text_cache or default_folder(), folder, settings)
 
     def text_bytes(self, folder: Path) -> int:
-        """Bytes of the text features of one prompt."""
+        """Bytes of the text features of one prompt, at most."""
         return size(self.blank_conditioning(folder))
 
     @classmethod

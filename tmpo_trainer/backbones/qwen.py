@@ -31,6 +31,7 @@ class QwenImageBackbone(PackedBackbone):
     """
 
     family = "Qwen-Image"
+    text_varies = True
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
     vae_class = AutoencoderKLQwenImage

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..files import let_read
 from ..settings.errors import ConfigError, one_line
 
 #: Everything that a transformer gets for one prompt: tensors without a batch dimension, under names that only the
@@ -91,7 +94,7 @@ class TextCache:
             return False
 
     def check_room(self, count: int, size: int) -> None:
-        """Checks that the features of `count` more prompts, `size` bytes each, can be written. It makes no folder.
+        """Checks that the features of `count` more prompts, at least `size` bytes each, can be written. It makes no folder.
 
         Raises:
             ConfigError: the folder cannot be written, or its disk is too small.
@@ -116,18 +119,25 @@ class TextCache:
     def put(self, prompt: str, features: Conditioning) -> None:
         """Writes the features of a prompt; a failure leaves no file. Raises ConfigError."""
         path = self.path(prompt)
-        # Several processes may write the same file.
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        # Several processes may write the same file, also of other machines, or containers, in which all have the same number.
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({name: value.cpu().contiguous() for name, value in features.items()}, temporary)
+            # Other users may share the folder.
+            let_read(temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            if self._whole(prompt):
+                # Another user's, in a folder where only its owner may replace a file.
+                return
             raise ConfigError(
                 f"--text-cache {self.folder}: text features cannot be written ({one_line(error)}): make room or give another "
                 "folder; the prompts that are done need not be encoded again"
             ) from None
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ class ZImageBackbone(Backbone):
     """Latents are `[16, H / 8, W / 8]`. The text features are Qwen3's tokens `[S, D]`, as many as the prompt has."""
 
     family = "Z-Image"
+    text_varies = True
     pipeline_class = ZImagePipeline
     transformer_class = ZImageTransformer2DModel
     other_scaling_factors: ClassVar = {"SD3": 1.5305}

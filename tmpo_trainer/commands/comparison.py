@@ -79,7 +79,7 @@ def compare(
     lost = {path.name for path in failed}
     measured = measure(arms, folder, evaluation_seed, lost)
     if any(measured[arm.name] for arm in arms):
-        compare_report.write(folder, measured, budget, fronts(settings), sorted(lost))
+        compare_report.write(folder, measured, budget, fronts(settings), sorted(lost), timed=jobs == 1)
     return 1 if lost else 0
 
 

@@ -108,8 +108,9 @@ def _text_features(
         kept = min(count * each, KEPT / memory.GIB)
         return f"{count:,} prompts will be drawn; none on disk, at most {kept:.3f} GiB in memory"
     missing = loading.check_text(config, skeleton, device, texts)
+    most = "at most " if skeleton.text_varies else ""
     return (
-        f"{count:,} prompts will be drawn, {missing:,} of them have to be encoded; {count * each:.3f} GiB on disk in "
-        f"{config.text_cache or default_folder()}, {missing * each:.3f} GiB of that to be written; at most "
+        f"{count:,} prompts will be drawn, {missing:,} of them have to be encoded; {most}{count * each:.3f} GiB on disk in "
+        f"{config.text_cache or default_folder()}, {most}{missing * each:.3f} GiB of that to be written; at most "
         f"{together * each:.3f} GiB in memory"
     )

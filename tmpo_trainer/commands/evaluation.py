@@ -194,10 +194,9 @@ def write(
     # Results contain no local paths.
     model = config.model if config.model == "demo" or is_hub_id(config.model) else "local"
     text = intervals.markdown()
-    # As diversity, the limit and drift are measured on the last list of prompts.
+    # As diversity, drift is measured on the last list of prompts. The limit is about the reward of the first.
     last = parts[-1].evaluations
     base, lora = last["base"], last.get("LoRA")
-    trained = {} if lora is None else {"LoRA": lora}
     moved = {} if lora is None else drift.drifts(base.statistics, lora.statistics, base.prompts)
     sections = [
         f"# {model}",
@@ -208,9 +207,11 @@ def write(
     tasks, by_tag = by_task(parts[0])
     if tasks:
         sections.append(tasks)
-    curve, table, costs = limit.front(base), "", {}
+    first = parts[0].evaluations["base"]
+    trained = {label: own for label, own in parts[0].evaluations.items() if label != "base"}
+    curve, table, costs = limit.front(first), "", {}
     if curve is not None:
-        about_limit, table, costs = report.limit_section(curve, base, {name: [own] for name, own in trained.items()})
+        about_limit, table, costs = report.limit_section(curve, first, {name: [own] for name, own in trained.items()})
         sections += [about_limit, table, "![limit](pareto.png)"]
     sections += [f"![pictures]({path.name})" for path in pictures]
     settings: dict[str, Any] = {
@@ -243,7 +244,7 @@ def write(
     for part, path in zip(parts, pictures, strict=True):
         show(part, path)
     if curve is not None:
-        limit.plot(folder / "pareto.png", curve, base, trained)
+        limit.plot(folder / "pareto.png", curve, first, trained)
     print(f"table: {folder / 'table.md'}", file=sys.stderr)
 
 

@@ -133,7 +133,9 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]
 
 
 def choose_preset(settings: dict[str, Any]) -> str:
-    """The preset that belongs to the reward and model given; `demo` is for the demo model alone."""
+    """The preset that belongs to the reward and model given; `demo` is for the demo model alone, which has no other."""
+    if settings.get("model") == "demo":
+        return "demo"
     reward = settings.get("reward", "shapes")
     names = [reward] if isinstance(reward, str) else reward
     if not isinstance(names, list | tuple) or "shapes" in names:

@@ -26,7 +26,9 @@ PHASES = ("rollout", "reference", "ratio", "replay", "backward")
 #: The number of prompts shown, and of pictures of each.
 PROMPTS, PICTURES = 4, 4
 
-#: Lines of the arms along one front, and markers of twenty fronts each.
+#: Colours, of which every further round has other markers and lines.
+COLOURS = 20
+#: Lines of the arms along one front, and markers.
 STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^")
 
 
@@ -83,6 +85,7 @@ def _figures_of(run: Measured, base: Evaluation) -> dict[str, float]:
         calls, seconds = float(run.course.calls[-1]), float(run.course.seconds[-1])
         own |= {
             "updates": updates,
+            "seconds": seconds,
             "s/update": seconds / updates,
             "network evaluations/update": calls / updates,
             "network evaluations": calls,
@@ -90,8 +93,8 @@ def _figures_of(run: Measured, base: Evaluation) -> dict[str, float]:
     return own
 
 
-def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A Markdown table with a row per arm; the cells hold mean ± spread over seeds."""
+def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str], timed: bool = True) -> str:
+    """A Markdown table with a row per arm; the cells hold mean ± spread over seeds. timed: see `write`."""
 
     def cell(values: Mapping[str, Any], form: str) -> str:
         spread = f" ± {values['spread']:{form.lstrip('+')}}" if len(values["runs"]) > 1 else ""
@@ -99,18 +102,18 @@ def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) 
 
     rows = []
     for arm, row in found.items():
-        training = [""] * 4
+        training = [""] * (4 if timed else 3)
         if "updates" in row:
             training = [
                 str(len(row["updates"]["runs"])),
                 f"{row['updates']['mean']:.0f}",
                 f"{row['network evaluations/update']['mean']:,.0f}",
-                f"{row['s/update']['mean']:.2f}",
+                *([f"{row['s/update']['mean']:.2f}"] if timed else []),
             ]
         change = "" if arm == "base" else cell(row["latent std, change"], "+.1%")
         rows.append([arm, *training, *(cell(row[name], ".3f") for name in names), change])
-    head = ["", "runs", "updates", "network evaluations per update", "s per update", *names, "latent std"]
-    return markdown_table(head, rows)
+    head = ["", "runs", "updates", "network evaluations per update", *(["s per update"] if timed else [])]
+    return markdown_table([*head, *names, "latent std"], rows)
 
 
 def write(
@@ -119,18 +122,20 @@ def write(
     budget: Mapping[str, float],
     fronts: Sequence[Sequence[str]],
     failed: Sequence[str] = (),
+    timed: bool = True,
 ) -> None:
     """Writes table.md, table.json, pareto.png, curves.png and samples.png, and prints the table.
 
     Args:
         runs: {arm: its runs}, with the base as the arm `base`. fronts: all arms, those along one line together, in its
-            order. failed: names of the missing runs.
+            order. failed: names of the missing runs. timed: whether every run had the machine to itself. Otherwise seconds are
+            left out of the table and the pictures.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
     names = list(base.measures)
     found = {name: figures(group, base) for name, group in runs.items()}
-    text = figures_table(found, names)
+    text = figures_table(found, names, timed)
     gains = [[arm, *(row["gain"][n].text("+.3f") for n in names)] for arm, row in found.items() if arm != "base"]
     curve = limit.front(base)
     about, table, costs = "", "", {}
@@ -144,7 +149,7 @@ def write(
     }
     sections = [
         "# Comparison",
-        _about(base, budget, failed),
+        _about(base, budget, failed, timed),
         text,
         "Change against the base: means over seeds, with 95% bootstrap intervals over prompts:",
         markdown_table(["", *(f"{name}, change" for name in names)], gains),
@@ -162,13 +167,13 @@ def write(
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     # Without the arms whose runs all failed.
     lines = [kept for names in fronts if (kept := [name for name in names if name in runs])]
-    pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve)
-    curves(folder / "curves.png", runs, lines)
+    pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve, timed)
+    curves(folder / "curves.png", runs, lines, timed)
     samples(folder / "samples.png", runs)
     print(f"{text}\n\n{table}" if table else text)
 
 
-def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str]) -> str:
+def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str], timed: bool) -> str:
     named = {"evaluations": "network evaluations"}
     limits = [f"{value:,.0f} {named.get(name, name)} per run" for name, value in budget.items()]
     images = next(iter(base.scores.values())).shape[1]
@@ -177,13 +182,14 @@ def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str])
         f"{', '.join(limits) or 'the number of updates in the settings'}. Mean ± standard deviation over training seeds. "
         "Network evaluations are those of one process; a forward and a backward pass count one each."
     )
+    about += "" if timed else " Without seconds, because runs trained beside each other."
     return about + (f" Failed and not in the table: {', '.join(failed)}." if failed else "")
 
 
 def _colours(count: int) -> list[Any]:
     from matplotlib import colormaps
 
-    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    palette = colormaps["tab10" if count <= 10 else f"tab{COLOURS}"]
     return [palette(i % palette.N) for i in range(count)]
 
 
@@ -193,6 +199,7 @@ def pareto(
     target: str,
     fronts: Sequence[Sequence[str]],
     curve: limit.Front | None = None,
+    timed: bool = True,
 ) -> None:
     """The target score against every measure of diversity, and against time: a point per run, a larger one for their mean.
 
@@ -200,12 +207,12 @@ def pareto(
     """
     from matplotlib.figure import Figure
 
-    against = {**{name: name for name in MEASURES}, "s/update": "seconds per update"}
-    figure = Figure(figsize=(4.4 * len(against) + 3, 4), layout="constrained")
+    against = {name: name for name in MEASURES} | ({"seconds": "seconds of training"} if timed else {})
+    figure = Figure(figsize=(4.4 * len(against) + 3, _height(len(fronts) + 2)), layout="constrained")
     axes = figure.subplots(1, len(against), sharey=True)
     palette = _colours(len(fronts))
     styles: list[dict[str, Any]] = [{"color": "black", "marker": "X"}]
-    styles += [{"color": colour, "marker": MARKERS[i // 20 % len(MARKERS)]} for i, colour in enumerate(palette)]
+    styles += [{"color": colour, "marker": MARKERS[i // COLOURS % len(MARKERS)]} for i, colour in enumerate(palette)]
     for axis, (key, title) in zip(axes, against.items(), strict=True):
         for names, style in zip([["base"], *fronts], styles, strict=True):
             rows = [found[name] for name in names if key in found[name]]
@@ -229,15 +236,24 @@ def pareto(
     figure.savefig(path, dpi=110)
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[Sequence[str]]) -> None:
+def _height(entries: int) -> float:
+    """Inches of a picture whose legend has so many entries."""
+    return max(4, 0.17 * entries + 0.4)
+
+
+def curves(
+    path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[Sequence[str]], timed: bool = True
+) -> None:
     """The first reward in the rollouts, over network evaluations and over seconds: each arm's mean over its runs."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    panels = 2 if timed else 1
+    figure = Figure(figsize=(4.5 * panels + 2, _height(sum(map(len, fronts)))), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     palette = _colours(len(fronts))
     styles = {
-        name: {"color": palette[i], "linestyle": STYLES[k % len(STYLES)]}
+        name: {"color": palette[i], "linestyle": STYLES[(k + i // COLOURS) % len(STYLES)]}
         for i, names in enumerate(fronts)
         for k, name in enumerate(names)
     }
@@ -250,9 +266,13 @@ def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[
             "network evaluations": [course.calls[:updates] for course in courses],
             "seconds of training": [course.seconds[:updates] for course in courses],
         }
-        for axis, (label, values) in zip(axes, spent.items(), strict=True):
-            axis.plot(np.mean(values, 0)[-len(smooth) :], smooth, label=name, **style)
+        # A line of one point is nothing.
+        marker = "o" if len(smooth) == 1 else None
+        for axis, (label, values) in zip(axes, spent.items(), strict=False):
+            axis.plot(np.mean(values, 0)[-len(smooth) :], smooth, label=name, marker=marker, **style)
             axis.set_xlabel(label)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.set_ylabel(f"{reward.removeprefix('reward/')} in rollouts")
             axis.grid(alpha=0.3)
     figure.legend(handles=axes[0].get_lines(), fontsize=8, loc="outside left upper")

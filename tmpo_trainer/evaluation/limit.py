@@ -149,7 +149,7 @@ class Cost(NamedTuple):
     base, model: the spread, of a factor the standard deviation within a prompt. lost: the share of it that the model lost.
     needed: the share that the limit loses at the model's reward; None if its reward is not above the base's, or is beyond
     what the base's pictures reach. excess: lost / needed; None as well if the interval of `needed` is not above 0.
-    slope: of the model's values on the base's within prompts, same noise: 1 is none lost. None for the cosine diversity.
+    slope: of the model's values on the base's within prompts, same noise, see `slope`. None for the cosine diversity.
     """
 
     base: float
@@ -223,8 +223,9 @@ def slope(base: np.ndarray, model: np.ndarray) -> float | None:
 
 
 def front(base: Evaluation) -> Front | None:
-    """The base's front for its first score; None if its pictures were not measured for it, are one per prompt, or are alike."""
-    if base.distances is None or base.distances.shape[1] < 2:
+    """The base's front for its first score; None if its pictures were not measured for it, are alike, or are less than three of
+    a prompt: two are one pair, whose distance no tilt changes."""
+    if base.distances is None or base.distances.shape[1] < 3:
         return None
     found = Front.of(base.prompts, target(base), base.distances, base.factors)
     return None if found.flat else found
@@ -273,13 +274,14 @@ def rows(label: str, found: Mapping[str, Cost]) -> list[list[str]]:
 HEAD = ("", "spread within a prompt", "base", "model", "lost", "needed", "lost / needed", "slope")
 
 
-def about(reward: str) -> str:
-    """What a report says of the limit and of its table. reward: the name of the first score."""
+def about(reward: str, alone: bool = False) -> str:
+    """What a report says of the limit and of its table. reward: the name of the first score. alone: of a single prompt."""
+    ends = "of a single prompt there is no interval." if alone else "in the draws of that end it is beyond them."
     return (
         f"The limit is the base tilted by its own {reward}. *Needed* is what it loses at the same {reward} as the model's. "
-        "*Slope* is that of the model's values on the base's for the same noise (1: nothing lost). A dash: the reward did not "
-        "rise, is beyond the base's best pictures, or needs no more than the error. A question mark: in the draws of that end "
-        "it is beyond them."
+        "*Slope* is that of the model's values on the base's for the same noise (1: every picture kept its place; below: they "
+        "have moved to their prompt's mean, or changed places). A dash: the reward did not rise, is beyond the base's best "
+        f"pictures, or needs no more than the error. A question mark: {ends}"
     )
 
 

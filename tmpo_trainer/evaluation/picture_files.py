@@ -308,6 +308,10 @@ def limit_table(
     """Points of the limit if the pictures are the base's, by the first score; see `limit`."""
     name, values = next(iter(scores.items()))
     numbers = by_prompt(pictures)
+    # Two pictures are one pair, whose distance no tilt changes.
+    distances = {prompt: table for prompt, table in distances.items() if len(table) > 2}
+    if not distances:
+        return "the limit: no prompt has three pictures, and the distance of two does not change with their weights"
     curve = limit.Front.of(list(distances), [values[numbers[p]] for p in distances], list(distances.values()))
     if curve.flat:
         return "the limit: the pictures of every prompt are alike, so there is no diversity to lose"

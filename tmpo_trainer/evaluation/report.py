@@ -78,7 +78,7 @@ def curves(
     series += [("lgmd", "LGMD of the leaves"), ("latent_std", "latent standard deviation")]
     # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
     if all("kl_reference" in line for line in metrics):
-        series.append(("kl_reference", "KL to the reference, per dimension"))
+        series.append(("kl_reference", "penalty on the way from the base, before kl_weight"))
     if all("velocity_mse" in line for line in metrics):
         series.append(("velocity_mse", "error of the velocity on the leaves"))
     if any(line.get("ratio_mean", 1) != 1 for line in metrics):
@@ -127,8 +127,10 @@ def running_mean(values: np.ndarray, share: int) -> np.ndarray:
 
 def _plot_series(axis: Any, updates: Sequence[int], values: np.ndarray) -> None:
     smooth = running_mean(values, 12)
+    # A line of one point is nothing.
+    marker = "o" if len(values) == 1 else None
     axis.plot(updates, values, color="tab:blue", alpha=0.3, linewidth=1)
-    axis.plot(updates[-len(smooth) :], smooth, color="tab:blue", linewidth=2)
+    axis.plot(updates[-len(smooth) :], smooth, color="tab:blue", linewidth=2, marker=marker)
     axis.ticklabel_format(useOffset=False)
 
 
@@ -163,7 +165,8 @@ def limit_section(
     if found:
         table = markdown_table(limit.HEAD, [row for label, own in found.items() for row in limit.rows(label, own)])
     models = {label: {name: cost.content() for name, cost in own.items()} for label, own in found.items()}
-    return limit.about(next(iter(base.scores))), table, {"front": limit.content(curve), "models": models}
+    about = limit.about(next(iter(base.scores)), len(set(base.prompts)) == 1)
+    return about, table, {"front": limit.content(curve), "models": models}
 
 
 def write_report(

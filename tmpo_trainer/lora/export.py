@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..backbones.base import Backbone
-from ..files import flush
+from ..files import flush, let_read
 from ..processes import whole
 from .file import FILE_NAME
 
@@ -75,10 +74,7 @@ def export_lora(backbone: Backbone, folder: Path, about: dict[str, str], write: 
             "tmpo.version": __version__,
         }
         save_file(expected, written, metadata)
-        # safetensors creates files that only their owner may read.
-        umask = os.umask(0)
-        os.umask(umask)
-        written.chmod(0o666 & ~umask)
+        let_read(written)
         if not _holds(written, expected):
             raise RuntimeError(f"{folder / FILE_NAME} does not read back as written: is the disk full?")
         flush(written)

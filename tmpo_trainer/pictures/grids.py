@@ -11,14 +11,18 @@ from .fonts import font_for
 
 #: Colours of a heat map from 0 to its largest value: dark blue, teal, yellow. They differ in lightness too.
 RAMP = np.array([(32, 24, 72), (38, 96, 134), (60, 168, 132), (250, 230, 80)], float)
+#: Most pixels across a picture of a sheet.
+TILE = 256
 #: Pixels: side of all cells of a heat map together, and its text.
 MAP_SIDE, MAP_TEXT = 640, 20
 
 
-def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1) -> Image.Image:
-    """Pictures in rows, a label above each row. rows: uint8 `[n, H, W, 3]` each."""
-    height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
-    gap, head = 2, 14 if labels else 0
+def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: float = 1) -> Image.Image:
+    """Pictures in rows, a label above each row. rows: uint8 `[n, H, W, 3]` each. scale: see `zoom`."""
+    height, width = (max(1, round(side * scale)) for side in rows[0].shape[1:3])
+    # It can be read at the size at which the pictures can be seen.
+    text = max(11, width // 12)
+    gap, head = 2, text + 3 if labels else 0
     columns = max(len(row) for row in rows)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, len(rows) * (height + gap + head) - gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -26,16 +30,18 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), scale: int = 1)
         top = y * (height + gap + head)
         if labels:
             # All fonts have their baseline in the same place.
-            draw.text((2, top + 11), labels[y], fill="black", font=font_for(labels[y], 11), anchor="ls")
+            draw.text((2, top + text), labels[y], fill="black", font=font_for(labels[y], text), anchor="ls")
         for x, picture in enumerate(row):
             tile = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
             sheet.paste(tile, (x * (width + gap), top + head))
     return sheet
 
 
-def zoom(pictures: np.ndarray) -> int:
-    """The factor by which to enlarge small pictures so that a person can see them."""
-    return max(1, 128 // pictures.shape[-2])
+def zoom(pictures: np.ndarray) -> float:
+    """The factor for the pictures of a sheet: small ones are enlarged, by a whole number, so that a person can see them, and
+    large ones shrunk to `TILE` pixels, so that a sheet of dozens can be opened."""
+    width = pictures.shape[-2]
+    return max(1, 128 // width) if width <= TILE else TILE / width
 
 
 def heat_map(values: np.ndarray, label: str = "") -> Image.Image:

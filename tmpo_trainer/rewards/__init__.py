@@ -474,7 +474,7 @@ def combine(scores: dict[str, Tensor], weights: Sequence[float] | None, norm: st
     Raises:
         ValueError: the sum is not finite.
     """
-    # A mean, so that beta asks for the same sharpness whether there is one reward or several.
+    # A mean, so that beta never asks for more sharpness of several rewards than of one.
     factors = weights or [1 / len(scores)] * len(scores)
     parts = [objectives.zscore(values) if norm == "zscore" else values for values in scores.values()]
     total = torch.stack([factor * part for factor, part in zip(factors, parts, strict=True)]).sum(0)

@@ -134,7 +134,7 @@ class TrainConfig(BaseModel):
 
     # Objective
     neutral: tuple[Nuisance, ...] = ()
-    """Statistics that the reward shall not be gained by: within the K leaves of a prompt, what a least-squares fit on them
+    """Statistics through which the reward must not be gained: within the K leaves of a prompt, what a least-squares fit on them
     explains is taken out of the reward. Of latents: latent_norm (squared norm), latent_distance (squared distance to the
     group's mean). Of features: feature_distance (mean cosine distance to the other leaves). Of pictures: brightness, contrast,
     saturation, sharpness, edge_density, high_frequency, colour_entropy, file_size. At most (K - 1) / 4 of them. A reward that

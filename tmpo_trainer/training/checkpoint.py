@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import flush
+from ..files import flush, let_read
 from ..settings.errors import ConfigError, one_line
 
 FILES = ("lora.safetensors", "ema.safetensors", "optimizer.pt", "state.json")
@@ -130,6 +130,7 @@ def _write(
     for name, values in tensors.items():
         if values:
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()}, folder / name)
+            let_read(folder / name)
     try:
         torch.save(optimizer, folder / "optimizer.pt")
     except RuntimeError as error:

@@ -436,11 +436,11 @@ class Trainer:
                 metrics = self.update()
                 self._tell(lambda metrics=metrics: reporter.update(metrics), calls=False)
                 stop = self._stopped()
-                due = self.done == config.updates or (
-                    config.checkpoint_every and self.done % config.checkpoint_every == 0
+                # Before an evaluation, which may take longer than a scheduler waits after its signal, and before what else is
+                # shown: a run that is killed meanwhile loses nothing, and one that is resumed shows what is missing.
+                due = self.done == config.updates or any(
+                    every and self.done % every == 0 for every in (config.checkpoint_every, config.eval_every)
                 )
-                # Before what is shown, which may take minutes: a run that is killed meanwhile loses nothing, and one that is
-                # resumed shows what is missing.
                 if due or stop:
                     save()
                 if not stop:
