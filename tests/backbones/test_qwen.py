@@ -16,7 +16,7 @@ from diffusers import QwenImagePipeline
 from torch import Tensor
 
 from tmpo_trainer import tree
-from tmpo_trainer.backbones import base, check_model, load_backbone, load_skeleton
+from tmpo_trainer.backbones import base, check_model, check_text_cache, load_backbone, load_skeleton
 from tmpo_trainer.backbones.base import Backbone, LoadOptions
 from tmpo_trainer.lora.export import export_lora
 from tmpo_trainer.settings.config import LoraTargets
@@ -182,6 +182,16 @@ def test_the_text_encoder_is_freed(tiny_qwen: Path, tmp_path: Path, backbone: Ba
     assert freed.pipeline.text_encoder is None and len(list(tmp_path.iterdir())) == 3
     pairs = zip(freed.encode([PROMPTS[1], ""]), backbone.encode([PROMPTS[1], ""]), strict=True)
     assert all(torch.equal(mine["tokens"], kept["tokens"]) for mine, kept in pairs)
+
+
+def test_room_for_features_of_any_length_is_not_asked_for_in_advance(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are at most as long as the limit, and mostly much shorter."""
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    options = LoadOptions(torch.float32, torch.device("cpu"), TOKENS, prompts=PROMPTS[:2], text_cache=tmp_path)
+    assert check_text_cache(str(tiny_qwen), load_skeleton(str(tiny_qwen), torch.float32, TOKENS), options) == 3
 
 
 def changed(folder: Path, tmp_path: Path, part: str, **changes: Any) -> str:

@@ -143,6 +143,18 @@ def test_processes_share_the_encoding(folder: Path, tmp_path: Path, monkeypatch:
     load_backbone(str(folder), options).encode(["prompt 7", ""])
 
 
+def test_prompts_that_are_cut_are_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once: they are encoded once."""
+    long = " ".join(["two red circles and a blue square"] * 4)
+    for _ in range(2):
+        cached(folder, tmp_path, ["red", "blue", long])
+    told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
+    assert told == [
+        f"tmpo_trainer: 1 of 4 prompts have more than {TOKENS} tokens, and the model does not see their end "
+        "(--max-sequence-length; rewards see all of it)"
+    ]
+
+
 def test_a_model_with_its_encoders_keeps_few_features(
     load: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:

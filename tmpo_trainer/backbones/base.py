@@ -26,7 +26,7 @@ from ..hub import readable_errors
 from ..settings.config import LoraTargets
 from ..settings.errors import ConfigError, one_line
 from . import decoder
-from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, in_batches, size
+from .text import TEXT_PARTS, Conditioning, TextCache, default_folder, fill, in_batches, say_cut, size
 
 #: Attention and feed-forward projections of both streams of a joint block, as diffusers names them.
 TEXT_ATTENTION = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
@@ -348,6 +348,7 @@ class Backbone(ABC):
                     if isinstance(part, torch.nn.Module):
                         _check_finite(folder / name, part)
                 loaded.append(pipeline.to(options.device))
+                say_cut(pipeline, cache.missing(prompts), options.max_sequence_length)
             return cls.encode_prompts(loaded[0], chosen, options.device, options.max_sequence_length)
 
         fill(cache, prompts, encode)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,6 +140,25 @@ class TextCache:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def say_cut(pipeline: Any, prompts: Sequence[str], most: int) -> None:
+    """One line, by one process of a machine, about prompts with more than `most` tokens: the model does not see their end.
+
+    The tokens of a chat template, which some models put around a prompt, are not counted.
+    """
+    # Of several tokenizers the last is that of the long texts. CLIP always sees 77 tokens.
+    tokenizer = pipeline.components[max(name for name in pipeline.components if name.startswith("tokenizer"))]
+    if tokenizer is None or not most or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    count = sum(len(tokenizer(prompt)["input_ids"]) > most for prompt in prompts)
+    if count:
+        print(
+            f"tmpo_trainer: {count} of {len(prompts)} prompts have more than {most} tokens, and the model does not see their "
+            "end (--max-sequence-length; rewards see all of it)",
+            file=sys.stderr,
+        )
 
 
 @torch.no_grad()
