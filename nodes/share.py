@@ -55,8 +55,8 @@ def matched(count: int, indices: str, tree: Tree | None, scores: Scores | None) 
         another = leaves != every and sorted(leaves) == every and (tree is None or count == tree.leaves)
         if another and (scores is None or scores.picked != leaves):
             raise ValueError(
-                f"indices names all {count} images in another order, and images may be in either: connect all leaves without "
-                "indices"
+                f"indices names all {count} images in another order, and images may be in either: connect the scores that were "
+                "chosen with them, the tree, or all leaves without indices"
             )
         return every, leaves
     if max(leaves) < count and (tree is None or count == tree.leaves):

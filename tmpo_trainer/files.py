@@ -6,7 +6,8 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def let_read(path: Path) -> None:
-    """Gives a file the mode that the user's umask says. safetensors creates files that only their owner may read."""
+@cache
+def _mode() -> int:
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    return 0o666 & ~umask
+
+
+def let_read(path: Path) -> None:
+    """Gives a file the mode that the user's umask says. safetensors creates files that only their owner may read."""
+    # Some file systems have no modes.
+    with suppress(OSError):
+        path.chmod(_mode())
 
 
 def flush(path: Path) -> None:

@@ -150,7 +150,7 @@ def test_prompts_that_are_cut_are_said(folder: Path, tmp_path: Path, capsys: pyt
         cached(folder, tmp_path, ["red", "blue", long])
     told = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
     assert told == [
-        f"tmpo_trainer: 1 of 4 prompts have more than {TOKENS} tokens, and the model does not see their end "
+        f"tmpo_trainer: 1 of 3 prompts have more than {TOKENS} tokens, and the model does not see their end "
         "(--max-sequence-length; rewards see all of it)"
     ]
 

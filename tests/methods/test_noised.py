@@ -440,9 +440,9 @@ def test_chains_take_only_the_number_of_branch_steps(planned: Make, refused: Cal
     assert planned(method, torch.linspace(1, 0, 5), rollout_steps=4, branch_early=(1, 4, 5)).plan(0).leaves == 27
     refused("branch_early .* strictly increasing", method=method, branch_early=())
     if method == "nft":
-        refused(
-            "branch_early .* must stay below rollout_steps 4", rollout="tree", rollout_steps=4, branch_early=(1, 4, 5)
-        )
+        for rollout in ("tree", "split-chains"):
+            settings = {"method": method, "rollout": rollout, "rollout_steps": 4, "branch_early": (1, 4, 5)}
+            refused("branch_early .* must stay below rollout_steps 4", **settings)
 
 
 def test_a_tree_that_cannot_carry_noise_is_refused(planned: Make) -> None:

@@ -21,6 +21,7 @@ from tmpo_trainer import tree
 from tmpo_trainer.backbones.sd3 import SD3Backbone
 from tmpo_trainer.methods.batch import Clock, Network, PromptBatch
 from tmpo_trainer.prompts.lists import prompt_index
+from tmpo_trainer.rewards import Scoring
 from tmpo_trainer.training import checkpoint, loop
 from tmpo_trainer.training.loop import Trainer
 
@@ -347,6 +348,24 @@ def test_a_rollout_in_which_graphs_do_not_fit_is_made_again_without(
     tried[:] = [False]
     with pytest.raises(torch.OutOfMemoryError):
         trainer.update()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_only_another_attempt_waits_for_the_scorers(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """They take one call at a time. A run that ends does not wait for one that hangs."""
+    trainer = make_trainer(reuse_forward=graphs)
+    joined = []
+
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(trainer.roller, "roll_out", full)
+    monkeypatch.setattr(Scoring, "join", lambda self: joined.append(1))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.update()
+    assert len(joined) == graphs
 
 
 def test_figures_of_which_another_process_knows_nothing(make_trainer: MakeTrainer) -> None:

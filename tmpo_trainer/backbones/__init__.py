@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 #: Files that are not backbones, see `settings.discovery`.
 SHARED = ("base", "check", "decoder", "text")
-#: The files that are taken of a pipeline's part on the hub: its configs, its vocabulary and its chat template.
+#: The files that are taken of a tokenizer or scheduler on the hub: configs, vocabulary and chat template.
 HUB_CONFIGS = ("*.json", "*.txt", "*.model", "*.jinja")
-#: Parts with weights, and the same of them.
+#: How the names of parts with weights begin, and the configs that are taken of them.
 MODELS = ("transformer", "vae", "text_encoder")
 MODEL_CONFIGS = ("config.json", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
-#: Its weights, without other precisions (`model.fp16.safetensors`), which nothing reads.
+#: Their weights, without other precisions (`model.fp16.safetensors`), which nothing reads.
 HUB_WEIGHTS = tuple(
     f"{stem}{ending}"
     for stem in ("model", "diffusion_pytorch_model")

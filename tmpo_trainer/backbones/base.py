@@ -348,7 +348,7 @@ class Backbone(ABC):
                     if isinstance(part, torch.nn.Module):
                         _check_finite(folder / name, part)
                 loaded.append(pipeline.to(options.device))
-                say_cut(pipeline, cache.missing(prompts), options.max_sequence_length)
+                say_cut(pipeline, options.prompts or (), options.max_sequence_length)
             return cls.encode_prompts(loaded[0], chosen, options.device, options.max_sequence_length)
 
         fill(cache, prompts, encode)

@@ -152,10 +152,11 @@ def say_cut(pipeline: Any, prompts: Sequence[str], most: int) -> None:
     if tokenizer is None or not most or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    count = sum(len(tokenizer(prompt)["input_ids"]) > most for prompt in prompts)
+    different = set(prompts)
+    count = sum(len(tokenizer(prompt)["input_ids"]) > most for prompt in different)
     if count:
         print(
-            f"tmpo_trainer: {count} of {len(prompts)} prompts have more than {most} tokens, and the model does not see their "
+            f"tmpo_trainer: {count} of {len(different)} prompts have more than {most} tokens, and the model does not see their "
             "end (--max-sequence-length; rewards see all of it)",
             file=sys.stderr,
         )

@@ -150,13 +150,15 @@ def _taken_out(lora: Path | None) -> tuple[str, ...]:
 def by_task(part: Part) -> tuple[str, dict[str, Any]]:
     """GenEval's overall score, which is the mean over its tasks and not over pictures: a table, and the same for JSON.
 
-    Empty unless the prompts are of several of its tasks, by the `tag` of their metadata, and have a score of `geneval`, or of a
-    server or class, which may be another form of it.
+    Empty unless the prompts are of several of its tasks, by the `tag` of their metadata, and have a score of `geneval`, or
+    without one of a server or class, which may be another form of it.
     """
     texts, metadata = part.prompts.texts, part.prompts.metadata
     tags = [str(metadata.get(text, {}).get("tag", "")) for text in texts]
     sizes = Counter(tags)
-    scores = [name for name in part.evaluations["base"].scores if re.match(r"geneval\b|remote\b|\S+:", name)]
+    names = list(part.evaluations["base"].scores)
+    scores = [name for name in names if name.split()[0] == "geneval"]
+    scores = scores or [name for name in names if re.match(r"remote\b|\S+:", name)]
     if len(sizes) < 2 or not sizes.keys() <= set(TAGS) or not scores:
         return "", {}
     weights = np.array([1 / sizes[tag] for tag in tags])
@@ -176,7 +178,8 @@ def by_task(part: Part) -> tuple[str, dict[str, Any]]:
         for tag, own in found.items():
             rows.append([score, tag, str(sizes[tag]), *(f"{value:.3f}" for value in own.values()), ""])
         values = [f"{value:.3f}" for value in overall.values()]
-        rows.append([score, "mean of the tasks (GenEval's overall score)", str(len(texts)), *values, change])
+        what = "mean of the tasks" + (" (GenEval's overall score)" if score.split()[0] == "geneval" else "")
+        rows.append([score, what, str(len(texts)), *values, change])
     return markdown_table(["", "task", "prompts", *part.evaluations, "change"], rows), content
 
 

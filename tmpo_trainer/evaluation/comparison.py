@@ -128,8 +128,8 @@ def write(
 
     Args:
         runs: {arm: its runs}, with the base as the arm `base`. fronts: all arms, those along one line together, in its
-            order. failed: names of the missing runs. timed: whether every run had the machine to itself. Otherwise seconds are
-            left out of the table and the pictures.
+            order. failed: names of the missing runs. timed: whether seconds are shown in the tables and pictures. Of runs that
+            trained beside each other they say little.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
@@ -201,14 +201,15 @@ def pareto(
     curve: limit.Front | None = None,
     timed: bool = True,
 ) -> None:
-    """The target score against every measure of diversity, and against time: a point per run, a larger one for their mean.
+    """The target score against every measure of diversity, and if `timed` against time: a point per run, a larger one for
+    their mean.
 
     The means of a front are joined. Against the cosine diversity also the limit.
     """
     from matplotlib.figure import Figure
 
     against = {name: name for name in MEASURES} | ({"seconds": "seconds of training"} if timed else {})
-    figure = Figure(figsize=(4.4 * len(against) + 3, _height(len(fronts) + 2)), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(against) + 3, _height(2 + sum(map(_lines, fronts)))), layout="constrained")
     axes = figure.subplots(1, len(against), sharey=True)
     palette = _colours(len(fronts))
     styles: list[dict[str, Any]] = [{"color": "black", "marker": "X"}]
@@ -219,7 +220,7 @@ def pareto(
             for row in rows:
                 axis.scatter(row[key]["runs"], row[target]["runs"], s=14, alpha=0.5, linewidths=0, **style)
             means = [[row[name]["mean"] for row in rows] for name in (key, target)]
-            label = textwrap.fill(", ".join(names), 36, break_on_hyphens=False)
+            label = _label(names)
             axis.plot(*means, markersize=8, linewidth=1.5, label=label, **style)
         axis.set_xlabel(title)
         axis.grid(alpha=0.3)
@@ -236,15 +237,24 @@ def pareto(
     figure.savefig(path, dpi=110)
 
 
-def _height(entries: int) -> float:
-    """Inches of a picture whose legend has so many entries."""
-    return max(4, 0.17 * entries + 0.4)
+def _label(names: Sequence[str]) -> str:
+    """The entry of the arms of a front in a legend."""
+    return textwrap.fill(", ".join(names), 36, break_on_hyphens=False)
+
+
+def _lines(names: Sequence[str]) -> int:
+    return _label(names).count("\n") + 1
+
+
+def _height(lines: int) -> float:
+    """Inches of a picture whose legend has so many lines."""
+    return max(4, 0.17 * lines + 0.4)
 
 
 def curves(
     path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[Sequence[str]], timed: bool = True
 ) -> None:
-    """The first reward in the rollouts, over network evaluations and over seconds: each arm's mean over its runs."""
+    """The first reward in the rollouts, over network evaluations and if `timed` over seconds: each arm's mean over its runs."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 

@@ -43,8 +43,8 @@ class Drift:
     """The drift of one statistic, see the module, with 95% bootstrap intervals over prompts.
 
     base, trained: means. shift: mean of trained less base. sd: the base's standard deviation within a prompt. sd, slope and
-    spread are nan if no prompt has two pictures that differ in the statistic. units: how many prompts the bootstrap draws
-    from, or pictures of the only one.
+    spread are nan if no prompt has two pictures that differ in the statistic. units: how many prompts slope and
+    spread are of, or pictures of the only one.
     """
 
     base: float
@@ -113,12 +113,12 @@ def drift(base: np.ndarray, trained: np.ndarray, prompts: Sequence[str]) -> Drif
     # Pictures that do not differ have a standard deviation of rounding errors.
     least = 1e-9 * np.abs(x).max()
     if sd <= least:
-        return Drift(float(x.mean()), float(y.mean()), shift, np.nan, NONE, NONE, len(xx))
+        return Drift(float(x.mean()), float(y.mean()), shift, np.nan, NONE, NONE, 0)
     kept = xx > least**2
     slope, variance = ratio(xy[kept], xx[kept], draws=DRAWS), ratio(yy[kept], xx[kept], draws=DRAWS)
     # If a single prompt is kept, the ends are infinite.
     spread = Interval(*(float(np.sign(value) * abs(value) ** 0.5) for value in variance))
-    return Drift(float(x.mean()), float(y.mean()), shift, sd, slope, spread, len(xx))
+    return Drift(float(x.mean()), float(y.mean()), shift, sd, slope, spread, int(kept.sum()))
 
 
 def drifts(

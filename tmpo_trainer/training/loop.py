@@ -305,8 +305,8 @@ class Trainer:
                     self.processes.agree(error)
                 elif error is not None:
                     break
-        if isinstance(error, torch.OutOfMemoryError):
-            # The next attempt scores with the same scorers, which take one call at a time.
+        if self.roller.graphs and isinstance(error, torch.OutOfMemoryError):
+            # It will be tried again, with the same scorers, which take one call at a time.
             scoring.join()
         return rolled, figures, error
 

@@ -126,8 +126,11 @@ def test_a_transformers_model_has_its_own_mean_and_std(tmp_path: Path, clip_fold
     size = json.loads((folder / "config.json").read_text())["vision_config"]["image_size"]
     own = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"shortest_edge": size}, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(own))
-    found = clipscore.load(CPU, str(folder)).towers.prepare([picture])[0, :, 0, 0]
-    assert found.tolist() == pytest.approx([-1.2, -0.4, 1.2], abs=1e-5)
+    for name, content in (("preprocessor_config.json", own), ("processor_config.json", {"image_processor": own})):
+        (folder / "preprocessor_config.json").unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps(content))
+        found = clipscore.load(CPU, str(folder)).towers.prepare([picture])[0, :, 0, 0]
+        assert found.tolist() == pytest.approx([-1.2, -0.4, 1.2], abs=1e-5)
     for change, fault in (({"resample": 2}, "resample 2 is not supported, only"), ({"size": 7}, "size 7 is not supported"),
                           ({"image_std": [1]}, "need three values each")):  # fmt: skip
         (folder / "preprocessor_config.json").write_text(json.dumps({**own, **change}))

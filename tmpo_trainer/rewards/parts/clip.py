@@ -238,20 +238,23 @@ def load_clip(scorer: str, folder: Path, device: torch.device, offset: Callable[
 
 
 def _normalisation(scorer: str, folder: Path, size: int) -> tuple[list[float], list[float]]:
-    """Mean and std of a transformers model: those of its `preprocessor_config.json`, or CLIP's own if it has no such file.
+    """Mean and std of a transformers model: those of its `preprocessor_config.json`, or as transformers 5 writes it
+    `processor_config.json`. Without either they are CLIP's own.
 
     Raises:
-        ConfigError: the file asks for another preprocessing than `crop`.
+        ConfigError: the file asks for another size, crop or filter than `crop`.
     """
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
+    places = (folder / "preprocessor_config.json", folder / "processor_config.json")
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         return list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
     found = read_json(f"reward {scorer}", file)
+    found = found.get("image_processor", found)
     with readable_errors(f"reward {scorer}", file):
         for key, values in {
             "size": (size, {"shortest_edge": size}),
             "crop_size": (size, {"height": size, "width": size}),
-            "resample": (Image.Resampling.BICUBIC,),
+            "resample": (int(Image.Resampling.BICUBIC),),
         }.items():
             if key in found and found[key] not in values:
                 raise ValueError(f"{key} {found[key]!r} is not supported, only {values[-1]!r}")
