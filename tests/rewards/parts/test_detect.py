@@ -517,7 +517,7 @@ def test_a_detector_that_is_another(folder: Path, tmp_path: Path) -> None:
     refused(copy, "detector cannot be loaded")
     shutil.rmtree(copy / "detector")
     shutil.copytree(folder / "classifier", copy / "detector")
-    refused(copy, "detector is not a complete Mask2Former")
+    refused(copy, "detector holds a model of type clip, not mask2former")
 
 
 def test_without_a_network_the_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
