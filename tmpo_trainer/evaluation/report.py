@@ -78,7 +78,7 @@ def curves(
     series += [("lgmd", "LGMD of the leaves"), ("latent_std", "latent standard deviation")]
     # Without a penalty there is no KL, and with one optimiser step per rollout the ratio is 1 by construction.
     if all("kl_reference" in line for line in metrics):
-        series.append(("kl_reference", "penalty on the way from the base, before kl_weight"))
+        series.append(("kl_reference", "KL penalty, before its weight"))
     if all("velocity_mse" in line for line in metrics):
         series.append(("velocity_mse", "error of the velocity on the leaves"))
     if any(line.get("ratio_mean", 1) != 1 for line in metrics):
