@@ -485,7 +485,9 @@ def test_the_compare_node_shows_the_drift_of_pictures_and_latents(pack: Any) -> 
     within = float(with_prompts["brightness"][3].split()[0])
     # Two prompts are too few to warn of a spread, and twenty pictures of one prompt are not.
     assert within > 3 and "brightness moved by" in with_prompts["last"][0]
-    assert "latent_distance" not in with_prompts["last"][0] and "latent_distance" in rows(None, None, *latents)["last"][0]
+    assert (
+        "latent_distance" not in with_prompts["last"][0] and "latent_distance" in rows(None, None, *latents)["last"][0]
+    )
     without = rows()
     # As one prompt the pictures differ more among themselves.
     assert float(without["brightness"][3].split()[0]) < within / 3 and "latent norm" not in without
