@@ -54,9 +54,10 @@ def matched(count: int, indices: str, tree: Tree | None, scores: Scores | None) 
         # Then the images may be all leaves, or what was chosen of them: scores that were chosen with them tell.
         another = leaves != every and sorted(leaves) == every and (tree is None or count == tree.leaves)
         if another and (scores is None or scores.picked != leaves):
+            tell = "" if tree is not None else "the tree, "
             raise ValueError(
-                f"indices names all {count} images in another order, and images may be in either: connect the scores that were "
-                "chosen with them, the tree, or all leaves without indices"
+                f"indices names all {count} images in another order, and images may be in either: connect {tell}the scores "
+                "that were chosen with the images, or all leaves without indices"
             )
         return every, leaves
     if max(leaves) < count and (tree is None or count == tree.leaves):

@@ -16,7 +16,7 @@ from benchmarks import faults, gradient_signal, random_model
 from benchmarks.__main__ import COMMANDS, main
 from tmpo_trainer.commands import arms
 from tmpo_trainer.commands.flags import layers, parse
-from tmpo_trainer.settings.presets import make_config
+from tmpo_trainer.settings.presets import make_config, preset
 from tmpo_trainer.settings.yaml_file import read_yaml
 
 REPOSITORY = Path(__file__).parents[2]
@@ -79,6 +79,17 @@ def test_an_arm_of_two_tables_is_the_same_in_both() -> None:
     shared = one.keys() & other.keys()
     assert {"nft-chains-6", "tmpo", "tmpo-neutral", "flow-grpo", "gardo"} <= shared
     assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
+
+
+def test_a_control_differs_from_its_arm_in_one_setting() -> None:
+    methods, controls = (read_yaml(REPOSITORY / f"benchmarks/{name}.yaml") for name in ("methods", "controls"))
+    assert controls == {
+        "nft-chains-6-attention": methods["nft-chains-6"] | {"lora_targets": "attention"},
+        "tmpo-feed-forward": methods["tmpo"] | {"lora_targets": "paper"},
+        "recommended": {key: value for key, value in methods["tmpo-neutral"].items() if key != "learning_rate"},
+    }
+    # It has the demo model's baseline, which is the preset's too.
+    assert controls["recommended"].items() <= preset("recommended").items()
 
 
 @pytest.mark.parametrize(

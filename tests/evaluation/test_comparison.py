@@ -15,7 +15,7 @@ from tmpo_trainer.evaluation import comparison
 from tmpo_trainer.evaluation.held_out import Evaluation
 
 
-def measured(score: float, cosine: float, updates: int = 0) -> comparison.Measured:
+def measured(score: float, cosine: float, updates: int = 0, timed: bool = True) -> comparison.Measured:
     """Three prompts that differ, three pictures. An update: two prompts, 100 evaluations in the rollout, 10 in the replay."""
     evaluation = Evaluation(
         prompts=["a", "b", "c"],
@@ -29,7 +29,7 @@ def measured(score: float, cosine: float, updates: int = 0) -> comparison.Measur
     line = {
         "evaluations/rollout": 100.0, "evaluations/replay": 10.0, "seconds": {"total": 2.0}, "reward/right": score,
     }  # fmt: skip
-    return comparison.Measured(evaluation, comparison.Course([line] * updates, 2))
+    return comparison.Measured(evaluation, comparison.Course([line] * updates, 2, timed))
 
 
 def test_figures_by_hand() -> None:
@@ -50,7 +50,9 @@ def test_figures_by_hand() -> None:
     )
     assert text.splitlines()[2] == "| base |  |  |  |  | 0.000 | 0.200 |  |"
     assert text.splitlines()[3] == "| x | 2 | 5 | 240 | 2.00 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
-    beside = comparison.figures_table({"x": found}, ["right", "LGMD"], timed=False)
+    beside = comparison.figures([measured(0.2, 0.3, 5, False), measured(0.4, 0.3, 5, False)], base.evaluation)
+    assert not {"seconds", "s/update"} & beside.keys()
+    beside = comparison.figures_table({"x": beside}, ["right", "LGMD"])
     assert beside.splitlines()[2] == "| x | 2 | 5 | 240 | 0.300 ± 0.141 | 0.200 ± 0.000 | +30.0% ± 14.1% |"
     assert "| s per update |" in text and "| s per update |" not in beside
 
@@ -136,8 +138,8 @@ def test_many_arms_fit_and_runs_beside_each_other_are_not_timed(
     """Every arm is in the legends and looks different; one update is a point."""
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    runs = {"base": [measured(0.0, 0.4)]} | {f"arm-{i}": [measured(0.1 + i / 100, 0.3, 1)] for i in range(45)}
-    comparison.write(tmp_path, runs, {}, [[name] for name in runs if name != "base"], timed=False)
+    runs = {"base": [measured(0.0, 0.4)]} | {f"arm-{i}": [measured(0.1 + i / 100, 0.3, 1, False)] for i in range(45)}
+    comparison.write(tmp_path, runs, {}, [[name] for name in runs if name != "base"])
     pareto, curves = figures
     assert len(pareto.axes) == len(MEASURES) and len(curves.axes) == 1
     assert "Without seconds" in (tmp_path / "table.md").read_text()

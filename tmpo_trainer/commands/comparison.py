@@ -77,9 +77,9 @@ def compare(
     for path in failed:
         print(f"tmpo_trainer: {path.name} failed, see {path / 'log.txt'}", file=sys.stderr)
     lost = {path.name for path in failed}
-    measured = measure(arms, folder, evaluation_seed, lost)
+    measured = measure(arms, folder, evaluation_seed, lost, jobs == 1)
     if any(measured[arm.name] for arm in arms):
-        compare_report.write(folder, measured, budget, fronts(settings), sorted(lost), timed=jobs == 1)
+        compare_report.write(folder, measured, budget, fronts(settings), sorted(lost))
     return 1 if lost else 0
 
 
@@ -123,12 +123,12 @@ def read_known(stored: Path, settings: Mapping[str, Mapping[str, Any]], budget: 
 
 
 def measure(
-    arms: Sequence[Arm], folder: Path, seed: int, without: set[str]
+    arms: Sequence[Arm], folder: Path, seed: int, without: set[str], timed: bool
 ) -> dict[str, list[compare_report.Measured]]:
     """Evaluates the base model and every run with the same noise: {arm: its runs}, with the base as the arm `base`.
 
     Args:
-        without: names of the runs that failed; a run that cannot be measured is added.
+        without: names of the runs that failed; a run that cannot be measured is added. timed: see `Course`.
     """
     config = arms[0].first.model_copy(update={"seed": seed})
     device = loading.choose_device(config.device)
@@ -161,6 +161,6 @@ def measure(
                 finally:
                     backbone.pipeline.unload_lora_weights()
                 metrics = _on_scale(read_metrics(path / "metrics.jsonl"), run.pickscore_scale, config.pickscore_scale)
-                course = compare_report.Course(metrics, run.prompts_per_update)
+                course = compare_report.Course(metrics, run.prompts_per_update, timed)
                 found[arm.name].append(compare_report.Measured(evaluation, course))
     return found

@@ -34,10 +34,14 @@ STYLES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^")
 
 @dataclass(frozen=True)
 class Course:
-    """The course of a run's training, from its metrics.jsonl; it is empty for the base."""
+    """The course of a run's training, from its metrics.jsonl; it is empty for the base.
+
+    timed: whether its seconds count. Of runs that trained beside each other they say little.
+    """
 
     metrics: Sequence[Mapping[str, Any]]
     prompts_per_update: int
+    timed: bool = True
 
     @property
     def calls(self) -> np.ndarray:
@@ -82,25 +86,26 @@ def _figures_of(run: Measured, base: Evaluation) -> dict[str, float]:
     own["latent std, change"] = float(run.evaluation.latent_std / base.latent_std - 1)
     updates = len(run.course.metrics)
     if updates:
-        calls, seconds = float(run.course.calls[-1]), float(run.course.seconds[-1])
+        calls = float(run.course.calls[-1])
         own |= {
             "updates": updates,
-            "seconds": seconds,
-            "s/update": seconds / updates,
             "network evaluations/update": calls / updates,
             "network evaluations": calls,
         }
+        if run.course.timed:
+            seconds = float(run.course.seconds[-1])
+            own |= {"seconds": seconds, "s/update": seconds / updates}
     return own
 
 
-def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str], timed: bool = True) -> str:
-    """A Markdown table with a row per arm; the cells hold mean ± spread over seeds. timed: see `write`."""
+def figures_table(found: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
+    """A Markdown table with a row per arm; the cells hold mean ± spread over seeds."""
 
     def cell(values: Mapping[str, Any], form: str) -> str:
         spread = f" ± {values['spread']:{form.lstrip('+')}}" if len(values["runs"]) > 1 else ""
         return f"{values['mean']:{form}}{spread}"
 
-    rows = []
+    rows, timed = [], _timed(found)
     for arm, row in found.items():
         training = [""] * (4 if timed else 3)
         if "updates" in row:
@@ -122,20 +127,18 @@ def write(
     budget: Mapping[str, float],
     fronts: Sequence[Sequence[str]],
     failed: Sequence[str] = (),
-    timed: bool = True,
 ) -> None:
     """Writes table.md, table.json, pareto.png, curves.png and samples.png, and prints the table.
 
     Args:
         runs: {arm: its runs}, with the base as the arm `base`. fronts: all arms, those along one line together, in its
-            order. failed: names of the missing runs. timed: whether seconds are shown in the tables and pictures. Of runs that
-            trained beside each other they say little.
+            order. failed: names of the missing runs.
     """
     base = runs["base"][0].evaluation
     runs = {name: group for name, group in runs.items() if group}
     names = list(base.measures)
     found = {name: figures(group, base) for name, group in runs.items()}
-    text = figures_table(found, names, timed)
+    text = figures_table(found, names)
     gains = [[arm, *(row["gain"][n].text("+.3f") for n in names)] for arm, row in found.items() if arm != "base"]
     curve = limit.front(base)
     about, table, costs = "", "", {}
@@ -149,7 +152,7 @@ def write(
     }
     sections = [
         "# Comparison",
-        _about(base, budget, failed, timed),
+        _about(base, budget, failed, _timed(found)),
         text,
         "Change against the base: means over seeds, with 95% bootstrap intervals over prompts:",
         markdown_table(["", *(f"{name}, change" for name in names)], gains),
@@ -167,10 +170,15 @@ def write(
     write_text(folder / "table.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     # Without the arms whose runs all failed.
     lines = [kept for names in fronts if (kept := [name for name in names if name in runs])]
-    pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve, timed)
-    curves(folder / "curves.png", runs, lines, timed)
+    pareto(folder / "pareto.png", found, next(iter(base.scores)), lines, curve)
+    curves(folder / "curves.png", runs, lines)
     samples(folder / "samples.png", runs)
     print(f"{text}\n\n{table}" if table else text)
+
+
+def _timed(found: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the figures of the arms have seconds."""
+    return any("seconds" in row for row in found.values())
 
 
 def _about(base: Evaluation, budget: Mapping[str, float], failed: Sequence[str], timed: bool) -> str:
@@ -199,16 +207,15 @@ def pareto(
     target: str,
     fronts: Sequence[Sequence[str]],
     curve: limit.Front | None = None,
-    timed: bool = True,
 ) -> None:
-    """The target score against every measure of diversity, and if `timed` against time: a point per run, a larger one for
-    their mean.
+    """The target score against every measure of diversity, and if runs are timed against time: a point per run, a larger one
+    for their mean.
 
     The means of a front are joined. Against the cosine diversity also the limit.
     """
     from matplotlib.figure import Figure
 
-    against = {name: name for name in MEASURES} | ({"seconds": "seconds of training"} if timed else {})
+    against = {name: name for name in MEASURES} | ({"seconds": "seconds of training"} if _timed(found) else {})
     figure = Figure(figsize=(4.4 * len(against) + 3, _height(2 + sum(map(_lines, fronts)))), layout="constrained")
     axes = figure.subplots(1, len(against), sharey=True)
     palette = _colours(len(fronts))
@@ -251,14 +258,13 @@ def _height(lines: int) -> float:
     return max(4, 0.17 * lines + 0.4)
 
 
-def curves(
-    path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[Sequence[str]], timed: bool = True
-) -> None:
-    """The first reward in the rollouts, over network evaluations and if `timed` over seconds: each arm's mean over its runs."""
+def curves(path: Path, runs: Mapping[str, Sequence[Measured]], fronts: Sequence[Sequence[str]]) -> None:
+    """The first reward in the rollouts, over network evaluations and if runs are timed over seconds: each arm's mean over its
+    runs."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    panels = 2 if timed else 1
+    panels = 2 if any(run.course.timed for names in fronts for name in names for run in runs[name]) else 1
     figure = Figure(figsize=(4.5 * panels + 2, _height(sum(map(len, fronts)))), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     palette = _colours(len(fronts))

@@ -24,8 +24,8 @@ from .statistics import Interval, markdown_table, paired_gain, ratio
 SHIFT = 0.5
 #: A smaller spread is warned of, and one above its inverse: a fifth of the variance within a prompt is then gone.
 SPREAD = 0.9
-#: A spread is warned of only if it is that of so many prompts, or pictures of the only one. Variances have heavy tails: on six
-#: prompts the interval of a spread was 1.2 to 1.8 where sixty gave .9.
+#: A spread is warned of only if it is that of so many prompts, or pictures of the only one. Variances have heavy tails, and the
+#: interval of a few of them is far too narrow.
 FEW = 20
 #: Bootstrap draws: fewer than for gains, since there are many figures, and evaluations during training must cost little.
 DRAWS = 2000
